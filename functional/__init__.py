@@ -1,0 +1,78 @@
+"""How it is done: pure functions from records to records, then one interpreter.
+
+Names are loaded when they are first asked for, so that ``audit`` and ``predict`` do without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .agreement import ExecutionError
+    from .audit import audit, predict
+    from .build import build, consolidate_model, init_target_engine
+    from .device_mesh import from_device_mesh, to_device_mesh
+    from .execute import Built, execute
+    from .plan import plan_build
+    from .resolve import resolve
+    from .schedule import Schedule, create_schedule
+
+__all__ = [
+    "Built",
+    "ExecutionError",
+    "Schedule",
+    "audit",
+    "build",
+    "consolidate_model",
+    "create_schedule",
+    "execute",
+    "from_device_mesh",
+    "init_target_engine",
+    "plan_build",
+    "predict",
+    "resolve",
+    "to_device_mesh",
+]
+
+_HOMES = {
+    "Built": "execute",
+    "ExecutionError": "agreement",
+    "Schedule": "schedule",
+    "audit": "audit",
+    "build": "build",
+    "consolidate_model": "build",
+    "create_schedule": "schedule",
+    "execute": "execute",
+    "from_device_mesh": "device_mesh",
+    "init_target_engine": "build",
+    "plan_build": "plan",
+    "predict": "audit",
+    "resolve": "resolve",
+    "to_device_mesh": "device_mesh",
+}
+
+
+class _Names(ModuleType):
+    """A package whose functions are not hidden by the files of the same name (``execute`` in ``execute.py``)."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # the import system puts every submodule on its package
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Names

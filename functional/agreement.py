@@ -1,0 +1,86 @@
+"""All ranks tell each other whether they can go on, so that none waits for one that cannot."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ..specs.mesh import MESH_AXES
+from .dry import AGREEMENT_BYTES
+
+if TYPE_CHECKING:
+    from ..specs.plan import Plan
+
+_NUM_WORDS = AGREEMENT_BYTES // 8
+_TEXT_BYTES = 8192
+
+
+class ExecutionError(RuntimeError):
+    """What kept a plan from being carried out: the first error of any rank, raised on every rank."""
+
+
+def agree(plan: Plan, error: Exception | None, device: torch.device) -> None:
+    """Return if every rank has the same plan and no error; else raise the first rank's error on every rank.
+
+    One ``all_gather`` of 128 bytes a rank; the text of an error takes one ``broadcast`` more.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    mine = torch.tensor(_words(plan, error), dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    table = torch.stack(gathered).tolist()
+    failed = next((rank for rank, words in enumerate(table) if words[0]), None)
+    different = next((rank for rank, words in enumerate(table) if words[1:] != table[0][1:]), None)
+    if different is not None:
+        msg = f"the ranks do not have the same plan: {_difference(table, different)}"
+        raise ExecutionError(msg) from error
+    if failed is not None:
+        msg = f"rank {failed}: {_text(error, failed, device)}"
+        raise ExecutionError(msg) from error
+
+
+def _words(plan: Plan, error: Exception | None) -> list[int]:
+    digest = bytes.fromhex(plan.fingerprint)
+    whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
+    parts = [
+        _digest(repr(plan.tree.specs)),
+        _digest(repr(plan.steps)),
+        _digest(f"{plan.target} {plan.config}"),
+    ]
+    sizes = [plan.mesh.num(mesh_axis) for mesh_axis in MESH_AXES]
+    words = [int(error is not None), *sizes, plan.seed % 2**63, *parts, *whole]
+    return words + [0] * (_NUM_WORDS - len(words))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _difference(table: list[list[int]], rank: int) -> str:
+    ours, theirs = table[0], table[rank]
+    if ours[1:4] != theirs[1:4]:
+        names = [" ".join(f"{m}={n}" for m, n in zip(MESH_AXES, words[1:4], strict=True)) for words in (ours, theirs)]
+        return f"rank 0 has mesh {names[0]}, rank {rank} has mesh {names[1]}"
+    if ours[4] != theirs[4]:
+        return f"rank 0 has seed {ours[4]}, rank {rank} has seed {theirs[4]}"
+    names = ["its tensors", "its steps", "its target or config"]
+    found = [name for name, a, b in zip(names, ours[5:8], theirs[5:8], strict=True) if a != b]
+    return f"rank {rank} differs from rank 0 in {' and '.join(found) or 'its contents'}"
+
+
+def _text(error: Exception | None, rank: int, device: torch.device) -> str:
+    """Return the failed rank's own words on every rank."""
+    room = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device=device)
+    if dist.get_rank() == rank:
+        assert error is not None, "this rank said that it failed"
+        words = f"{type(error).__name__}: {error}".encode()[:_TEXT_BYTES]
+        room[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8).to(device)
+    dist.broadcast(room, src=rank)
+    return bytes(room.cpu().tolist()).rstrip(b"\0").decode(errors="replace")
+

@@ -1,0 +1,95 @@
+"""The three names that people know from the schedule language that this design rewrites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import evolve
+
+from ..specs.steps import Agree, MakeGroups, Wrap
+from .effects import TorchEffects
+from .execute import execute, stand
+from .interpret import interpret
+from .plan import plan_build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from torch import Tensor, nn
+
+    from .route import Strategy
+    from .schedule import Schedule
+
+
+def build(
+    sch: Schedule,
+    target: str | None = None,
+    init_weights: bool | Callable[..., object] = True,
+    *,
+    strategy: Literal["auto"] | Strategy = "auto",
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+    optimizer: Callable[..., Any] | None = None,
+) -> tuple[Any, Any]:
+    """Plan and execute in one go; return ``model, optimizer``. See ``plan_build`` and ``execute``."""
+    plan = plan_build(
+        sch, target=target, init_weights=init_weights, strategy=strategy, seed=seed, config=config, example_inputs=example_inputs
+    )
+    model, made = execute(plan, device=device, optimizer=optimizer)
+    return model, made
+
+
+def consolidate_model(
+    sch: Schedule,
+    target: str | None = None,
+    param_init_fn: Callable[..., object] | None = None,
+    *,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Return this rank's module with its parts of all tensors, handed to no runtime.
+
+    Args:
+        sch: What is declared.
+        target: Runtime that is meant to take the module later; its demands are checked.
+        param_init_fn: Init code of the user's, ``(module)`` or ``(module, path)``.
+        seed: What all random numbers derive from.
+        config: The target's configuration; only checked.
+        device: Where tensors go.
+    """
+    plan = plan_build(sch, target=target, init_weights=param_init_fn or True, seed=seed, config=config)
+    unwrapped = evolve(plan, target=None, config=None, steps=(*plan.steps[:-1], Wrap(None)))
+    built = execute(unwrapped, device=device)
+    assert built.module is not None, "real effects give a module"
+    return built.module
+
+
+def init_target_engine(
+    model: nn.Module,
+    target: str,
+    *,
+    sch: Schedule,
+    config: Mapping[str, Any] | None = None,
+    optimizer: Callable[..., Any] | None = None,
+) -> tuple[Any, Any]:
+    """Hand a module that ``consolidate_model`` gave to a runtime; return ``model, optimizer``.
+
+    Args:
+        model: This rank's module; it is used itself, not a copy.
+        target: Runtime that takes it.
+        sch: What it was made from: the runtime has to know which tensors are parts.
+        config: The target's configuration.
+        optimizer: Function from parameters to an optimizer.
+    """
+    plan = plan_build(sch, target=target, init_weights=False, config=config)
+    handing = evolve(plan, steps=[step for step in plan.steps if isinstance(step, (Agree, MakeGroups, Wrap))])
+    coordinate, error = stand(plan)
+    device = next(model.parameters()).device
+    effects = TorchEffects(coordinate, device, model, model, plan.runtime.callables, optimizer)
+    interpret(handing, coordinate, effects, error=error)
+    assert effects.wrapped is not None, "every plan ends with a Wrap step"
+    return effects.wrapped.model, effects.wrapped.optimizer

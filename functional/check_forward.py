@@ -1,0 +1,75 @@
+"""A forward pass at local shapes, on fake tensors: do the parts fit together?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..specs.errors import Problem
+from .generators import own_generators
+from .layout import Local, apply_layout
+from .module_copy import copy_module
+from .recorder import Recorder
+from .skeleton import named_tensors
+from .sync import SyncGroup
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Mesh
+    from ..specs.steps import LayoutStep
+    from ..specs.tree import SpecTree
+
+
+def check_forward(
+    model: nn.Module,
+    tree: SpecTree,
+    layout: Sequence[LayoutStep],
+    mesh: Mesh,
+    callables: Mapping[str, Any],
+    example_inputs: Mapping[str, Tensor],
+) -> list[Problem]:
+    """Return what goes wrong in a forward pass of the first rank: nothing, or the module where it stopped."""
+    if not isinstance(example_inputs, Mapping):
+        return [Problem("example_inputs", "they are tensors by the names of the model's arguments", "{'input_ids': tensor}")]
+    first = mesh.coordinate(0)
+    shapes = {id(tensor): tree[path].local_shape(first) for path, _, tensor in named_tensors(model) if path in tree}
+    open_modules: list[str] = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), own_generators(0), Recorder({}):
+        local = copy_module(
+            model, lambda t: torch.empty(shapes[id(t)], dtype=t.dtype, device="cpu"), keep_scripted=True
+        )
+        groups = {mesh_axis: SyncGroup("", mesh.num(mesh_axis), 0) for mesh_axis in ("data", "tensor")}
+        for step in layout:
+            apply_layout(local, step, Local(first, groups, callables))
+        for path, module in local.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                _follow(module, path, open_modules)
+        inputs = {
+            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+            for name, value in example_inputs.items()
+        }
+        try:
+            local(**inputs)
+        except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
+            path = open_modules[-1] if open_modules else ""
+            return [_stopped(local, tree, path, error)]
+    return []
+
+
+def _follow(module: nn.Module, path: str, open_modules: list[str]) -> None:
+    module.register_forward_pre_hook(lambda *_: open_modules.append(path), prepend=True)
+    module.register_forward_hook(lambda *_: open_modules.pop() and None)
+
+
+def _stopped(model: nn.Module, tree: SpecTree, path: str, error: Exception) -> Problem:
+    module = model.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    near = [f"{s.path.removeprefix(prefix)} {s.type}" for s in tree.values() if s.path.startswith(prefix) and s.shards]
+    what = f"{type(module).__name__} with {', '.join(near[:4])}" if near else type(module).__name__
+    text = str(error).strip().splitlines()
+    cause = f"a forward pass at local shapes stops in this {what}: {type(error).__name__}: {text[0] if text else ''}"
+    fix = "Its inputs and tensors do not meet: split both sides alike, add a .sync, or .set the sizes that it keeps"
+    return Problem(path, cause, fix)

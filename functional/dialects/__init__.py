@@ -1,0 +1,58 @@
+"""Adapters to runtimes, found by entry point: each can say what it takes (pure) and wrap a module (an effect)."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...specs.errors import Problem
+from ...specs.pattern import closest
+from .plain import PlainDialect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from ...specs.mesh import Mesh, MeshAxis
+    from ...specs.plan import Plan
+    from ...specs.tree import SpecTree
+    from .wrapped import Wrapped
+
+ENTRY_POINTS = "shardplan.dialects"
+"""Entry point group under which a package offers a dialect: a class without arguments."""
+
+
+class Dialect(Protocol):
+    """What a runtime wants."""
+
+    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
+        """Return what the runtime would refuse, or get wrong. Pure; the runtime is not imported."""
+        ...
+
+    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
+        """Return the sets of mesh axes along which the runtime needs process groups."""
+        ...
+
+    def wrap(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        groups: Mapping[tuple[MeshAxis, ...], Any],
+        optimizer: Callable[..., Any] | None,
+        loss_fn: Callable[..., Any] | None,
+    ) -> Wrapped:
+        """Hand a filled module to the runtime."""
+        ...
+
+
+def find_dialect(target: str | None) -> tuple[Dialect | None, list[Problem]]:
+    """Return the dialect of a target; for an unknown one a problem that lists the known."""
+    if target is None:
+        return PlainDialect(), []
+    known = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if target in known:
+        return known[target].load()(), []
+    near = closest(target, known)
+    fix = f"There are None, {', '.join(sorted(known))}" + (f"; the closest is {near[0]}" if near else "")
+    return None, [Problem("target", f"{target!r} is unknown", fix)]

@@ -1,0 +1,40 @@
+"""No runtime: the module itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...specs.errors import Problem
+from .wrapped import Wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from ...specs.mesh import Mesh, MeshAxis
+    from ...specs.plan import Plan
+    from ...specs.tree import SpecTree
+
+
+class PlainDialect:
+    """``target=None``: nothing is wrapped, and nothing averages gradients over ``data``."""
+
+    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
+        if config is not None:
+            return [Problem("config", "it is given, and there is no target to read it", "Name one, e.g. target='deepspeed'")]
+        return []
+
+    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
+        return ()
+
+    def wrap(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        groups: Mapping[tuple[MeshAxis, ...], Any],
+        optimizer: Callable[..., Any] | None,
+        loss_fn: Callable[..., Any] | None,
+    ) -> Wrapped:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return Wrapped(module, optimizer(trained) if optimizer else None)

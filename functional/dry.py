@@ -1,0 +1,93 @@
+"""Effects without a world: they only keep the books, with a number of bytes for each tensor."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from attrs import Factory, define
+
+from ..specs.dtypes import num_bytes
+from .interpret import message_bytes
+from .ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..specs.param import ParamSpec
+    from ..specs.plan import Plan
+    from ..specs.steps import LayoutStep
+    from .resolve import Alias, Exchange, Make, OpenGroups, Piece
+
+AGREEMENT_BYTES = 8 * 16
+"""Bytes that each rank tells the others in one agreement: 16 integers of 8 bytes."""
+
+
+@define
+class DryEffects:
+    """Predicts the receipt of one rank; a tensor is its number of bytes.
+
+    Args:
+        rank: The rank that it stands for.
+    """
+
+    rank: int
+    ledger: Ledger = Factory(Ledger)
+
+    def agree(self, plan: Plan, moment: Literal["opening", "closing"], error: Exception | None) -> None:
+        if error is not None:
+            raise error
+        if plan.mesh.num_ranks > 1:
+            self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
+
+    def open_groups(self, work: OpenGroups) -> None:
+        self.ledger.num_groups += work.num_groups
+
+    def make(self, work: Make, seed: int) -> Sequence[int]:
+        made = [self._allocate(piece.num_bytes) for piece in work.pieces]
+        for scratch in [self._allocate(piece.num_bytes) for piece in work.scratch]:
+            self.free(scratch)
+        return made
+
+    def take(self, piece: Piece) -> int:
+        return self._allocate(piece.num_bytes)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> int:
+        return self._allocate(prod(shape) * num_bytes(dtype))
+
+    def cut(self, whole: int, piece: Piece) -> int:
+        return self._allocate(piece.num_bytes)
+
+    def view(self, whole: int, piece: Piece) -> int:
+        return piece.num_bytes
+
+    def pack(self, tensors: Sequence[tuple[int, Piece | None]]) -> int:
+        return self._allocate(sum(whole if piece is None else piece.num_bytes for whole, piece in tensors))
+
+    def unpack(self, message: int, pieces: Sequence[Piece]) -> list[int]:
+        return [self._allocate(piece.num_bytes) for piece in pieces]
+
+    def broadcast(self, message: int, exchange: Exchange) -> None:
+        self.ledger.call("broadcast", exchange.mesh_axes, exchange.group, message_bytes(exchange))
+
+    def scatter(self, message: int, parts: Sequence[int], exchange: Exchange) -> None:
+        self.ledger.call("scatter", exchange.mesh_axes, exchange.group, message_bytes(exchange))
+
+    def free(self, tensor: int) -> None:
+        self.ledger.free(tensor)
+
+    def install(self, spec: ParamSpec, tensor: int) -> None:
+        self.ledger.place(tensor)
+
+    def alias(self, work: Alias) -> None:
+        pass
+
+    def change(self, step: LayoutStep) -> None:
+        pass
+
+    def hand(self, plan: Plan) -> None:
+        pass
+
+    def _allocate(self, num_bytes: int) -> int:
+        self.ledger.allocate(num_bytes)
+        return num_bytes

@@ -1,0 +1,183 @@
+"""The room of effects: real tensors, real messages."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from attrs import Factory, define
+from torch import Tensor, nn
+
+from .agreement import agree
+from .dialects import find_dialect
+from .dry import AGREEMENT_BYTES
+from .generators import derive_seed, own_generators
+from .init_code import run_call
+from .layout import Local, apply_layout
+from .ledger import Ledger
+from .module_copy import get_tensor, like, put_tensor
+from .sync import SyncGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ..specs.mesh import Coordinate, MeshAxis
+    from ..specs.param import ParamSpec
+    from ..specs.plan import Plan
+    from ..specs.steps import LayoutStep
+    from .dialects.wrapped import Wrapped
+    from .resolve import Alias, Exchange, Make, OpenGroups, Piece
+
+
+@define
+class TorchEffects:
+    """Fills a copy of the model with real tensors of one rank.
+
+    Args:
+        coordinate: Where the rank stands.
+        device: Where its tensors are allocated.
+        original: The user's module: read where its values are asked for, never written.
+        module: The copy, with its tensors on meta; it is filled.
+        callables: The user's functions by name.
+        optimizer: Function from parameters to an optimizer, for the dialect.
+        loss_fn: Function for the dialect.
+        ledger: What was allocated and sent.
+        groups: Process groups of this rank by mesh axes.
+        wrapped: What the dialect gave.
+    """
+
+    coordinate: Coordinate
+    device: torch.device
+    original: nn.Module
+    module: nn.Module
+    callables: Mapping[str, Any]
+    optimizer: Callable[..., Any] | None = None
+    loss_fn: Callable[..., Any] | None = None
+    ledger: Ledger = Factory(Ledger)
+    groups: dict[tuple[MeshAxis, ...], dist.ProcessGroup] = Factory(dict)
+    wrapped: Wrapped | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return self.coordinate.rank
+
+    def agree(self, plan: Plan, moment: Literal["opening", "closing"], error: Exception | None) -> None:
+        agree(plan, error, self.device)
+        if plan.mesh.num_ranks > 1:
+            self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
+
+    def open_groups(self, work: OpenGroups) -> None:
+        for mesh_axes in work.over:
+            for ranks in self.coordinate.mesh.groups(*mesh_axes):
+                group = dist.new_group(list(ranks))
+                self.ledger.num_groups += 1
+                if self.rank in ranks:
+                    assert isinstance(group, dist.ProcessGroup), "a member gets the group itself"
+                    self.groups[mesh_axes] = group
+
+    def make(self, work: Make, seed: int) -> Sequence[Tensor]:
+        paths = [piece.path for piece in work.pieces]
+        placeholders = {piece.path: get_tensor(self.module, piece.path) for piece in (*work.pieces, *work.scratch)}
+        try:
+            for piece in work.pieces:
+                self._lend(piece, self.empty(piece.shape, piece.spec.dtype))
+            for piece in work.scratch:
+                self._lend(piece, self.take(piece))
+            with torch.no_grad(), own_generators(derive_seed(seed, paths[0]), self.device):
+                for call in work.calls:
+                    run_call(self.module, call, self.callables)
+            made = [self._made(piece) for piece in work.pieces]
+        finally:
+            for path, placeholder in placeholders.items():
+                put_tensor(self.module, path, placeholder)
+        for piece in work.scratch:
+            self.ledger.free(piece.num_bytes)
+        return made
+
+    def take(self, piece: Piece) -> Tensor:
+        return self._own(_part(get_tensor(self.original, piece.path).detach(), piece).to(self.device, copy=True))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return self._own(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device))
+
+    def cut(self, whole: Tensor, piece: Piece) -> Tensor:
+        # a clone: a view would keep the storage of the whole alive
+        return self._own(_part(whole, piece).clone(memory_format=torch.contiguous_format))
+
+    def view(self, whole: Tensor, piece: Piece) -> Tensor:
+        return _part(whole, piece)
+
+    def pack(self, tensors: Sequence[tuple[Tensor, Piece | None]]) -> Tensor:
+        flat = [(whole if piece is None else _part(whole, piece)).reshape(-1) for whole, piece in tensors]
+        return self._own(torch.cat(flat))
+
+    def unpack(self, message: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+        parts = message.split([piece.num_elements for piece in pieces])
+        return [self._own(part.clone().view(piece.shape)) for part, piece in zip(parts, pieces, strict=True)]
+
+    def broadcast(self, message: Tensor, exchange: Exchange) -> None:
+        assert message.is_contiguous(), "gloo sends other tensors wrongly, without a word"
+        dist.broadcast(message, src=exchange.group.start, group=self.groups[exchange.mesh_axes])
+        self._note("broadcast", message, exchange)
+
+    def scatter(self, message: Tensor, parts: Sequence[Tensor], exchange: Exchange) -> None:
+        assert all(part.is_contiguous() for part in (message, *parts)), "gloo sends other tensors wrongly, without a word"
+        group = self.groups[exchange.mesh_axes]
+        dist.scatter(message, list(parts) if exchange.is_root else None, src=exchange.group.start, group=group)
+        self._note("scatter", message, exchange)
+
+    def free(self, tensor: Tensor) -> None:
+        self.ledger.free(tensor.nbytes)
+
+    def install(self, spec: ParamSpec, tensor: Tensor) -> None:
+        owner = self.module.get_submodule(spec.module)
+        if isinstance(owner, torch.jit.ScriptModule):
+            with torch.no_grad():
+                get_tensor(self.module, spec.path).copy_(tensor)
+        else:
+            put_tensor(self.module, spec.path, like(get_tensor(self.module, spec.path), tensor))
+        self.ledger.place(get_tensor(self.module, spec.path).untyped_storage().nbytes())
+
+    def alias(self, work: Alias) -> None:
+        for path in work.aliases:
+            put_tensor(self.module, path, get_tensor(self.module, work.spec.path))
+
+    def change(self, step: LayoutStep) -> None:
+        groups = {
+            mesh_axes[0]: SyncGroup(group.group_name, dist.get_world_size(group), self.coordinate.index(mesh_axes[0]))
+            for mesh_axes, group in self.groups.items()
+            if len(mesh_axes) == 1
+        }
+        apply_layout(self.module, step, Local(self.coordinate, groups, self.callables))
+
+    def hand(self, plan: Plan) -> None:
+        dialect, _ = find_dialect(plan.target)
+        assert dialect is not None, "the opening agreement checks it"
+        self.wrapped = dialect.wrap(self.module, plan, self.groups, self.optimizer, self.loss_fn)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        self.ledger.allocate(tensor.nbytes)
+        return tensor
+
+    def _lend(self, piece: Piece, tensor: Tensor) -> None:
+        put_tensor(self.module, piece.path, like(get_tensor(self.module, piece.path), tensor))
+
+    def _made(self, piece: Piece) -> Tensor:
+        tensor = get_tensor(self.module, piece.path).detach()
+        if tuple(tensor.shape) != piece.shape or tensor.dtype != getattr(torch, piece.spec.dtype):
+            msg = f"{piece.spec}: its init code left a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}"
+            raise ValueError(msg)
+        return tensor.to(self.device).contiguous()
+
+    def _note(self, op: str, message: Tensor, exchange: Exchange) -> None:
+        self.ledger.call(op, exchange.mesh_axes, exchange.group, message.nbytes)
+
+
+def _part(whole: Tensor, piece: Piece) -> Tensor:
+    assert whole.numel() == prod(piece.spec.orig_shape), "a part is cut from a whole tensor"
+    for axis, (start, stop) in enumerate(piece.index):
+        whole = whole.narrow(axis, start, stop - start)
+    return whole

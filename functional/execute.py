@@ -1,0 +1,199 @@
+"""The only effect: a plan is carried out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from attrs import field, frozen
+from rich.progress import Progress
+from torch import nn
+
+from ..specs.errors import PlanError, Problem
+from ..specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised
+from .audit import audit
+from .callables import find
+from .dialects import find_dialect
+from .effects import TorchEffects
+from .interpret import Effects, interpret
+from .module_copy import copy_module
+from .skeleton import read_tensors
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Coordinate
+    from ..specs.plan import Plan
+    from ..specs.receipt import Receipt
+    from ..specs.steps import Step
+
+_log = logging.getLogger("shardplan")
+
+
+@frozen
+class Built:
+    """What executing a plan gives to one rank; unpacks as ``model, optimizer``.
+
+    Args:
+        model: What is trained: the module, or the target's engine around it. None with effects of the caller's.
+        optimizer: The target's optimizer, or the given one; None if there is none.
+        module: This rank's own torch module.
+        extras: Whatever else the target returned, by name.
+        receipt: What was really allocated, sent and taken.
+    """
+
+    model: Any
+    optimizer: Any
+    module: nn.Module | None = field(repr=False)
+    extras: Any = field(repr=False)
+    receipt: Receipt
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.optimizer))
+
+
+def execute(
+    plan: Plan,
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    effects: Effects[Any] | None = None,
+    progress: bool = True,
+    optimizer: Callable[..., Any] | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+) -> Built:
+    """Carry out a plan on this rank; every rank of the mesh calls it. The given module stays as it is.
+
+    Args:
+        plan: What to do.
+        model: The module; the one that was scheduled if left out. A plan that was loaded needs it.
+        device: Where tensors go: the current CUDA device where there is one, else the CPU.
+        effects: Other effects than real ones, e.g. a recorder; then nothing is allocated or sent here.
+        progress: Whether rank 0 shows a bar on a terminal.
+        optimizer: Function from the trained parameters to an optimizer.
+        loss_fn: Loss of a pipeline's last stage.
+
+    Raises:
+        PlanError: In a single process: if the audit refuses the plan, or the model is not the planned one.
+        ExecutionError: On every rank, with the first error of any rank: another plan, a wrong world size, init code that
+            raises, ...
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from shardplan.specs import Mesh
+    >>> from shardplan.functional import create_schedule, plan_build
+    >>> with torch.device("meta"):
+    ...     model = nn.Linear(4, 2)
+    >>> built = execute(plan_build(create_schedule(model, Mesh()), seed=1))
+    >>> built.module.weight.shape, built.receipt.num_tensors
+    (torch.Size([2, 4]), 2)
+    """
+    start = time.monotonic()
+    if effects is not None:
+        interpret(plan, plan.mesh.coordinate(effects.rank), effects)
+        return Built(None, None, None, {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
+    coordinate, error = stand(plan)
+    given = plan.runtime.model if model is None else model
+    copied = nn.Module()
+    try:
+        _refuse(plan, given, optimizer, loss_fn)
+        copied = copy_module(given, lambda tensor: torch.empty_like(tensor, device="meta"), keep_scripted=False)
+    except PlanError as refused:
+        error = error or refused
+    real = TorchEffects(coordinate, _device(device), given, copied, plan.runtime.callables, optimizer, loss_fn)
+    with _bar(plan, shown=progress and coordinate.rank == 0) as on_step:
+        interpret(plan, coordinate, real, error=error, on_step=on_step)
+    assert real.wrapped is not None, "every plan ends with a Wrap step"
+    receipt = real.ledger.receipt(coordinate.rank, time.monotonic() - start)
+    return Built(real.wrapped.model, real.wrapped.optimizer, copied, real.wrapped.extras, receipt)
+
+
+def stand(plan: Plan) -> tuple[Coordinate, PlanError | None]:
+    """Return where this process stands, and what is wrong with the world; then the place is a stand-in."""
+    num_ranks = plan.mesh.num_ranks
+    if not dist.is_initialized():
+        if num_ranks == 1 and plan.target is None:
+            return plan.mesh.coordinate(0), None
+        cause = f"the plan is for {num_ranks} ranks{f' of {plan.target}' if plan.target else ''}, and there is no process group"
+        fix = f"torchrun --nproc-per-node {num_ranks} ..., and torch.distributed.init_process_group() before execute"
+        raise PlanError([Problem("", cause, fix)])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == num_ranks:
+        return plan.mesh.coordinate(rank), None
+    problem = Problem("", f"the plan is for {num_ranks} ranks ({plan.mesh}), and the process group has {world_size}", "Plan again")
+    return plan.mesh.coordinate(rank % num_ranks), PlanError([problem])
+
+
+def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> None:
+    report = audit(plan)
+    problems = [Problem(f.path, f.cause, f.fix) for f in report.findings if f.severity == "error"]
+    _, unknown = find_dialect(plan.target)
+    problems += unknown
+    if loss_fn is not None:
+        problems.append(Problem("loss_fn", "it is for a pipeline, and this plan has one stage", "Compute the loss yourself"))
+    if optimizer is not None and not callable(optimizer):
+        cause = f"it is a function from parameters to an optimizer, not a {type(optimizer).__name__}"
+        problems.append(Problem("optimizer", cause, "optimizer=lambda parameters: torch.optim.AdamW(parameters)"))
+    for name in plan.callables:
+        try:
+            find(name, plan.runtime.callables)
+        except PlanError as error:
+            problems += error.problems
+    if model is None:
+        problems.append(Problem("", "a plan that was loaded carries no model", "execute(plan, model)"))
+    else:
+        problems += _differences(plan, model)
+    if problems:
+        raise PlanError(problems)
+
+
+def _differences(plan: Plan, model: nn.Module) -> Iterator[Problem]:
+    """Compare a model with the planned one: paths, shapes, dtypes, ties, and whether values are there."""
+    tree, problems = read_tensors(model)
+    yield from problems
+    for spec in plan.tree.values():
+        found = tree.get(spec.path)
+        if found is None:
+            yield Problem(spec.path, "the plan has this tensor, and the model has not", "Build the planned model", spec.type)
+            continue
+        planned = (spec.path, spec.orig_shape, spec.dtype, spec.kind, spec.tie, spec.requires_grad)
+        given = (found.path, found.orig_shape, found.dtype, found.kind, found.tie, found.requires_grad)
+        names = ("path", "shape", "dtype", "kind", "tied paths", "requires_grad")
+        wrong = [f"{n} {b!r} instead of {a!r}" for n, a, b in zip(names, planned, given, strict=True) if a != b]
+        if wrong:
+            yield Problem(spec.path, f"the model is not the planned one: {'; '.join(wrong)}", "Plan again", spec.type)
+        has_values = isinstance(found.source, ModuleValues)
+        if isinstance(spec.source, (ModuleValues, OwnValues)) and not has_values:
+            yield Problem(spec.path, "its planned source is the module's own values, and it is on meta", "Load them, or plan again", spec.type)
+        if isinstance(spec.source, Uninitialised) and has_values:
+            yield Problem(spec.path, "it is planned without values, and the model has values", "Plan again", spec.type)
+        if isinstance(spec.source, Made) and has_values and all(isinstance(c, ModuleCall) for c in spec.source.calls):
+            yield Problem(spec.path, "init code is planned to make it, and the model has values that would be lost", "Plan again", spec.type)
+    for path in tree:
+        if path not in plan.tree:
+            yield Problem(path, "the model has this tensor, and the plan has not", "Plan again", tree[path].type)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        chosen = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    else:
+        chosen = torch.device(device)
+    _log.info("tensors go to %s", chosen)
+    return chosen
+
+
+@contextmanager
+def _bar(plan: Plan, *, shown: bool) -> Iterator[Callable[[Step], None]]:
+    if not (shown and sys.stderr.isatty()):
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("executing the plan", total=len(plan.steps))
+        yield lambda _: progress.advance(task)

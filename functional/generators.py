@@ -1,0 +1,47 @@
+"""Random generators that belong to nobody: seeded from (seed, path), the user's own left as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, path: str) -> int:
+    """Return 63 bits that depend on the plan's seed and a path alone: BLAKE2b of both.
+
+    >>> derive_seed(0, "lm_head.weight") == derive_seed(0, "lm_head.weight") != derive_seed(1, "lm_head.weight")
+    True
+    """
+    digest = blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def own_generators(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python within the block; give them back as they were.
+
+    Args:
+        seed: 63 bits.
+        device: CUDA device whose generator is meant too.
+    """
+    cuda = torch.cuda.default_generators[device.index or 0] if device is not None and device.type == "cuda" else None
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    before = cuda.get_state() if cuda is not None else None
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  init code draws from the global generator, so that is what is seeded
+        torch.default_generator.manual_seed(seed)
+        if cuda is not None:
+            cuda.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.default_generator.set_state(cpu)
+        if cuda is not None and before is not None:
+            cuda.set_state(before)

@@ -1,0 +1,304 @@
+"""Which init code makes which tensors: found by running all of it once on fake tensors."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from attrs import frozen
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+from ..specs.errors import Problem
+from ..specs.source import Call, FillCall, Made, ModuleCall, TensorCall, Unknown
+from .callables import find
+from .generators import own_generators
+from .module_copy import copy_module, get_tensor
+from .recorder import DependsOnValuesError, Recorder, Touch
+from .skeleton import named_tensors
+
+if TYPE_CHECKING:
+    from ..specs.tree import SpecTree
+
+Owner = Literal["reset", "transformers", "user"]
+"""Whose init code it is, lowest priority first."""
+
+_FAKE_ERRORS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    DependsOnValuesError,
+)
+_FAKE_WORDS = re.compile(r"fake ?tensor|tensor subclass|data pointer|meta tensor", re.IGNORECASE)
+
+
+@frozen
+class Unit:
+    """Tensors that are made together, because the same calls touch them.
+
+    Args:
+        paths: The tensors, in the order of the tree.
+        calls: The calls, in order; the last write wins.
+        scratch: Tensors that the calls touch, but whose values come from elsewhere.
+    """
+
+    paths: tuple[str, ...]
+    calls: tuple[Call, ...]
+    scratch: tuple[str, ...]
+
+
+@frozen
+class Traced:
+    """One call, and what it does to which tensors."""
+
+    call: Call
+    touched: Mapping[str, Touch]
+
+    def writes(self, path: str) -> bool:
+        return path in self.touched and self.touched[path].writes
+
+
+def find_units(
+    model: nn.Module, tree: SpecTree, callables: Mapping[str, Any], init_weights: str | None
+) -> tuple[list[Unit], dict[str, Made], list[Problem]]:
+    """Return how the tensors without values are made: units in order, the source of each tensor, what is wrong.
+
+    Code of the user comes before that of an enclosing Hugging Face model, and that before ``reset_parameters`` or
+    ``_reset_parameters``; each only for tensors that those before leave unwritten. Within one owner's code children are
+    called before parents, as transformers' ``initialize_weights`` does, and the last write wins.
+
+    Args:
+        model: The model; it is not run and not changed.
+        tree: Its tensors. Those with source ``Unknown`` need code; ``Made`` ones have a call already.
+        callables: The user's functions by name.
+        init_weights: Name of the user's init code, if any.
+    """
+    tracer = _Tracer(model, tree, callables)
+    needed = {spec.path for spec in tree.values() if isinstance(spec.source, Unknown)}
+    traced: dict[Owner, list[Traced]] = {}
+    winner: dict[str, Owner] = {}
+    problems: list[Problem] = []
+    owners: tuple[Owner, ...] = ("user", "transformers", "reset")
+    for owner in owners:
+        if needed - winner.keys():
+            traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
+            problems += wrong
+            winner |= {path: owner for path in needed - winner.keys() if _covered(tree[path].num_elements, path, traced[owner])}
+    in_order = [(owner, one) for owner in reversed(owners) for one in traced.get(owner, [])]
+    makers: dict[str, list[Traced]] = {}
+    for path in (spec.path for spec in tree.values()):
+        if path in winner:
+            wins = owners.index(winner[path])
+            makers[path] = [one for owner, one in in_order if one.writes(path) and owners.index(owner) <= wins]
+        elif path in needed and not problems:
+            problems.append(_nobody(tree, path, [one for _, one in in_order]))
+    order = {id(one): place for place, (_, one) in enumerate(in_order)}
+    for spec in tree.values():
+        if isinstance(spec.source, Made):
+            override = Traced(spec.source.calls[0], {spec.path: Touch(writes=True)})
+            makers[spec.path] = [override]
+            order[id(override)] = len(order)
+    sources = {path: Made(tuple(one.call for one in sorted(ones, key=lambda o: order[id(o)]))) for path, ones in makers.items()}
+    return _units(tree, makers, order), sources, problems
+
+
+def run_call(model: nn.Module, call: Call, callables: Mapping[str, Any]) -> None:
+    """Run one piece of init code on a model whose tensors it touches are there."""
+    match call:
+        case ModuleCall(kind="init_weights", module=path, code=code):
+            function = find(code, callables)
+            module = model.get_submodule(path)
+            function(module, path) if takes_path(function) else function(module)
+        case ModuleCall(kind="_init_weights", module=path, owner=owner):
+            code: Any = model.get_submodule(owner)
+            code._init_weights(model.get_submodule(path))  # noqa: SLF001  transformers' name for it
+        case ModuleCall(kind=kind, module=path):
+            getattr(model.get_submodule(path), kind)()
+        case TensorCall(path=path, function=name):
+            find(name, callables)(get_tensor(model, path))
+        case FillCall(path=path, value=value):
+            get_tensor(model, path).fill_(value)
+
+
+def takes_path(function: Callable[..., Any]) -> bool:
+    """Tell whether the user's init code is ``(module, path)`` rather than ``(module)``.
+
+    >>> takes_path(lambda module: None), takes_path(lambda module, path: None), takes_path(lambda module, std=0.02: None)
+    (False, True, False)
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2:  # noqa: PLR2004
+        return False
+    return positional[1].default is inspect.Parameter.empty or positional[1].name in ("path", "name")
+
+
+def _calls(model: nn.Module, owner: Owner, init_weights: str | None) -> Iterator[ModuleCall]:
+    holding = {path.rpartition(".")[0] for path, _, _ in named_tensors(model)}
+    for path, module, pretrained in _children_first(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        match owner:
+            case "user" if init_weights and path in holding:
+                yield ModuleCall(path, "init_weights", init_weights)
+            case "transformers" if pretrained is not None:
+                code = model.get_submodule(pretrained)._init_weights  # noqa: SLF001
+                yield ModuleCall(path, "_init_weights", _code_name(code), pretrained)
+            case "reset":
+                for kind in ("reset_parameters", "_reset_parameters"):
+                    if callable(code := getattr(module, kind, None)):
+                        yield ModuleCall(path, kind, _code_name(code))
+                        break
+            case _:
+                pass
+
+
+def _children_first(
+    module: nn.Module, path: str = "", pretrained: str | None = None, seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Iterate over modules, each once, children before parents, with the path of the nearest Hugging Face model around."""
+    seen = set() if seen is None else seen
+    seen.add(id(module))
+    if any(c.__name__ == "PreTrainedModel" and c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__):
+        pretrained = path
+    for name, child in module.named_children():
+        if id(child) not in seen:
+            yield from _children_first(child, f"{path}.{name}".lstrip("."), pretrained, seen)
+    yield path, module, pretrained
+
+
+def _code_name(code: Any) -> str:
+    return f"{code.__module__}:{code.__qualname__}"
+
+
+class _Tracer:
+    """Runs calls on a copy of the model with fake tensors at their original shapes."""
+
+    def __init__(self, model: nn.Module, tree: SpecTree, callables: Mapping[str, Any]) -> None:
+        self._callables = callables
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self._model = copy_module(
+                model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"), keep_scripted=True
+            )
+        self._tree = tree
+        self._names: dict[int, str] = {}
+        for path, _, tensor in named_tensors(self._model):
+            if path in tree:
+                self._names.setdefault(_storage(tensor), tree[path].path)
+
+    def trace(self, calls: Iterator[ModuleCall]) -> tuple[list[Traced], list[Problem]]:
+        """Return what each call does, leaving out those that write nothing."""
+        traced: list[Traced] = []
+        problems: list[Problem] = []
+        with self._mode, torch.no_grad(), own_generators(0):
+            for call in calls:
+                recorder = Recorder(self._names)
+                module = self._model.get_submodule(call.module)
+                before = {name: _storage(t) for name, _, t in named_tensors(module)}
+                opaque = False
+                try:
+                    with recorder:
+                        run_call(self._model, call, self._callables)
+                except Exception as error:  # noqa: BLE001  it is the user's code, and what it raises is reported
+                    opaque = isinstance(error, _FAKE_ERRORS) or bool(_FAKE_WORDS.search(str(error)))
+                    if not opaque:
+                        cause = f"its init code {call.code} raises {type(error).__name__}: {error}"
+                        problems.append(Problem(call.module, cause, "Mend the code, or give values with .init(...)"))
+                self._note_rebound(call.module, module, before, recorder.touched)
+                if opaque:
+                    self._note_all(call.module, module, recorder.touched)
+                if any(touch.writes for touch in recorder.touched.values()):
+                    traced.append(Traced(call, recorder.touched))
+        return traced, problems
+
+    def _note_rebound(self, path: str, module: nn.Module, before: dict[str, int], touched: dict[str, Touch]) -> None:
+        """Notice code that puts another tensor in place (``weight.data = ...``) instead of writing into it."""
+        for name, _, tensor in named_tensors(module):
+            if before.get(name) != _storage(tensor) and (full := f"{path}.{name}".lstrip(".")) in self._tree:
+                known = self._tree[full].path
+                touched[known] = Touch(writes=True, overwritten={"rebound": self._tree[known].num_elements})
+                self._names[_storage(tensor)] = known
+
+    def _note_all(self, path: str, module: nn.Module, touched: dict[str, Touch]) -> None:
+        """Take it that code which cannot be followed to its end writes all tensors that its module holds."""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001
+            full = f"{path}.{name}".lstrip(".")
+            if tensor is not None and full in self._tree:
+                spec = self._tree[full]
+                touched[spec.path] = Touch(reads=True, writes=True, overwritten={"opaque": spec.num_elements})
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # noqa: SLF001  the only identity of a fake storage
+
+
+def _covered(num_elements: int, path: str, traced: Sequence[Traced]) -> bool:
+    """Tell whether the calls together give every element a value, going by the number of elements of distinct views."""
+    views: dict[object, int] = {}
+    wrote = False
+    for one in traced:
+        if one.writes(path):
+            wrote = True
+            views |= one.touched[path].overwritten
+    return wrote and sum(views.values()) >= num_elements
+
+
+def _nobody(tree: SpecTree, path: str, traced: Sequence[Traced]) -> Problem:
+    spec = tree[path]
+    writers = [one for one in traced if one.writes(path)]
+    if writers:
+        num = sum(one.touched[path].num_overwritten for one in writers)
+        code = ", ".join(dict.fromkeys(str(one.call) for one in writers))
+        cause = f"init code ({code}) gives values to {num} of its {spec.num_elements} elements"
+    else:
+        cause = "no init code writes it"
+    fix = f"Give it values: sch.at[{path!r}].init(0.0), or .init(function) that writes the tensor"
+    if spec.kind != "parameter":
+        fix += "; or build its module on the CPU, and its values are kept"
+    return Problem(path, cause, fix, spec.type)
+
+
+def _units(tree: SpecTree, makers: Mapping[str, Sequence[Traced]], order: Mapping[int, int]) -> list[Unit]:
+    """Join calls that touch a common tensor, and list the tensors of each such unit."""
+    calls = {id(one): one for ones in makers.values() for one in ones}
+    parent = {key: key for key in calls}
+
+    def root(key: int) -> int:
+        while parent[key] != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    first: dict[str, int] = {}
+    for key, one in calls.items():
+        for path in one.touched:
+            if path in makers:
+                parent[root(key)] = root(first.setdefault(path, key))
+    members: dict[int, list[Traced]] = {}
+    for key in sorted(calls, key=order.__getitem__):
+        members.setdefault(root(key), []).append(calls[key])
+    place = {spec.path: number for number, spec in enumerate(tree.values())}
+    units: list[Unit] = []
+    for ones in members.values():
+        touched = sorted({path for one in ones for path in one.touched}, key=place.__getitem__)
+        units.append(
+            Unit(
+                paths=tuple(path for path in touched if path in makers),
+                calls=tuple(one.call for one in ones),
+                scratch=tuple(path for path in touched if path not in makers),
+            )
+        )
+    return sorted((unit for unit in units if unit.paths), key=lambda unit: place[unit.paths[0]])

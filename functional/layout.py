@@ -1,0 +1,120 @@
+"""Changes of how modules compute, applied to a copy: the same code while planning, on fake tensors, and for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import TYPE_CHECKING, Any, assert_never, get_args
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from ..specs.steps import AddBiasAfterSync, LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel
+from .callables import find
+from .sync import SyncGroup, sync_function
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Coordinate, MeshAxis
+
+
+@frozen
+class Local:
+    """What one rank needs to know to change its module.
+
+    Args:
+        coordinate: Where it stands.
+        groups: Its synchronisation group along each mesh axis.
+        callables: The user's functions by name.
+    """
+
+    coordinate: Coordinate
+    groups: Mapping[MeshAxis, SyncGroup]
+    callables: Mapping[str, Any]
+
+
+def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:
+    """Change one module of a copy as a step says."""
+    module = model.get_submodule(step.module)
+    match step:
+        case SetAttributes(values=values):
+            for name, value in values.items():
+                setattr(module, name, value)
+        case VocabParallel():
+            assert isinstance(module, nn.Embedding), "the schedule checks it"
+            _own_rows(module, local.coordinate.index("tensor") * module.weight.shape[0])
+        case AddBiasAfterSync():
+            assert isinstance(module, nn.Linear), "the plan checks it"
+            module.forward = MethodType(_without_bias, module)
+            module.register_forward_hook(_add_bias)
+        case Sync(when=when, op=op, axis=axis, mesh_axis=mesh_axis):
+            function = sync_function(when, op, axis) if op in get_args(SyncOp) else find(op, local.callables)
+            hook = _Synchronise(function, local.groups[mesh_axis])
+            if when == "forward_post":
+                module.register_forward_hook(hook.after)
+            else:
+                module.register_forward_pre_hook(hook.before, with_kwargs=True)
+        case _:
+            assert_never(step)
+
+
+@frozen
+class _Synchronise:
+    """A hook that sends a module's first floating-point input or output through an operator."""
+
+    function: Callable[[Tensor, SyncGroup], Tensor]
+    group: SyncGroup
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        for place, value in enumerate(args):
+            if _is_activation(value):
+                return (*args[:place], self.function(value, self.group), *args[place + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if _is_activation(value):
+                return args, {**kwargs, name: self.function(value, self.group)}
+        msg = f"{type(module).__name__} was called without a floating-point tensor, and its input is to be synchronised"
+        raise TypeError(msg)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if _is_activation(output):
+            return self.function(output, self.group)
+        if isinstance(output, Mapping):
+            for name, value in output.items():
+                if _is_activation(value):
+                    output[name] = self.function(value, self.group)
+                    return output
+        if isinstance(output, (tuple, list)):
+            for place, value in enumerate(output):
+                if _is_activation(value):
+                    return type(output)((*output[:place], self.function(value, self.group), *output[place + 1 :]))
+        msg = f"{type(module).__name__} returned no floating-point tensor, and its output is to be synchronised"
+        raise TypeError(msg)
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _without_bias(self: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, self.weight)
+
+
+def _add_bias(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + module.bias
+
+
+def _own_rows(module: nn.Embedding, first_row: int) -> None:
+    """Make an embedding look up the rows that it has, from ``first_row`` on, and give zeros for all others."""
+    num_rows = module.weight.shape[0]
+    if module.padding_idx is not None:
+        local_padding = module.padding_idx - first_row
+        module.padding_idx = local_padding if 0 <= local_padding < num_rows else None
+    whole_forward = type(module).forward
+
+    def forward(self: nn.Embedding, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = ids - first_row
+        is_mine = (own >= 0) & (own < num_rows)
+        rows = whole_forward(self, torch.where(is_mine, own, 0), *args, **kwargs)
+        return rows.masked_fill(~is_mine.unsqueeze(-1), 0)
+
+    module.forward = MethodType(forward, module)

@@ -1,0 +1,205 @@
+"""From a schedule to a plan: pure, on a laptop, for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from attrs import evolve
+from torch import nn
+
+from ..specs.errors import PlanError, Problem
+from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
+from ..specs.param import ParamSpec
+from ..specs.plan import Plan, misfits
+from ..specs.source import Made, ModuleValues, OwnValues, Uninitialised, Unknown
+from ..specs.steps import (
+    AddBiasAfterSync,
+    Agree,
+    Broadcast,
+    LayoutStep,
+    MakeGroups,
+    Scatter,
+    SetAttributes,
+    Step,
+    Sync,
+    Tie,
+    VocabParallel,
+    Wrap,
+)
+from .callables import register
+from .check_forward import check_forward
+from .dialects import find_dialect
+from .init_code import Unit, find_units
+from .route import Strategy, local_only, route
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..specs.tree import SpecTree
+    from .schedule import Schedule
+
+
+def plan_build(
+    sch: Schedule,
+    *,
+    target: str | None = None,
+    init_weights: bool | Callable[..., object] = True,
+    strategy: Literal["auto"] | Strategy = "auto",
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """Return what every rank will hold and do. Touches no device, no process group, no generator, and not the model.
+
+    Args:
+        sch: What is declared.
+        target: Runtime that takes the module, by the name of its dialect; None for none.
+        init_weights: True for the model's own init code; a function ``(module)`` or ``(module, path)`` that is called for
+            each module that holds tensors; False to leave tensors on meta without values, and send nothing.
+        strategy: ``scatter`` (one rank makes a tensor, each gets its part), ``broadcast`` (each gets all and slices), or
+            ``auto``, which is ``scatter``.
+        seed: What all random numbers derive from.
+        config: The target's configuration: plain JSON values.
+        example_inputs: Tensors by the names of the model's arguments, meta ones will do; with them a forward pass at local
+            shapes is tried on fake tensors.
+
+    Raises:
+        PlanError: With everything that is wrong, at once.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from shardplan.specs import Mesh
+    >>> from shardplan.functional import create_schedule
+    >>> with torch.device("meta"):
+    ...     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> plan = plan_build(create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["2"].rowwise())
+    >>> plan.tree["0.weight"].local_shape(plan.mesh.coordinate(1))
+    (16, 8)
+    """
+    model: nn.Module = sch.runtime.model
+    problems = [*sch.problems, *misfits(sch.mesh, sch.tree), *_wrong_arguments(sch.mesh, strategy, seed, init_weights)]
+    problems += _wrong_scripted(model, sch.tree)
+    runtime = sch.runtime
+    code: str | None = None
+    if callable(init_weights):
+        code, callables = register(runtime.callables, init_weights)
+        runtime = evolve(runtime, callables=callables)
+    tree, units = sch.tree, []
+    if init_weights is False:
+        tree = tree.map(_without_init)
+        units = [Unit((s.path,), s.source.calls, ()) for s in tree.values() if isinstance(s.source, Made)]
+    elif not problems:
+        units, sources, unwritten = find_units(model, tree, runtime.callables, code)
+        problems += unwritten
+        tree = tree.map(lambda spec: evolve(spec, source=sources.get(spec.path, spec.source)))
+    layout, wrong_layout = _layout(model, sch)
+    problems += wrong_layout
+    dialect, unknown = find_dialect(target)
+    problems += unknown
+    if dialect is not None:
+        problems += dialect.check(sch.mesh, tree, config)
+    if example_inputs is not None and not problems:
+        problems += check_forward(model, tree, layout, sch.mesh, runtime.callables, example_inputs)
+    if problems or dialect is None:
+        raise PlanError(problems)
+    moves = [*_moves(sch.mesh, tree, units, "scatter" if strategy == "auto" else strategy), *_ties(tree)]
+    over = _groups(sch.mesh, [*moves, *layout], dialect.groups(sch.mesh))
+    steps = [Agree("opening"), *([MakeGroups(over)] if over else []), *moves, *layout, Agree("closing"), Wrap(target)]
+    return Plan(mesh=sch.mesh, tree=tree, steps=steps, target=target, config=config, seed=seed, runtime=runtime)
+
+
+def _wrong_arguments(mesh: Mesh, strategy: object, seed: object, init_weights: object) -> Iterator[Problem]:
+    strategies = ("auto", *get_args(Strategy))
+    if strategy not in strategies:
+        yield Problem("strategy", f"{strategy!r} is unknown", f"There are {', '.join(strategies)}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        yield Problem("seed", f"it is an integer, not {seed!r}", "seed=0")
+    if not isinstance(init_weights, bool) and not callable(init_weights):
+        yield Problem("init_weights", f"it is True, False or a function, not {init_weights!r}", "init_weights=True")
+    if mesh.pipe > 1:
+        cause = f"the mesh has pipe={mesh.pipe}, and nothing is cut: ranks past the first stage would hold nothing"
+        yield Problem("", cause, f"Mesh(data={mesh.data * mesh.pipe}, tensor={mesh.tensor}) has as many ranks")
+
+
+def _wrong_scripted(model: nn.Module, tree: SpecTree) -> Iterator[Problem]:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                spec = tree[f"{path}.{name}".lstrip(".")]
+                if spec.shards:
+                    yield Problem(spec.path, "it belongs to a scripted module, whose code cannot be split", "Leave it whole", spec.type)
+                if isinstance(spec.source, (Unknown, Made)):
+                    cause = "it belongs to a scripted module, which keeps the values it came with"
+                    yield Problem(spec.path, cause, "Script the module on the CPU, with its values in place", spec.type)
+
+
+def _without_init(spec: ParamSpec) -> ParamSpec:
+    match spec.source:
+        case Unknown():
+            return evolve(spec, source=Uninitialised())
+        case ModuleValues():
+            return evolve(spec, source=OwnValues())
+        case _:
+            return spec
+
+
+def _layout(model: nn.Module, sch: Schedule) -> tuple[list[LayoutStep], list[Problem]]:
+    """Return the changes that matter on this mesh; a bias behind a summed output goes after the sum."""
+    steps = [step for step in sch.layout if _matters(step, sch.mesh)]
+    problems: list[Problem] = []
+    summed = dict.fromkeys(s.module for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather")
+    for path in summed:
+        module = model.get_submodule(path)
+        weight = sch.tree.get(f"{path}.weight".lstrip("."))
+        if not isinstance(module, nn.Linear) or module.bias is None or weight is None:
+            continue
+        if weight.shards and weight.shards[0].axis == 1 and weight.shards[0].mesh_axis == "tensor":
+            steps.append(AddBiasAfterSync(path))
+            if type(module).forward is not nn.Linear.forward:
+                cause = (
+                    f"its bias belongs after the sum over ranks, and {type(module).__name__} has a forward of its own,"
+                    f" so that it would be added {sch.mesh.tensor} times"
+                )
+                problems.append(Problem(path, cause, "Use a plain nn.Linear, or bias=False", weight.type))
+    return steps, problems
+
+
+def _matters(step: LayoutStep, mesh: Mesh) -> bool:
+    match step:
+        case Sync(mesh_axis=mesh_axis):
+            return mesh.num(mesh_axis) > 1
+        case VocabParallel() | AddBiasAfterSync():
+            return mesh.tensor > 1
+        case SetAttributes():
+            return True
+
+
+def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy) -> Iterator[Step]:
+    place = {path: number for number, path in enumerate(tree)}
+    made: list[tuple[Unit | None, tuple[ParamSpec, ...]]] = [(unit, tuple(tree[p] for p in unit.paths)) for unit in units]
+    made += [(None, (spec,)) for spec in tree.values() if isinstance(spec.source, ModuleValues)]
+    made.sort(key=lambda item: place[item[1][0].path])
+    yield from route(made, mesh, 0, strategy)
+    yield from local_only((s for s in tree.values() if isinstance(s.source, (OwnValues, Uninitialised))), 0)
+
+
+def _ties(tree: SpecTree) -> Iterator[Tie]:
+    return (Tie(spec.stage, spec.path, spec.tie) for spec in tree.values() if spec.tie)
+
+
+def _groups(
+    mesh: Mesh, steps: list[Step | LayoutStep], wanted: tuple[tuple[MeshAxis, ...], ...]
+) -> tuple[tuple[MeshAxis, ...], ...]:
+    """Return the sets of mesh axes along which groups are needed, in mesh order, each once."""
+    needed = set(wanted)
+    for step in steps:
+        match step:
+            case Scatter(over=over) | Broadcast(over=over):
+                needed.add(over)
+            case Sync(mesh_axis=mesh_axis):
+                needed.add((mesh_axis,))
+            case _:
+                pass
+    return tuple(sorted(needed, key=lambda axes: [MESH_AXES.index(m) for m in axes]))

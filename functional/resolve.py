@@ -1,0 +1,242 @@
+"""From a step for all ranks to what it asks of one rank."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Literal, assert_never
+
+from attrs import frozen
+
+from ..specs.dtypes import num_bytes
+from ..specs.param import Index, ParamSpec, index_shape
+from ..specs.steps import (
+    AddBiasAfterSync,
+    Agree,
+    Allocate,
+    Broadcast,
+    Generate,
+    LayoutStep,
+    MakeGroups,
+    Place,
+    Scatter,
+    SetAttributes,
+    Slice,
+    Step,
+    Sync,
+    TakeShard,
+    TakeWhole,
+    Tie,
+    VocabParallel,
+    Wrap,
+)
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Coordinate, MeshAxis
+    from ..specs.source import Call
+    from ..specs.tree import SpecTree
+
+
+@frozen
+class Piece:
+    """A part of one tensor, as it is allocated, cut or sent."""
+
+    spec: ParamSpec
+    index: Index
+
+    @property
+    def path(self) -> str:
+        """Canonical path of the tensor."""
+        return self.spec.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        return index_shape(self.index)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the part."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the part."""
+        return self.num_elements * num_bytes(self.spec.dtype)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it lies in one piece in the whole tensor: only the first axis longer than 1 is cut."""
+        sizes = self.spec.orig_shape
+        cut = [axis for axis, (start, stop) in enumerate(self.index) if stop - start < sizes[axis]]
+        return not cut or all(stop - start == 1 for start, stop in self.index[: cut[-1]])
+
+
+@frozen
+class Nothing:
+    """The step is not for this rank."""
+
+
+@frozen
+class OpenGroups:
+    """Take part in making every group along each of these sets of mesh axes."""
+
+    over: tuple[tuple[MeshAxis, ...], ...]
+    num_groups: int
+
+
+@frozen
+class Make:
+    """Allocate whole tensors, run the calls on them in order, keep some."""
+
+    pieces: tuple[Piece, ...]
+    scratch: tuple[Piece, ...]
+    calls: tuple[Call, ...]
+
+
+@frozen
+class Take:
+    """Copy parts of the values that this rank's module has."""
+
+    pieces: tuple[Piece, ...]
+
+
+@frozen
+class Reserve:
+    """Allocate parts and leave them uninitialised."""
+
+    pieces: tuple[Piece, ...]
+
+
+@frozen
+class Exchange:
+    """One collective message.
+
+    Args:
+        op: What it is.
+        mesh_axes: Mesh axes that the group spans.
+        group: Ranks of the group; the first one sends.
+        is_root: Whether this rank is the first.
+        pieces: What this rank holds of each tensor afterwards.
+        parts: For the sender of a scatter, what each member gets, in the order of the group.
+    """
+
+    op: Literal["broadcast", "scatter"]
+    mesh_axes: tuple[MeshAxis, ...]
+    group: range
+    is_root: bool
+    pieces: tuple[Piece, ...]
+    parts: tuple[tuple[Piece, ...], ...] = ()
+
+
+@frozen
+class Cut:
+    """Keep a part of each whole tensor."""
+
+    pieces: tuple[Piece, ...]
+
+
+@frozen
+class Install:
+    """Make tensors those of the module."""
+
+    specs: tuple[ParamSpec, ...]
+
+
+@frozen
+class Alias:
+    """Make one tensor stand under its other paths again."""
+
+    spec: ParamSpec
+    aliases: tuple[str, ...]
+
+
+@frozen
+class Change:
+    """Change how a module computes."""
+
+    step: LayoutStep
+
+
+@frozen
+class Hand:
+    """Hand the module to the target."""
+
+    target: str | None
+
+
+Work = Nothing | Agree | OpenGroups | Make | Take | Reserve | Exchange | Cut | Install | Alias | Change | Hand
+
+
+def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:
+    """Return what a step asks of the rank at ``coordinate``: the one place where ranks and intervals are computed.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree
+    >>> tree = SpecTree([ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))])
+    >>> work = resolve(Scatter(stage=0, paths=("up.weight",), over=("tensor",)), Mesh(tensor=4).coordinate(2), tree)
+    >>> work.group, work.is_root, work.pieces[0].index
+    (range(0, 4), False, ((4, 6), (0, 4)))
+    """
+    match step:
+        case Agree():
+            return step
+        case Wrap(target=target):
+            return Hand(target)
+        case MakeGroups(over=over):
+            return OpenGroups(over, sum(len(coordinate.mesh.groups(*mesh_axes)) for mesh_axes in over))
+        case SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
+            return Change(step)
+        case _ if step.stage != coordinate.pipe:
+            return Nothing()
+        case Generate(paths=paths, calls=calls, scratch=scratch):
+            if not coordinate.is_first("data", "tensor"):
+                return Nothing()
+            return Make(_whole(tree, paths), _whole(tree, scratch), calls)
+        case TakeWhole(paths=paths):
+            return Take(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
+        case TakeShard(paths=paths):
+            return Take(_parts(tree, paths, coordinate))
+        case Allocate(paths=paths):
+            return Reserve(_parts(tree, paths, coordinate))
+        case Scatter(paths=paths, over=over):
+            return _scatter(_parts(tree, paths, coordinate), over, coordinate)
+        case Broadcast(paths=paths, over=over):
+            pieces = tuple(_travelling(tree[path], over, coordinate) for path in paths)
+            return Exchange("broadcast", over, coordinate.group(*over), coordinate.is_first(*over), pieces)
+        case Slice(paths=paths):
+            return Cut(_parts(tree, paths, coordinate))
+        case Place(paths=paths):
+            return Install(tuple(tree[path] for path in paths))
+        case Tie(path=path, aliases=aliases):
+            return Alias(tree[path], aliases)
+        case _:
+            assert_never(step)
+
+
+def _scatter(pieces: tuple[Piece, ...], over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Work:
+    others: tuple[MeshAxis, ...] = tuple(m for m in ("data", "tensor") if m not in over)
+    if not coordinate.is_first(*others):
+        return Nothing()
+    group, is_root = coordinate.group(*over), coordinate.is_first(*over)
+    parts: tuple[tuple[Piece, ...], ...] = ()
+    if is_root:
+        members = map(coordinate.mesh.coordinate, group)
+        parts = tuple(tuple(Piece(p.spec, p.spec.index(member)) for p in pieces) for member in members)
+    return Exchange("scatter", over, group, is_root, pieces, parts)
+
+
+def _travelling(spec: ParamSpec, over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Piece:
+    if set(spec.mesh_axes(coordinate)) & set(over):
+        return Piece(spec, _whole_index(spec))
+    return Piece(spec, spec.index(coordinate))
+
+
+def _whole(tree: SpecTree, paths: tuple[str, ...]) -> tuple[Piece, ...]:
+    return tuple(Piece(tree[path], _whole_index(tree[path])) for path in paths)
+
+
+def _parts(tree: SpecTree, paths: tuple[str, ...], coordinate: Coordinate) -> tuple[Piece, ...]:
+    return tuple(Piece(tree[path], tree[path].index(coordinate)) for path in paths)
+
+
+def _whole_index(spec: ParamSpec) -> Index:
+    return tuple((0, size) for size in spec.orig_shape)

@@ -1,0 +1,96 @@
+"""The road that values take: from units that are made to steps that every rank follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+from attrs import Factory, define
+
+from ..specs.steps import Allocate, Broadcast, Generate, Place, Scatter, Slice, Step, TakeShard, TakeWhole
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Coordinate, Mesh, MeshAxis
+    from ..specs.param import ParamSpec
+    from .init_code import Unit
+
+Strategy = Literal["scatter", "broadcast"]
+"""How values get from the rank that makes them to those that keep them."""
+
+BUCKET_BYTES = 32 * 2**20
+"""Small tensors travel together until they fill this; a larger one travels alone."""
+
+
+def route(
+    units: Iterable[tuple[Unit | None, tuple[ParamSpec, ...]]], mesh: Mesh, stage: int, strategy: Strategy
+) -> Iterator[Step]:
+    """Iterate over the steps that make, send, slice and place the tensors of one stage.
+
+    Args:
+        units: What is made together, with its tensors; None for values that the module already has.
+        mesh: The ranks.
+        stage: Pipeline stage.
+        strategy: ``scatter`` (each rank gets its part only) or ``broadcast`` (each gets all, then slices).
+    """
+    road = _Road(mesh.coordinate(mesh.stage(stage).start), stage, strategy)
+    for unit, specs in units:
+        paths = tuple(spec.path for spec in specs)
+        yield TakeWhole(stage, paths) if unit is None else Generate(stage, paths, unit.calls, unit.scratch)
+        for spec in specs:
+            yield from road.add(spec)
+    yield from road.flush()
+
+
+def local_only(specs: Iterable[ParamSpec], stage: int) -> Iterator[Step]:
+    """Iterate over the steps for tensors that nobody sends: each rank has its own values, or none."""
+    from ..specs.source import OwnValues
+
+    chosen = tuple(specs)
+    own = tuple(spec.path for spec in chosen if isinstance(spec.source, OwnValues))
+    bare = tuple(spec.path for spec in chosen if not isinstance(spec.source, OwnValues))
+    if own:
+        yield TakeShard(stage, own)
+    if bare:
+        yield Allocate(stage, bare)
+    if chosen:
+        yield Place(stage, own + bare)
+
+
+@define
+class _Road:
+    """Buckets that fill up: tensors of one dtype that are split over the same mesh axes travel together."""
+
+    first: Coordinate
+    stage: int
+    strategy: Strategy
+    buckets: dict[tuple[str, tuple[MeshAxis, ...]], list[ParamSpec]] = Factory(dict)
+
+    def add(self, spec: ParamSpec) -> Iterator[Step]:
+        if spec.num_bytes >= BUCKET_BYTES:
+            yield from self.send([spec], spec.mesh_axes(self.first))
+            return
+        key = (spec.dtype, spec.mesh_axes(self.first))
+        bucket = self.buckets.setdefault(key, [])
+        if sum(other.num_bytes for other in bucket) + spec.num_bytes > BUCKET_BYTES:
+            yield from self.send(self.buckets.pop(key), key[1])
+            bucket = self.buckets.setdefault(key, [])
+        bucket.append(spec)
+
+    def flush(self) -> Iterator[Step]:
+        for (_, split), bucket in self.buckets.items():
+            yield from self.send(bucket, split)
+        self.buckets.clear()
+
+    def send(self, specs: list[ParamSpec], split: tuple[MeshAxis, ...]) -> Iterator[Step]:
+        paths = tuple(spec.path for spec in specs)
+        several: tuple[MeshAxis, ...] = tuple(m for m in ("data", "tensor") if self.first.mesh.num(m) > 1)
+        if self.strategy == "scatter" and split:
+            yield Scatter(self.stage, paths, split)
+            if rest := tuple(m for m in several if m not in split):
+                yield Broadcast(self.stage, paths, rest)
+        else:
+            if several:
+                yield Broadcast(self.stage, paths, several)
+            if split:
+                yield Slice(self.stage, paths)
+        yield Place(self.stage, paths)

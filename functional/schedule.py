@@ -1,0 +1,366 @@
+"""The schedule: how a model is to be split, said in verbs, each giving a new schedule."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from attrs import evolve, field, frozen
+from frozendict import frozendict
+from torch import nn
+
+from ..specs.errors import Problem
+from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
+from ..specs.param import Origin, ParamSpec, Shard
+from ..specs.pattern import closest, compile_pattern
+from ..specs.plan import Runtime
+from ..specs.source import FillCall, Made, TensorCall
+from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
+from .callables import register
+from .skeleton import ModuleSpec, read_modules, read_tensors
+
+if TYPE_CHECKING:
+    from ..specs.tree import SpecTree
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
+    """Return a schedule that says nothing yet: every rank of a stage holds every tensor whole.
+
+    Reads shapes, dtypes, ties, buffers and requires_grad; copies and changes no tensor.
+
+    Args:
+        model: The model, best built under ``torch.device("meta")``.
+        mesh: The ranks that it will be split over.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from shardplan.specs import Mesh
+    >>> with torch.device("meta"):
+    ...     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> sch = create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["2"].rowwise()
+    >>> for spec in sch.tree.values():
+    ...     print(spec)
+    0.weight  f32[32@tensor, 8]
+    0.bias  f32[32@tensor]
+    2.weight  f32[8, 32@tensor]
+    2.bias  f32[8]
+    """
+    tree, problems = read_tensors(model)
+    return Schedule(mesh=mesh, tree=tree, modules=read_modules(model), problems=problems, runtime=Runtime(model=model))
+
+
+@frozen
+class Schedule:
+    """How a model is to be split. Immutable: a verb gives a new schedule.
+
+    ``sch.at[pattern]`` selects modules and tensors; the verbs after it apply to them. What is wrong is collected in
+    ``problems`` and raised by ``plan_build``, all at once.
+
+    Args:
+        mesh: The ranks.
+        tree: Every tensor with what was said of it.
+        modules: Every module.
+        layout: Changes of how modules compute, in order.
+        problems: What is wrong so far.
+        pattern: What the verbs apply to.
+        runtime: Model and callables; outside equality.
+    """
+
+    mesh: Mesh
+    tree: SpecTree = field(repr=False)
+    modules: tuple[ModuleSpec, ...] = field(repr=False)
+    layout: tuple[LayoutStep, ...] = field(default=(), repr=False)
+    problems: tuple[Problem, ...] = field(default=(), converter=tuple, repr=False)
+    pattern: str | None = field(default=None, eq=False)
+    runtime: Runtime = field(factory=Runtime, eq=False, repr=False)
+
+    @property
+    def at(self) -> At:
+        """``sch.at[pattern]``: the same schedule, with a selection.
+
+        ``*`` stands for anything within one name, ``**`` across names, ``[qkv]`` for one of these characters,
+        ``{gate,up}`` for one of these names. A pattern that matches nothing is a problem.
+        """
+        return At(self)
+
+    def expect(self, num: int) -> Schedule:
+        """Say how many modules and tensors the pattern selects; another number is a problem."""
+        found = len(self._modules()) + len(self._tensors())
+        if found in (0, num):
+            return self._or_unmatched()
+        named = [m.path for m in self._modules()] + [s.path for s in self._tensors()]
+        cause = f"{num} expected, {found} selected: {', '.join(named[:3])}{', ...' if found > 3 else ''}"  # noqa: PLR2004
+        return self._wrong(Problem(self._pattern(), cause, f"Write .expect({found}) if that is meant, or mend the pattern"))
+
+    def tag(self, **tags: object) -> Schedule:
+        """Note plain values on tensors, or on all tensors of modules; ``spec.tags`` has them."""
+        return self._edit("tag", self._tensors_below(), lambda spec: evolve(spec, tags={**spec.tags, **tags}))
+
+    def init(self, value: float | Callable[..., object]) -> Schedule:
+        """Give tensors their values, whatever other init code says.
+
+        Args:
+            value: A number that fills them, or a function that is called with each whole tensor and writes it in place.
+        """
+        if isinstance(value, (bool, int, float)):
+            return self._edit("init", self._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),))))
+        name, callables = register(self.runtime.callables, value)
+        sch = evolve(self, runtime=evolve(self.runtime, callables=callables))
+        return sch._edit("init", self._tensors_below(), lambda spec: evolve(spec, source=Made((TensorCall(spec.path, name),))))
+
+    def set(self, **attributes: object) -> Schedule:
+        """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
+        sch = self._or_unmatched(modules=True)
+        for module in self._modules():
+            for name in attributes:
+                if not hasattr(self._module(module), name):
+                    near = closest(name, (a for a in vars(self._module(module)) if not a.startswith("_")))
+                    fix = f"The closest are {', '.join(near)}" if near else ""
+                    sch = sch._wrong(Problem(module.path, f"it has no attribute {name!r} to set", fix))
+        return sch._with_layout(SetAttributes(module.path, frozendict(attributes)) for module in self._modules())
+
+    def shard(self, name: str | None = None, *, axis: int, mesh_axis: MeshAxis = "tensor") -> Schedule:
+        """Split tensors along an axis, in equal parts over a mesh axis.
+
+        Args:
+            name: Tensor of each selected module; left out if the pattern selects tensors.
+            axis: Axis of the tensor, negative from the end.
+            mesh_axis: ``tensor`` or ``data``.
+        """
+        return self._shard("shard", name, axis, mesh_axis)
+
+    def sync(
+        self, when: When, op: SyncOp | Callable[..., object], axis: int | None = None, *, mesh_axis: MeshAxis = "tensor"
+    ) -> Schedule:
+        """Send a module's input or output through a collective operator, with its own autograd formula.
+
+        The first floating-point tensor among the arguments, or of the result, is meant.
+
+        Args:
+            when: ``forward_pre`` (the input), ``forward_post`` (the output), or ``backward_post`` (the gradient of the
+                input).
+            op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, or a function ``(tensor, group) -> tensor``.
+            axis: Axis of the activation that is gathered or scattered, negative from the end.
+            mesh_axis: Mesh axis along which it communicates.
+        """
+        sch = self._or_unmatched(modules=True)
+        if problem := _wrong_sync(self._pattern(), when, op, axis, mesh_axis):
+            return sch._wrong(problem)
+        if callable(op):
+            name, callables = register(self.runtime.callables, op)
+            sch = evolve(sch, runtime=evolve(self.runtime, callables=callables))
+        else:
+            name = op
+        return sch._with_layout(Sync(module.path, when, name, axis, mesh_axis) for module in self._modules())
+
+    def colwise(self, *, gather_output: bool = False) -> Schedule:
+        """Split the outputs of ``nn.Linear``: each rank computes some of the output features from the whole input.
+
+        In verbs: ``.shard("weight", axis=0)``, ``.shard("bias", axis=0)``, ``.sync("backward_post", "all_reduce")``,
+        ``.set(out_features=...)``, and with ``gather_output`` also ``.sync("forward_post", "all_gather", axis=-1)``.
+        """
+        sch = self._or_unmatched(modules=True)
+        for module in self._modules():
+            if not isinstance(self._module(module), nn.Linear):
+                sch = sch._wrong(_not_a(module, "nn.Linear", "colwise", '.shard("weight", axis=...) and .sync(...)'))
+                continue
+            one = sch._narrowed(module)._shard("colwise", "weight", 0, "tensor")
+            if f"{module.path}.bias".lstrip(".") in self.tree:
+                one = one._shard("colwise", "bias", 0, "tensor")
+            one = one.sync("backward_post", "all_reduce")._set_local(module, "out_features")
+            sch = one.sync("forward_post", "all_gather", axis=-1) if gather_output else one
+        return sch._focus(self._pattern())
+
+    def rowwise(self) -> Schedule:
+        """Split the inputs of ``nn.Linear``: each rank sums over some of the input features, then all ranks sum.
+
+        In verbs: ``.shard("weight", axis=1)``, ``.sync("forward_post", "all_reduce")``, ``.set(in_features=...)``. A bias
+        is added once, after the sum.
+        """
+        sch = self._or_unmatched(modules=True)
+        for module in self._modules():
+            if not isinstance(self._module(module), nn.Linear):
+                sch = sch._wrong(_not_a(module, "nn.Linear", "rowwise", '.shard("weight", axis=...) and .sync(...)'))
+                continue
+            one = sch._narrowed(module)._shard("rowwise", "weight", 1, "tensor")
+            sch = one.sync("forward_post", "all_reduce")._set_local(module, "in_features")
+        return sch._focus(self._pattern())
+
+    def vocab_parallel(self) -> Schedule:
+        """Split the rows of ``nn.Embedding``: each rank looks up its own, and all ranks sum.
+
+        In verbs: ``.shard("weight", axis=0)``, rows of others give zeros, ``.sync("forward_post", "all_reduce")``,
+        ``.set(num_embeddings=...)``.
+        """
+        sch = self._or_unmatched(modules=True)
+        for module in self._modules():
+            embedding = self._module(module)
+            if not isinstance(embedding, nn.Embedding):
+                sch = sch._wrong(_not_a(module, "nn.Embedding", "vocab_parallel", ".colwise() for a head"))
+                continue
+            if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+                cause = "max_norm and scale_grad_by_freq look at all rows, and each rank has some"
+                sch = sch._wrong(Problem(module.path, cause, "Leave it whole, or do without them"))
+            one = sch._narrowed(module)._shard("vocab_parallel", "weight", 0, "tensor")
+            one = one._with_layout([VocabParallel(module.path)])
+            sch = one.sync("forward_post", "all_reduce")._set_local(module, "num_embeddings")
+        return sch._focus(self._pattern())
+
+    # -- selection
+
+    def _pattern(self) -> str:
+        if self.pattern is None:
+            msg = "a verb needs a selection: sch.at[pattern].verb(...)"
+            raise ValueError(msg)
+        return self.pattern
+
+    def _focus(self, pattern: str) -> Schedule:
+        return evolve(self, pattern=pattern)
+
+    def _narrowed(self, module: ModuleSpec) -> Schedule:
+        literal = "".join(f"[{c}]" if c in "*?{},[]" else c for c in module.path)
+        return self._focus(literal)
+
+    def _modules(self) -> tuple[ModuleSpec, ...]:
+        if self._is_known_wrong():
+            return ()
+        matches = compile_pattern(self._pattern()).fullmatch
+        return tuple(m for m in self.modules if any(map(matches, (m.path, *m.aliases))))
+
+    def _tensors(self) -> tuple[ParamSpec, ...]:
+        return () if self._is_known_wrong() else self.tree.select(self._pattern())
+
+    def _is_known_wrong(self) -> bool:
+        """Whether the pattern itself is a problem already: it selects nothing, and nothing more is said of it."""
+        return any(problem.path == self._pattern() and not self._is_path(problem.path) for problem in self.problems)
+
+    def _is_path(self, pattern: str) -> bool:
+        return pattern in self.tree or any(pattern in (m.path, *m.aliases) for m in self.modules)
+
+    def _tensors_below(self) -> Iterator[ParamSpec]:
+        prefixes = tuple(f"{m.path}." if m.path else "" for m in self._modules())
+        chosen = {spec.path for spec in self._tensors()}
+        return (s for s in self.tree.values() if s.path in chosen or any(p.startswith(prefixes) for p in s.paths if prefixes))
+
+    def _module(self, module: ModuleSpec) -> nn.Module:
+        return self.runtime.model.get_submodule(module.path)
+
+    # -- edits
+
+    def _wrong(self, problem: Problem) -> Schedule:
+        return evolve(self, problems=(*self.problems, problem))
+
+    def _or_unmatched(self, *, modules: bool = False) -> Schedule:
+        """Return the schedule, with a problem if the pattern selects nothing that the verb is for."""
+        pattern = self._pattern()
+        if self._is_known_wrong() or self._modules() or (not modules and self._tensors()):
+            return self
+        if modules and self._tensors():
+            return self._wrong(Problem(pattern, "it selects tensors, and this verb is for modules", "Drop the tensor's name"))
+        near = closest(pattern, [*(m.path for m in self.modules), *self.tree.all_paths])
+        fix = f"The closest are {', '.join(near)}" if near else "print(model) shows its paths"
+        return self._wrong(Problem(pattern, "no module and no tensor has a path like this", fix))
+
+    def _with_layout(self, steps: Iterable[LayoutStep]) -> Schedule:
+        """Add steps; one that is there already says nothing new."""
+        return evolve(self, layout=tuple(dict.fromkeys((*self.layout, *steps))))
+
+    def _edit(self, verb: str, specs: Iterable[ParamSpec], change: Callable[[ParamSpec], ParamSpec]) -> Schedule:
+        origin = Origin(verb, self._pattern(), _caller())
+        changed = {s.path: change(s if s.origin else evolve(s, origin=origin)) for s in specs}
+        return evolve(self._or_unmatched(), tree=self.tree.replace(changed))
+
+    def _shard(self, verb: str, name: str | None, axis: int, mesh_axis: MeshAxis) -> Schedule:
+        sch = self._or_unmatched(modules=name is not None)
+        specs = self._tensors()
+        if name is not None:
+            paths = [f"{m.path}.{name}".lstrip(".") for m in self._modules()]
+            specs = tuple(dict.fromkeys(self.tree[path] for path in paths if path in self.tree))
+            for path in paths:
+                if path not in self.tree:
+                    module = path.rpartition(".")[0]
+                    near = [s.path.rpartition(".")[2] for s in self.tree.values() if s.module == module]
+                    fix = f"It holds {', '.join(near)}" if near else "It holds no tensors itself; its submodules do"
+                    sch = sch._wrong(Problem(module, f"it has no tensor {name!r}", fix))
+        elif not specs and self._modules():
+            cause = "it selects modules, and .shard(axis=...) is for tensors"
+            return sch._wrong(Problem(self._pattern(), cause, f'Name the tensor: .shard("weight", axis={axis})'))
+        origin = Origin(verb, self._pattern(), _caller())
+        changed: dict[str, ParamSpec] = {}
+        for spec in specs:
+            outcome = _sharded(spec, axis, mesh_axis, origin)
+            if isinstance(outcome, Problem):
+                sch = sch._wrong(outcome)
+            else:
+                changed[spec.path] = outcome
+        return evolve(sch, tree=sch.tree.replace(changed))
+
+    def _set_local(self, module: ModuleSpec, attribute: str) -> Schedule:
+        size, num = getattr(self._module(module), attribute), self.mesh.tensor
+        return self._with_layout([SetAttributes(module.path, frozendict({attribute: size // num}))])
+
+
+@frozen
+class At:
+    """``sch.at``: waits for a pattern in brackets."""
+
+    schedule: Schedule
+
+    def __getitem__(self, pattern: str) -> Schedule:
+        try:
+            compile_pattern(pattern)
+        except ValueError as error:
+            problem = Problem(pattern, str(error), "Close it, or write ? for a bracket that belongs to a name")
+            return evolve(self.schedule, problems=(*self.schedule.problems, problem), pattern=pattern)
+        return evolve(self.schedule, pattern=pattern)
+
+
+def _sharded(spec: ParamSpec, axis: int, mesh_axis: MeshAxis, origin: Origin) -> ParamSpec | Problem:
+    rank = len(spec.orig_shape)
+    if not -rank <= axis < rank:
+        return Problem(spec.path, f"it has no axis {axis}", f"Its axes are 0 to {rank - 1}" if rank else "It is a scalar", spec.type)
+    if mesh_axis not in MESH_AXES:
+        return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", f"There are {', '.join(MESH_AXES)}", spec.type)
+    shard = Shard(axis % rank, mesh_axis)
+    if shard in spec.shards:
+        return spec
+    if spec.shards:
+        first = spec.shards[0]
+        cause = (
+            f"it is split twice: along axis {first.axis} over {first.mesh_axis!r} ({spec.origin}),"
+            f" and along axis {shard.axis} over {shard.mesh_axis!r} ({origin})"
+        )
+        tied = f" It is one tensor with {', '.join(spec.tie)}." if spec.tie else ""
+        return Problem(spec.path, cause, f"Keep one of them.{tied}", spec.type)
+    return spec.shard(shard, origin)
+
+
+def _wrong_sync(pattern: str, when: object, op: object, axis: int | None, mesh_axis: object) -> Problem | None:
+    if when not in get_args(When):
+        return Problem(pattern, f"a sync cannot stand at {when!r}", f"It stands at {', '.join(get_args(When))}")
+    if not callable(op) and op not in get_args(SyncOp):
+        return Problem(pattern, f"sync operator {op!r} is unknown", f"There are {', '.join(get_args(SyncOp))}, or a function")
+    if op in ("all_gather", "reduce_scatter") and axis is None:
+        return Problem(pattern, f"{op} needs the axis of the activation", f'.sync({when!r}, "{op}", axis=-1)')
+    if op == "all_reduce" and axis is not None:
+        return Problem(pattern, f"all_reduce has no axis, and axis={axis} was given", f'.sync({when!r}, "all_reduce")')
+    if mesh_axis not in ("data", "tensor"):
+        return Problem(pattern, f"a sync cannot run along mesh axis {mesh_axis!r}", "It runs along data or tensor")
+    return None
+
+
+def _not_a(module: ModuleSpec, wanted: str, verb: str, instead: str) -> Problem:
+    found = module.type.partition(":")[2]
+    return Problem(module.path, f".{verb}() is for {wanted}, and this is a {found}", f"Spell it out: {instead}")
+
+
+def _caller() -> str:
+    frame = sys._getframe(1)  # noqa: SLF001  inspect.stack reads source files
+    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+

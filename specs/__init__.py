@@ -1,0 +1,47 @@
+"""What is planned: immutable records and their own laws. No torch, no effects."""
+
+from .codec import dumps, loads
+from .errors import PlanError, Problem
+from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
+from .param import Index, Kind, Origin, ParamSpec, Shard
+from .plan import SCHEMA_VERSION, Plan, Runtime
+from .receipt import Collective, Receipt
+from .report import Finding, Report
+from .source import Call, FillCall, Made, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
+from .steps import Step
+from .tree import SpecTree
+
+__all__ = [
+    "MESH_AXES",
+    "SCHEMA_VERSION",
+    "Call",
+    "Collective",
+    "Coordinate",
+    "FillCall",
+    "Finding",
+    "Groups",
+    "Index",
+    "Kind",
+    "Made",
+    "Mesh",
+    "MeshAxis",
+    "ModuleCall",
+    "ModuleValues",
+    "Origin",
+    "OwnValues",
+    "ParamSpec",
+    "Plan",
+    "PlanError",
+    "Problem",
+    "Receipt",
+    "Report",
+    "Runtime",
+    "Shard",
+    "Source",
+    "SpecTree",
+    "Step",
+    "TensorCall",
+    "Uninitialised",
+    "dumps",
+    "loads",
+]

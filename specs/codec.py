@@ -1,0 +1,131 @@
+"""Plans as JSON, and back: never pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, get_args, get_origin
+
+import cattrs
+from attrs import fields, frozen
+from cattrs.gen import make_dict_unstructure_fn, override
+from cattrs.preconf.json import make_converter
+from cattrs.strategies import configure_tagged_union, use_class_methods
+from frozendict import deepfreeze, frozendict
+
+from .errors import PlanError, Problem
+from .param import ParamSpec
+from .plan import SCHEMA_VERSION, Plan
+from .source import Call, Source
+from .steps import Step
+from .tree import SpecTree
+
+
+def dumps(plan: Plan) -> str:
+    """Return a plan as JSON.
+
+    Raises:
+        PlanError: If it calls a lambda or a closure, which no other process can find by name.
+    """
+    problems = [
+        Problem(
+            name,
+            "a lambda, closure or other nameless function runs, but cannot be saved",
+            "Define it with 'def' at the top level of a module that can be imported",
+        )
+        for name in plan.callables
+        if is_nameless(name)
+    ]
+    if problems:
+        raise PlanError(problems)
+    data = {**_WITH_ORIGINS.unstructure(plan), "fingerprint": plan.fingerprint}
+    return json.dumps(data, indent=1, allow_nan=False)
+
+
+def loads(text: str) -> Plan:
+    """Return the plan that ``dumps`` wrote. Its model is given to ``execute``; its callables are imported there.
+
+    Raises:
+        PlanError: If the text is no JSON, is of another schema version, or is damaged; it says where.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _damaged(f"it is no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise _damaged(f"it is a JSON {type(data).__name__}, not an object")
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        cause = f"its schema version is {version!r}, and this shardplan reads {SCHEMA_VERSION}"
+        raise PlanError([Problem("plan", cause, "Plan again with this version, or load it with the one that wrote it")])
+    try:
+        plan = _WITH_ORIGINS.structure(data, Plan)
+    except PlanError as error:
+        raise PlanError([Problem("plan", "it is damaged", "Plan again"), *error.problems]) from None
+    except (cattrs.BaseValidationError, ValueError, TypeError, KeyError) as error:
+        raise _damaged("; ".join(cattrs.transform_error(error, path="plan"))) from None
+    if data.get("fingerprint") != plan.fingerprint:
+        raise _damaged(f"its fingerprint says {data.get('fingerprint')!r}, its contents {plan.fingerprint!r}")
+    return plan
+
+
+def canonical_json(plan: Plan) -> str:
+    """Return the one JSON text of a plan: sorted keys, no spaces, no origins, no runtime."""
+    return json.dumps(_CANONICAL.unstructure(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def is_nameless(name: str) -> bool:
+    """Tell whether a callable's ``module:qualname`` leads nowhere: a lambda, a closure, an object.
+
+    >>> is_nameless("train:init"), is_nameless("train:main.<locals>.init"), is_nameless("train:<lambda>")
+    (False, True, True)
+    """
+    return "<" in name
+
+
+def _damaged(cause: str) -> PlanError:
+    return PlanError([Problem("plan", f"it is damaged: {cause}", "Plan again, or copy the file again")])
+
+
+def _converter(*, origins: bool) -> cattrs.Converter:
+    converter = make_converter(forbid_extra_keys=False)
+    for union in (Call, Source, Step):  # what the later ones contain comes first
+        configure_tagged_union(union, converter, tag_name="is")
+    converter.register_structure_hook_func(
+        lambda cls: cls is frozendict or get_origin(cls) is frozendict,
+        lambda value, _: deepfreeze(_expect(value, dict)),
+    )
+    converter.register_unstructure_hook_func(
+        lambda cls: cls is frozendict or get_origin(cls) is frozendict, lambda value: _thaw(value)
+    )
+    converter.register_structure_hook(SpecTree, lambda value, _: SpecTree(converter.structure(value, tuple[ParamSpec, ...])))
+    converter.register_unstructure_hook(SpecTree, lambda tree: [converter.unstructure(spec) for spec in tree.specs])
+    converter.register_unstructure_hook(
+        ParamSpec,
+        make_dict_unstructure_fn(ParamSpec, converter, origin=override(omit=not origins)),
+    )
+    converter.register_unstructure_hook(
+        Plan, make_dict_unstructure_fn(Plan, converter, runtime=override(omit=True))
+    )
+    return converter
+
+
+def _expect(value: object, kind: type) -> Any:
+    if not isinstance(value, kind):
+        msg = f"expected {kind.__name__}, found {value!r}"
+        raise TypeError(msg)
+    return value
+
+
+def _thaw(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _thaw(item) for key, item in value.items()}
+        case tuple() | list():
+            return [_thaw(item) for item in value]
+        case _:
+            return value
+
+
+_WITH_ORIGINS = _converter(origins=True)
+_CANONICAL = _converter(origins=False)

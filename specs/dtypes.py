@@ -1,0 +1,62 @@
+"""The element types of tensors, by torch's names, without torch."""
+
+from __future__ import annotations
+
+_SHORT_AND_BYTES = {
+    "float64": ("f64", 8),
+    "float32": ("f32", 4),
+    "bfloat16": ("bf16", 2),
+    "float16": ("f16", 2),
+    "float8_e4m3fn": ("f8e4m3", 1),
+    "float8_e5m2": ("f8e5m2", 1),
+    "complex128": ("c128", 16),
+    "complex64": ("c64", 8),
+    "int64": ("i64", 8),
+    "int32": ("i32", 4),
+    "int16": ("i16", 2),
+    "int8": ("i8", 1),
+    "uint8": ("u8", 1),
+    "bool": ("bool", 1),
+}
+
+
+def is_known(dtype: str) -> bool:
+    """Tell whether ``dtype`` is one that a plan can hold.
+
+    >>> is_known("bfloat16"), is_known("quint4x2")
+    (True, False)
+    """
+    return dtype in _SHORT_AND_BYTES
+
+
+def short_name(dtype: str) -> str:
+    """Return the name of ``dtype`` in the printed form of a tensor's type.
+
+    >>> short_name("bfloat16")
+    'bf16'
+    """
+    return _SHORT_AND_BYTES[dtype][0]
+
+
+def num_bytes(dtype: str) -> int:
+    """Return the bytes of one element of ``dtype``.
+
+    >>> num_bytes("float32")
+    4
+    """
+    return _SHORT_AND_BYTES[dtype][1]
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes for a person, in binary units.
+
+    >>> human_bytes(512), human_bytes(8 * 2**20), human_bytes(1536)
+    ('512 B', '8.0 MiB', '1.5 KiB')
+    """
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"

@@ -1,0 +1,214 @@
+"""What is known of one tensor, and which part of it each coordinate holds."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import evolve, field, frozen
+from attrs.validators import deep_iterable, ge, in_, instance_of
+from frozendict import deepfreeze, frozendict
+
+from .dtypes import is_known, num_bytes, short_name
+from .mesh import MESH_AXES, MeshAxis
+from .source import Source, Unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .mesh import Coordinate
+
+Kind = Literal["parameter", "buffer", "non_persistent_buffer"]
+"""What a tensor is to its module."""
+
+Index = tuple[tuple[int, int], ...]
+"""A part of a tensor: for each axis, the first element and the one after the last."""
+
+
+@frozen
+class Origin:
+    """Which line of the user's code decided something.
+
+    >>> str(Origin("shard", "**.q_proj.weight", "train.py:12"))
+    "train.py:12 .at['**.q_proj.weight'].shard"
+    """
+
+    verb: str
+    pattern: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.where} .at[{self.pattern!r}].{self.verb}"
+
+
+@frozen
+class Shard:
+    """One axis of a tensor, split into equal parts along one mesh axis.
+
+    Args:
+        axis: Axis of the tensor, counted from 0.
+        mesh_axis: Mesh axis whose ranks share it, ``data`` or ``tensor``.
+    """
+
+    axis: int = field(validator=[instance_of(int), ge(0)])
+    mesh_axis: MeshAxis = field(default="tensor", validator=in_(MESH_AXES))
+
+    def interval(self, size: int, coordinate: Coordinate) -> tuple[int, int]:
+        """Return the part of an axis of ``size`` elements that ``coordinate`` holds.
+
+        With n ranks on the mesh axis and k the place on it: ``[k * size / n, (k + 1) * size / n)``.
+
+        Raises:
+            ValueError: If ``size`` does not divide.
+
+        >>> from shardplan.specs import Mesh
+        >>> Shard(axis=0).interval(12, Mesh(tensor=4).coordinate(2))
+        (6, 9)
+        """
+        num = coordinate.mesh.num(self.mesh_axis)
+        part, rest = divmod(size, num)
+        if rest:
+            msg = f"axis {self.axis} has {size} entries, mesh axis {self.mesh_axis!r} has {num}, which does not divide"
+            raise ValueError(msg)
+        start = coordinate.index(self.mesh_axis) * part
+        return start, start + part
+
+
+def _freeze_tags(tags: Mapping[str, Any]) -> frozendict[str, Any]:
+    return deepfreeze(dict(sorted(tags.items())))
+
+
+@frozen
+class ParamSpec:
+    """What is known of one tensor of a model: one storage, under one or several paths.
+
+    Args:
+        path: Canonical path: the first that ``named_parameters`` (or ``named_buffers``) meets.
+        orig_shape: Shape before anything is split.
+        dtype: torch's name of the element type, e.g. ``bfloat16``.
+        kind: Parameter, buffer, or buffer that is not saved.
+        shards: Which axes are split over which mesh axes.
+        stage: Pipeline stage that owns it.
+        also_on: Other stages that hold a copy.
+        tags: Whatever the user notes: names to plain values.
+        tie: All other paths of the same tensor.
+        requires_grad: Whether it is trained.
+        source: Where its values come from.
+        origin: The line that decided its layout; outside equality and fingerprint.
+
+    Raises:
+        ValueError: If the dtype is unknown, a shard names an axis that the shape has not, or an axis or mesh axis
+            is split twice.
+
+    >>> from shardplan.specs import Mesh
+    >>> spec = ParamSpec("up_proj.weight", (4096, 1024), "bfloat16", shards=(Shard(0),))
+    >>> print(spec)
+    up_proj.weight  bf16[4096@tensor, 1024]
+    >>> spec.local_shape(Mesh(tensor=8).coordinate(3)), spec.shard_axis
+    ((512, 1024), 0)
+    """
+
+    path: str = field(validator=instance_of(str))
+    orig_shape: tuple[int, ...] = field(converter=tuple, validator=deep_iterable([instance_of(int), ge(0)]))
+    dtype: str = field()
+    kind: Kind = field(default="parameter", validator=in_(("parameter", "buffer", "non_persistent_buffer")))
+    shards: tuple[Shard, ...] = field(default=(), converter=tuple)
+    stage: int = field(default=0, validator=[instance_of(int), ge(0)])
+    also_on: tuple[int, ...] = field(default=(), converter=tuple)
+    tags: frozendict[str, Any] = field(factory=frozendict, converter=_freeze_tags)
+    tie: tuple[str, ...] = field(default=(), converter=tuple)
+    requires_grad: bool = True
+    source: Source = field(factory=Unknown)
+    origin: Origin | None = field(default=None, eq=False)
+
+    @dtype.validator
+    def _check_dtype(self, _: object, value: str) -> None:
+        if not is_known(value):
+            msg = f"{self.path}: dtype {value!r} is unknown to plans"
+            raise ValueError(msg)
+
+    @shards.validator
+    def _check_shards(self, _: object, value: tuple[Shard, ...]) -> None:
+        for what, used in (("axis", [s.axis for s in value]), ("mesh axis", [s.mesh_axis for s in value])):
+            if len(set(used)) < len(used):
+                msg = f"{self.path}: an {what} is split twice: {value}"
+                raise ValueError(msg)
+        for shard in value:
+            if shard.axis >= len(self.orig_shape):
+                msg = f"{self.path}: no axis {shard.axis} in shape {list(self.orig_shape)}"
+                raise ValueError(msg)
+
+    @property
+    def shard_axis(self) -> int | None:
+        """The axis that is split, None if none is.
+
+        Raises:
+            ValueError: If several are; then ask ``shards``.
+        """
+        if len(self.shards) > 1:
+            msg = f"{self.path} is split along {len(self.shards)} axes; ask .shards"
+            raise ValueError(msg)
+        return self.shards[0].axis if self.shards else None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths of the tensor, the canonical one first."""
+        return (self.path, *self.tie)
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds it, by its canonical path."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements before anything is split."""
+        return prod(self.orig_shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes before anything is split."""
+        return self.num_elements * num_bytes(self.dtype)
+
+    def index(self, coordinate: Coordinate) -> Index:
+        """Return the part that ``coordinate`` holds: one interval for each axis."""
+        intervals = [(0, size) for size in self.orig_shape]
+        for shard in self.shards:
+            intervals[shard.axis] = shard.interval(self.orig_shape[shard.axis], coordinate)
+        return tuple(intervals)
+
+    def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
+        """Return the shape of the part that ``coordinate`` holds."""
+        return index_shape(self.index(coordinate))
+
+    def local_bytes(self, coordinate: Coordinate) -> int:
+        """Return the bytes of the part that ``coordinate`` holds."""
+        return prod(self.local_shape(coordinate)) * num_bytes(self.dtype)
+
+    def mesh_axes(self, coordinate: Coordinate) -> tuple[MeshAxis, ...]:
+        """Return the mesh axes that really split it on this coordinate's mesh, in mesh order."""
+        used = {shard.mesh_axis for shard in self.shards}
+        return tuple(m for m in MESH_AXES if m in used and coordinate.mesh.num(m) > 1)
+
+    def shard(self, shard: Shard, origin: Origin | None = None) -> ParamSpec:
+        """Return the spec with one more axis split."""
+        return evolve(self, shards=(*self.shards, shard), origin=origin)
+
+    @property
+    def type(self) -> str:
+        """The printed form of its type, e.g. ``bf16[4096@tensor, 4096]``."""
+        split = {shard.axis: f"@{shard.mesh_axis}" for shard in self.shards}
+        sizes = (f"{size}{split.get(axis, '')}" for axis, size in enumerate(self.orig_shape))
+        return f"{short_name(self.dtype)}[{', '.join(sizes)}]"
+
+    def __str__(self) -> str:
+        return f"{self.path}  {self.type}"
+
+
+def index_shape(index: Index) -> tuple[int, ...]:
+    """Return the shape of a part.
+
+    >>> index_shape(((0, 4), (6, 9)))
+    (4, 3)
+    """
+    return tuple(stop - start for start, stop in index)

@@ -1,0 +1,140 @@
+"""The plan: everything that every rank will do, as data."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any, get_args
+
+from attrs import field, frozen
+from frozendict import deepfreeze, frozendict
+
+from .errors import PlanError, Problem
+from .mesh import Mesh
+from .source import FillCall, ModuleCall, TensorCall
+from .steps import Agree, Generate, MakeGroups, SetAttributes, Step, Sync, SyncOp, Tie, Wrap
+from .tree import SpecTree
+
+SCHEMA_VERSION = 1
+"""Version of the JSON form; a plan of another version is refused."""
+
+
+@frozen(eq=False, repr=False)
+class Runtime:
+    """What a plan needs to be executed but cannot be saved: the model, and the callables by name."""
+
+    model: Any = None
+    callables: frozendict[str, Any] = field(factory=frozendict, converter=frozendict)
+
+
+@frozen(repr=False)
+class Plan:
+    """What all ranks will hold and do. Pure data: print it, compare it, save it, audit it, execute it.
+
+    Args:
+        mesh: The device mesh.
+        tree: Every tensor of the model, with its layout and source.
+        steps: One list of instructions for all ranks.
+        target: Name of the runtime that takes the module; None for none.
+        config: The target's configuration.
+        seed: What all random numbers derive from.
+        schema_version: Version of the JSON form.
+        runtime: Model and callables; outside equality, hash, repr and JSON.
+
+    Raises:
+        PlanError: If tensors do not fit the mesh, or steps name tensors that are not there.
+    """
+
+    mesh: Mesh
+    tree: SpecTree
+    steps: tuple[Step, ...] = field(converter=tuple)
+    target: str | None = None
+    config: frozendict[str, Any] | None = field(default=None, converter=deepfreeze)
+    seed: int = 0
+    schema_version: int = SCHEMA_VERSION
+    runtime: Runtime = field(factory=Runtime, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        problems = [*misfits(self.mesh, self.tree), *_strangers(self.tree, self.steps)]
+        if problems:
+            raise PlanError(problems)
+
+    @property
+    def ties(self) -> tuple[Tie, ...]:
+        """The tensors that stand under several paths."""
+        return tuple(step for step in self.steps if isinstance(step, Tie))
+
+    @property
+    def callables(self) -> tuple[str, ...]:
+        """Names of the user's functions that the plan calls, each once."""
+        names: dict[str, None] = {}
+        for step in self.steps:
+            match step:
+                case Generate(calls=calls):
+                    for call in calls:
+                        match call:
+                            case ModuleCall(kind="init_weights", code=name) | TensorCall(function=name):
+                                names[name] = None
+                            case ModuleCall() | FillCall():
+                                pass
+                case Sync(op=op) if op not in get_args(SyncOp):
+                    names[op] = None
+                case _:
+                    pass
+        return tuple(names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON, in hexadecimal digits: equal plans, equal fingerprints, in every process."""
+        from .codec import canonical_json  # the codec needs the record
+
+        return hashlib.sha256(canonical_json(self).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        from .listing import listing  # the listing needs the record
+
+        return listing(self)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.mesh}, {len(self.tree)} tensors, {len(self.steps)} steps, {self.fingerprint[:12]})"
+
+
+def misfits(mesh: Mesh, tree: SpecTree) -> list[Problem]:
+    """Return the tensors that do not fit a mesh: stages that it has not, splits that do not divide."""
+    problems: list[Problem] = []
+    for spec in tree.values():
+        for stage in (spec.stage, *spec.also_on):
+            if stage >= mesh.pipe:
+                problems.append(Problem(spec.path, f"stage {stage} is not on {mesh}", type=spec.type))
+        for shard in spec.shards:
+            num, size = mesh.num(shard.mesh_axis), spec.orig_shape[shard.axis]
+            if size % num:
+                cause = (
+                    f"axis {shard.axis} has {size} entries, mesh axis {shard.mesh_axis!r} has {num},"
+                    f" and {num} does not divide {size}"
+                )
+                fix = f"Pad the axis to {-(-size // num) * num}, or split it over a number of ranks that divides {size}"
+                divisors = [str(n) for n in range(2, num) if size % n == 0]
+                problems.append(
+                    Problem(spec.path, cause, fix + (f" ({', '.join(divisors)})" if divisors else ""), spec.type)
+                )
+            if shard.mesh_axis == "pipe":
+                problems.append(Problem(spec.path, "a tensor is not split over 'pipe'", "Split over 'tensor'", spec.type))
+    return problems
+
+
+def _strangers(tree: SpecTree, steps: tuple[Step, ...]) -> list[Problem]:
+    problems: list[Problem] = []
+    for step in steps:
+        match step:
+            case Agree() | MakeGroups() | SetAttributes() | Sync() | Wrap():
+                named: tuple[str, ...] = ()
+            case Generate(paths=paths, scratch=scratch):
+                named = (*paths, *scratch)
+            case Tie(path=path, aliases=aliases):
+                named = (path, *aliases)
+            case _:
+                named = getattr(step, "paths", ())
+        name = type(step).__name__
+        problems += [Problem(path, f"a {name} step names it, but no tensor has it") for path in named if path not in tree]
+    return problems

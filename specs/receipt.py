@@ -1,0 +1,62 @@
+"""What one rank really allocated, sent and took."""
+
+from __future__ import annotations
+
+from attrs import field, frozen
+
+from .dtypes import human_bytes
+from .mesh import MeshAxis
+
+
+@frozen
+class Collective:
+    """One collective that a rank took part in.
+
+    Args:
+        op: ``all_gather``, ``broadcast`` or ``scatter``.
+        mesh_axes: Mesh axes that the group spans; empty for all ranks.
+        group: First rank, rank after the last, and stride of the group.
+        num_bytes: Bytes of the message that each member gets.
+    """
+
+    op: str
+    mesh_axes: tuple[MeshAxis, ...]
+    group: tuple[int, int, int]
+    num_bytes: int
+
+
+@frozen
+class Receipt:
+    """What one rank did: predicted by the audit, proven by the interpreter.
+
+    Args:
+        rank: The rank.
+        num_tensors: Tensors placed in its module, tied ones once.
+        held_bytes: Bytes of their storages.
+        allocated_bytes: Bytes of all allocations, staging among them.
+        peak_bytes: Most bytes that were allocated at one time, less what init code itself allocates.
+        num_groups: Process groups that it took part in making.
+        collectives: Each collective, in order.
+        seconds: Time from start to end; outside equality.
+    """
+
+    rank: int
+    num_tensors: int
+    held_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    num_groups: int
+    collectives: tuple[Collective, ...] = field(repr=False)
+    seconds: float = field(default=0.0, eq=False)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of all messages that it took part in."""
+        return sum(call.num_bytes for call in self.collectives)
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank}: {self.num_tensors} tensors, {human_bytes(self.held_bytes)} held,"
+            f" peak {human_bytes(self.peak_bytes)}, {len(self.collectives)} collectives of"
+            f" {human_bytes(self.received_bytes)}, {self.num_groups} groups, {self.seconds:.2f} s"
+        )

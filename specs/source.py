@@ -1,0 +1,100 @@
+"""Where the values of a tensor come from, and the calls of init code that make them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import frozen
+
+CodeKind = Literal["init_weights", "_init_weights", "reset_parameters", "_reset_parameters"]
+"""Who owns a piece of init code: the user's callable, a Hugging Face model, or the module itself (two spellings)."""
+
+
+@frozen
+class ModuleCall:
+    """Run init code on one module: ``code(module)``.
+
+    Args:
+        module: Path of the module that the code is called on.
+        kind: Whose code it is.
+        code: ``module:qualname`` of the code.
+        owner: Path of the module whose method it is; the Hugging Face model for ``_init_weights``.
+    """
+
+    module: str
+    kind: CodeKind
+    code: str
+    owner: str = ""
+
+    def __str__(self) -> str:
+        return self.code.partition(":")[2]
+
+
+@frozen
+class TensorCall:
+    """Run a function of the user's on one whole tensor, which it fills in place: ``function(tensor)``."""
+
+    path: str
+    function: str
+
+    def __str__(self) -> str:
+        return self.function.partition(":")[2]
+
+
+@frozen
+class FillCall:
+    """Set every element of one tensor to a number."""
+
+    path: str
+    value: bool | int | float
+
+    def __str__(self) -> str:
+        return f"fill({self.value})"
+
+
+Call = ModuleCall | TensorCall | FillCall
+
+
+@frozen
+class Made:
+    """Init code makes the values: the last of ``calls`` that writes an element wins."""
+
+    calls: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(dict.fromkeys(map(str, self.calls)))
+
+
+@frozen
+class ModuleValues:
+    """The values that the module has when the plan is executed, those of the stage's first rank."""
+
+    def __str__(self) -> str:
+        return "values of the module"
+
+
+@frozen
+class OwnValues:
+    """The values that each rank's own module has: nothing is sent."""
+
+    def __str__(self) -> str:
+        return "own values"
+
+
+@frozen
+class Uninitialised:
+    """No values at all: whatever the memory holds."""
+
+    def __str__(self) -> str:
+        return "uninitialised"
+
+
+@frozen
+class Unknown:
+    """Not decided yet: what a schedule says before a plan is made from it."""
+
+    def __str__(self) -> str:
+        return "not planned"
+
+
+Source = Made | ModuleValues | OwnValues | Uninitialised | Unknown

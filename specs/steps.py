@@ -1,0 +1,200 @@
+"""The instructions of a plan: one list for all ranks.
+
+A step names stages, mesh axes and paths, never ranks, groups or intervals. What it asks of one rank is computed by
+``shardplan.functional.resolve``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from attrs import field, frozen
+from frozendict import deepfreeze, frozendict
+
+from .mesh import MeshAxis
+from .source import Call
+
+When = Literal["forward_pre", "forward_post", "backward_post"]
+"""Where a synchronisation stands: before a module, after it, or after its backward pass (on its input's gradient)."""
+
+SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter"]
+"""What a synchronisation does along its mesh axis."""
+
+
+@frozen
+class Agree:
+    """All ranks tell each other whether they can go on; the first failure is raised on every rank."""
+
+    moment: Literal["opening", "closing"]
+
+
+@frozen
+class MakeGroups:
+    """Every rank takes part in making the process groups along each of these sets of mesh axes, in mesh order."""
+
+    over: tuple[tuple[MeshAxis, ...], ...]
+
+
+@frozen
+class Generate:
+    """The first rank of a stage makes some whole tensors by running init code, in the order of the calls.
+
+    Args:
+        stage: Pipeline stage.
+        paths: Tensors that are kept.
+        calls: The code, in order. Its generator is keyed by (seed, first path).
+        scratch: Other tensors that the code touches: lent to it whole, then dropped.
+    """
+
+    stage: int
+    paths: tuple[str, ...]
+    calls: tuple[Call, ...]
+    scratch: tuple[str, ...] = ()
+
+
+@frozen
+class TakeWhole:
+    """The first rank of a stage takes the whole values that its module already has."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class TakeShard:
+    """Every rank of a stage takes its own part of the values that its own module already has."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class Allocate:
+    """Every rank of a stage allocates its parts and leaves them uninitialised."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class Scatter:
+    """The first rank of each group gives every member its own part of whole tensors, in one message each.
+
+    ``over`` are the mesh axes that split the tensors; of the other axes of the stage only place 0 takes part.
+    """
+
+    stage: int
+    paths: tuple[str, ...]
+    over: tuple[MeshAxis, ...]
+
+
+@frozen
+class Broadcast:
+    """The first rank of each group gives every member what it holds, in one message.
+
+    What travels is the whole tensor where ``over`` holds an axis that splits it, else the part that the group shares.
+    """
+
+    stage: int
+    paths: tuple[str, ...]
+    over: tuple[MeshAxis, ...]
+
+
+@frozen
+class Slice:
+    """Every rank of a stage keeps its part of whole tensors, and drops the rest."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class Place:
+    """What a rank holds becomes the tensors of its module, under their canonical paths."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class Tie:
+    """The aliases of a tensor become the same object again."""
+
+    stage: int
+    path: str
+    aliases: tuple[str, ...]
+
+
+@frozen
+class SetAttributes:
+    """A module's attributes take their local values."""
+
+    module: str
+    values: frozendict[str, Any] = field(converter=deepfreeze)
+
+
+@frozen
+class VocabParallel:
+    """An embedding whose rows are split looks up its own rows and gives zeros for all others."""
+
+    module: str
+
+
+@frozen
+class AddBiasAfterSync:
+    """A linear module whose input axis is split adds its bias once, after the outputs are summed."""
+
+    module: str
+
+
+@frozen
+class Sync:
+    """A module's input or output passes through a collective operator, with its own autograd formula.
+
+    Args:
+        module: Path of the module.
+        when: Where it stands.
+        op: A collective, or ``module:qualname`` of a function of the user's, called as ``function(tensor, group)``.
+        axis: Axis of the activation that is gathered or scattered.
+        mesh_axis: Mesh axis along which it communicates.
+    """
+
+    module: str
+    when: When
+    op: str
+    axis: int | None = None
+    mesh_axis: MeshAxis = "tensor"
+
+    def __str__(self) -> str:
+        axis = "" if self.axis is None else f"(axis={self.axis})"
+        return f"{self.when} {self.op}{axis}@{self.mesh_axis}"
+
+
+@frozen
+class Wrap:
+    """The module is handed to the plan's target."""
+
+    target: str | None
+
+
+LayoutStep = SetAttributes | VocabParallel | AddBiasAfterSync | Sync
+"""Steps that change how a module computes, not what it holds."""
+
+Step = (
+    Agree
+    | MakeGroups
+    | Generate
+    | TakeWhole
+    | TakeShard
+    | Allocate
+    | Scatter
+    | Broadcast
+    | Slice
+    | Place
+    | Tie
+    | SetAttributes
+    | VocabParallel
+    | AddBiasAfterSync
+    | Sync
+    | Wrap
+)
