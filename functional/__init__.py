@@ -10,15 +10,30 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .agreement import ExecutionError
+from .audit import audit, predict
+from .build import build, consolidate_model, init_target_engine
+from .device_mesh import from_device_mesh, to_device_mesh
+from .execute import Built, execute
+from .plan import plan_build
+from .resolve import resolve
+from .schedule import Schedule, create_schedule
+
 if TYPE_CHECKING:
-    from .agreement import ExecutionError
-    from .audit import audit, predict
-    from .build import build, consolidate_model, init_target_engine
-    from .device_mesh import from_device_mesh, to_device_mesh
-    from .execute import Built, execute
-    from .plan import plan_build
-    from .resolve import resolve
-    from .schedule import Schedule, create_schedule
+    from .agreement import ExecutionError as ExecutionError
+    from .audit import audit as audit
+    from .audit import predict as predict
+    from .build import build as build
+    from .build import consolidate_model as consolidate_model
+    from .build import init_target_engine as init_target_engine
+    from .device_mesh import from_device_mesh as from_device_mesh
+    from .device_mesh import to_device_mesh as to_device_mesh
+    from .execute import Built as Built
+    from .execute import execute as execute
+    from .plan import plan_build as plan_build
+    from .resolve import resolve as resolve
+    from .schedule import Schedule as Schedule
+    from .schedule import create_schedule as create_schedule
 
 __all__ = [
     "Built",

@@ -83,4 +83,3 @@ def _text(error: Exception | None, rank: int, device: torch.device) -> str:
         room[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8).to(device)
     dist.broadcast(room, src=rank)
     return bytes(room.cpu().tolist()).rstrip(b"\0").decode(errors="replace")
-

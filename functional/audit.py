@@ -109,7 +109,8 @@ def _unsynchronised(plan: Plan) -> Iterator[Finding]:
         modules = [path.rpartition(".")[0] for path in spec.paths]
         if not any(_joins_later(module, joined, entered, span) for module in modules):
             size = human_bytes(spec.local_bytes(first))
-            cause = f"{spec.type} is split ({size} a rank), and no synchronisation follows in {_block(spec.module) or 'the model'!r}"
+            block = _block(spec.module) or "the model"
+            cause = f"{spec.type} is split ({size} a rank), and no synchronisation follows in {block}"
             yield Finding("error", spec.path, cause, _mend(spec, own_rows))
 
 

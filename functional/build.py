@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def build(
     sch: Schedule,
     target: str | None = None,
-    init_weights: bool | Callable[..., object] = True,
+    init_weights: bool | Callable[..., object] = True,  # noqa: FBT001, FBT002  as people know it
     *,
     strategy: Literal["auto"] | Strategy = "auto",
     seed: int = 0,
@@ -36,7 +36,13 @@ def build(
 ) -> tuple[Any, Any]:
     """Plan and execute in one go; return ``model, optimizer``. See ``plan_build`` and ``execute``."""
     plan = plan_build(
-        sch, target=target, init_weights=init_weights, strategy=strategy, seed=seed, config=config, example_inputs=example_inputs
+        sch,
+        target=target,
+        init_weights=init_weights,
+        strategy=strategy,
+        seed=seed,
+        config=config,
+        example_inputs=example_inputs,
     )
     model, made = execute(plan, device=device, optimizer=optimizer)
     return model, made

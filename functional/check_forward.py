@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..specs.errors import Problem
+from ..specs.mesh import MESH_AXES, MeshAxis
 from .generators import own_generators
 from .layout import Local, apply_layout
 from .module_copy import copy_module
@@ -38,10 +39,8 @@ def check_forward(
     shapes = {id(tensor): tree[path].local_shape(first) for path, _, tensor in named_tensors(model) if path in tree}
     open_modules: list[str] = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), own_generators(0), Recorder({}):
-        local = copy_module(
-            model, lambda t: torch.empty(shapes[id(t)], dtype=t.dtype, device="cpu"), keep_scripted=True
-        )
-        groups = {mesh_axis: SyncGroup("", mesh.num(mesh_axis), 0) for mesh_axis in ("data", "tensor")}
+        local = copy_module(model, lambda t: torch.empty(shapes[id(t)], dtype=t.dtype, device="cpu"), keep_scripted=True)
+        groups: dict[MeshAxis, SyncGroup] = {mesh_axis: SyncGroup("", mesh.num(mesh_axis), 0) for mesh_axis in MESH_AXES}
         for step in layout:
             apply_layout(local, step, Local(first, groups, callables))
         for path, module in local.named_modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from attrs import Factory, define
 
@@ -34,7 +34,7 @@ class DryEffects:
     rank: int
     ledger: Ledger = Factory(Ledger)
 
-    def agree(self, plan: Plan, moment: Literal["opening", "closing"], error: Exception | None) -> None:
+    def agree(self, plan: Plan, error: Exception | None) -> None:
         if error is not None:
             raise error
         if plan.mesh.num_ranks > 1:

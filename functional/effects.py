@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class TorchEffects:
         """The rank."""
         return self.coordinate.rank
 
-    def agree(self, plan: Plan, moment: Literal["opening", "closing"], error: Exception | None) -> None:
+    def agree(self, plan: Plan, error: Exception | None) -> None:
         agree(plan, error, self.device)
         if plan.mesh.num_ranks > 1:
             self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
@@ -119,14 +119,12 @@ class TorchEffects:
         return [self._own(part.clone().view(piece.shape)) for part, piece in zip(parts, pieces, strict=True)]
 
     def broadcast(self, message: Tensor, exchange: Exchange) -> None:
-        assert message.is_contiguous(), "gloo sends other tensors wrongly, without a word"
-        dist.broadcast(message, src=exchange.group.start, group=self.groups[exchange.mesh_axes])
+        dist.broadcast(_bytes(message), src=exchange.group.start, group=self.groups[exchange.mesh_axes])
         self._note("broadcast", message, exchange)
 
     def scatter(self, message: Tensor, parts: Sequence[Tensor], exchange: Exchange) -> None:
-        assert all(part.is_contiguous() for part in (message, *parts)), "gloo sends other tensors wrongly, without a word"
-        group = self.groups[exchange.mesh_axes]
-        dist.scatter(message, list(parts) if exchange.is_root else None, src=exchange.group.start, group=group)
+        sent = [_bytes(part) for part in parts] if exchange.is_root else None
+        dist.scatter(_bytes(message), sent, src=exchange.group.start, group=self.groups[exchange.mesh_axes])
         self._note("scatter", message, exchange)
 
     def free(self, tensor: Tensor) -> None:
@@ -146,7 +144,7 @@ class TorchEffects:
             put_tensor(self.module, path, get_tensor(self.module, work.spec.path))
 
     def change(self, step: LayoutStep) -> None:
-        groups = {
+        groups: dict[MeshAxis, SyncGroup] = {
             mesh_axes[0]: SyncGroup(group.group_name, dist.get_world_size(group), self.coordinate.index(mesh_axes[0]))
             for mesh_axes, group in self.groups.items()
             if len(mesh_axes) == 1
@@ -170,10 +168,18 @@ class TorchEffects:
         if tuple(tensor.shape) != piece.shape or tensor.dtype != getattr(torch, piece.spec.dtype):
             msg = f"{piece.spec}: its init code left a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}"
             raise ValueError(msg)
-        return tensor.to(self.device).contiguous()
+        tensor = tensor.to(self.device).contiguous()
+        # init code may have put a view of something larger in place
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
     def _note(self, op: str, message: Tensor, exchange: Exchange) -> None:
         self.ledger.call(op, exchange.mesh_axes, exchange.group, message.nbytes)
+
+
+def _bytes(message: Tensor) -> Tensor:
+    """Return a tensor as its bytes: gloo sends neither fp8 nor complex numbers, and wrongly what is not contiguous."""
+    assert message.is_contiguous(), "messages are contiguous"
+    return message.reshape(-1).view(torch.uint8)
 
 
 def _part(whole: Tensor, piece: Piece) -> Tensor:

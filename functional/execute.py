@@ -97,14 +97,14 @@ def execute(
         interpret(plan, plan.mesh.coordinate(effects.rank), effects)
         return Built(None, None, None, {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
     coordinate, error = stand(plan)
-    given = plan.runtime.model if model is None else model
-    copied = nn.Module()
+    given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
     try:
+        chosen = _device(device)
         _refuse(plan, given, optimizer, loss_fn)
         copied = copy_module(given, lambda tensor: torch.empty_like(tensor, device="meta"), keep_scripted=False)
-    except PlanError as refused:
+    except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
         error = error or refused
-    real = TorchEffects(coordinate, _device(device), given, copied, plan.runtime.callables, optimizer, loss_fn)
+    real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn)
     with _bar(plan, shown=progress and coordinate.rank == 0) as on_step:
         interpret(plan, coordinate, real, error=error, on_step=on_step)
     assert real.wrapped is not None, "every plan ends with a Wrap step"
@@ -112,19 +112,23 @@ def execute(
     return Built(real.wrapped.model, real.wrapped.optimizer, copied, real.wrapped.extras, receipt)
 
 
-def stand(plan: Plan) -> tuple[Coordinate, PlanError | None]:
+def stand(plan: Plan) -> tuple[Coordinate, Exception | None]:
     """Return where this process stands, and what is wrong with the world; then the place is a stand-in."""
     num_ranks = plan.mesh.num_ranks
     if not dist.is_initialized():
         if num_ranks == 1 and plan.target is None:
             return plan.mesh.coordinate(0), None
-        cause = f"the plan is for {num_ranks} ranks{f' of {plan.target}' if plan.target else ''}, and there is no process group"
+        cause = (
+            f"the plan is for {num_ranks} ranks{f' of {plan.target}' if plan.target else ''}, and there is no process group"
+        )
         fix = f"torchrun --nproc-per-node {num_ranks} ..., and torch.distributed.init_process_group() before execute"
         raise PlanError([Problem("", cause, fix)])
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == num_ranks:
         return plan.mesh.coordinate(rank), None
-    problem = Problem("", f"the plan is for {num_ranks} ranks ({plan.mesh}), and the process group has {world_size}", "Plan again")
+    problem = Problem(
+        "", f"the plan is for {num_ranks} ranks ({plan.mesh}), and the process group has {world_size}", "Plan again"
+    )
     return plan.mesh.coordinate(rank % num_ranks), PlanError([problem])
 
 
@@ -168,11 +172,21 @@ def _differences(plan: Plan, model: nn.Module) -> Iterator[Problem]:
             yield Problem(spec.path, f"the model is not the planned one: {'; '.join(wrong)}", "Plan again", spec.type)
         has_values = isinstance(found.source, ModuleValues)
         if isinstance(spec.source, (ModuleValues, OwnValues)) and not has_values:
-            yield Problem(spec.path, "its planned source is the module's own values, and it is on meta", "Load them, or plan again", spec.type)
+            yield Problem(
+                spec.path,
+                "its planned source is the module's own values, and it is on meta",
+                "Load them, or plan again",
+                spec.type,
+            )
         if isinstance(spec.source, Uninitialised) and has_values:
             yield Problem(spec.path, "it is planned without values, and the model has values", "Plan again", spec.type)
         if isinstance(spec.source, Made) and has_values and all(isinstance(c, ModuleCall) for c in spec.source.calls):
-            yield Problem(spec.path, "init code is planned to make it, and the model has values that would be lost", "Plan again", spec.type)
+            yield Problem(
+                spec.path,
+                "init code is planned to make it, and the model has values that would be lost",
+                "Plan again",
+                spec.type,
+            )
     for path in tree:
         if path not in plan.tree:
             yield Problem(path, "the model has this tensor, and the plan has not", "Plan again", tree[path].type)

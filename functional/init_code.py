@@ -65,6 +65,7 @@ class Traced:
     touched: Mapping[str, Touch]
 
     def writes(self, path: str) -> bool:
+        """Tell whether it writes a tensor."""
         return path in self.touched and self.touched[path].writes
 
 
@@ -93,7 +94,9 @@ def find_units(
         if needed - winner.keys():
             traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
             problems += wrong
-            winner |= {path: owner for path in needed - winner.keys() if _covered(tree[path].num_elements, path, traced[owner])}
+            winner |= {
+                path: owner for path in needed - winner.keys() if _covered(tree[path].num_elements, path, traced[owner])
+            }
     in_order = [(owner, one) for owner in reversed(owners) for one in traced.get(owner, [])]
     makers: dict[str, list[Traced]] = {}
     for path in (spec.path for spec in tree.values()):
@@ -108,7 +111,9 @@ def find_units(
             override = Traced(spec.source.calls[0], {spec.path: Touch(writes=True)})
             makers[spec.path] = [override]
             order[id(override)] = len(order)
-    sources = {path: Made(tuple(one.call for one in sorted(ones, key=lambda o: order[id(o)]))) for path, ones in makers.items()}
+    sources = {
+        path: Made(tuple(one.call for one in sorted(ones, key=lambda o: order[id(o)]))) for path, ones in makers.items()
+    }
     return _units(tree, makers, order), sources, problems
 
 
@@ -172,7 +177,9 @@ def _children_first(
     """Iterate over modules, each once, children before parents, with the path of the nearest Hugging Face model around."""
     seen = set() if seen is None else seen
     seen.add(id(module))
-    if any(c.__name__ == "PreTrainedModel" and c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__):
+    if any(
+        c.__name__ == "PreTrainedModel" and c.__module__.partition(".")[0] == "transformers" for c in type(module).__mro__
+    ):
         pretrained = path
     for name, child in module.named_children():
         if id(child) not in seen:
@@ -191,9 +198,7 @@ class _Tracer:
         self._callables = callables
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
-            self._model = copy_module(
-                model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"), keep_scripted=True
-            )
+            self._model = copy_module(model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"), keep_scripted=True)
         self._tree = tree
         self._names: dict[int, str] = {}
         for path, _, tensor in named_tensors(self._model):

@@ -7,7 +7,7 @@ so that the prediction cannot drift from what happens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, assert_never
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, assert_never
 from typing import ParamSpec as Arguments
 
 from attrs import Factory, define
@@ -46,10 +46,14 @@ P = Arguments("P")
 class Effects(Protocol[T]):
     """What the interpreter can do to the world; ``T`` is a tensor, or what stands for one."""
 
-    rank: int
     ledger: Ledger
 
-    def agree(self, plan: Plan, moment: Literal["opening", "closing"], error: Exception | None) -> None:
+    @property
+    def rank(self) -> int:
+        """The rank that the effects are for."""
+        ...
+
+    def agree(self, plan: Plan, error: Exception | None) -> None:
         """Tell all ranks whether this one can go on; raise the first error of any rank on every rank."""
         ...
 
@@ -156,8 +160,8 @@ class _Run(Generic[T]):
         match work:
             case Nothing():
                 pass
-            case Agree(moment=moment):
-                self.effects.agree(self.plan, moment, self.error)
+            case Agree():
+                self.effects.agree(self.plan, self.error)
             case OpenGroups():
                 self.effects.open_groups(work)
             case Exchange(op="broadcast"):

@@ -75,10 +75,10 @@ class _Synchronise:
         msg = f"{type(module).__name__} was called without a floating-point tensor, and its input is to be synchronised"
         raise TypeError(msg)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         if _is_activation(output):
             return self.function(output, self.group)
-        if isinstance(output, Mapping):
+        if isinstance(output, dict):  # transformers' outputs are dictionaries too
             for name, value in output.items():
                 if _is_activation(value):
                     output[name] = self.function(value, self.group)
@@ -99,7 +99,7 @@ def _without_bias(self: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, self.weight)
 
 
-def _add_bias(module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _add_bias(module: nn.Linear, _: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + module.bias
 
 

@@ -100,7 +100,9 @@ def _closures(path: str, module: nn.Module, modules: dict[int, str]) -> Iterator
             for held in _held_modules(function, modules):
                 what = f"a hook in {name}" if name in _HOOKS else f"its attribute {name!r}"
                 label = getattr(_function(function), "__qualname__", repr(function))
-                cause = f"{what}, {label}, holds on to the original module {held or '(the model)'!r}, which a copy would call"
+                cause = (
+                    f"{what}, {label}, holds on to the original module {held or '(the model)'!r}, which a copy would call"
+                )
                 fix = "Use the module that the hook is given, or make it a method of the module"
                 yield Problem(path, cause, fix)
 
@@ -136,4 +138,3 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[Problem]:
             except Exception as error:  # noqa: BLE001  anything may be wrong with what a user keeps on a module
                 cause = f"its attribute {name!r}, a {type(value).__name__}, cannot be copied: {error}"
                 yield Problem(path, cause, "Make it when it is needed, or give it a __deepcopy__")
-

@@ -86,7 +86,7 @@ def plan_build(
     if callable(init_weights):
         code, callables = register(runtime.callables, init_weights)
         runtime = evolve(runtime, callables=callables)
-    tree, units = sch.tree, []
+    tree, units = sch.tree.map(_without_elements), []
     if init_weights is False:
         tree = tree.map(_without_init)
         units = [Unit((s.path,), s.source.calls, ()) for s in tree.values() if isinstance(s.source, Made)]
@@ -105,7 +105,7 @@ def plan_build(
     if problems or dialect is None:
         raise PlanError(problems)
     moves = [*_moves(sch.mesh, tree, units, "scatter" if strategy == "auto" else strategy), *_ties(tree)]
-    over = _groups(sch.mesh, [*moves, *layout], dialect.groups(sch.mesh))
+    over = _groups([*moves, *layout], dialect.groups(sch.mesh))
     steps = [Agree("opening"), *([MakeGroups(over)] if over else []), *moves, *layout, Agree("closing"), Wrap(target)]
     return Plan(mesh=sch.mesh, tree=tree, steps=steps, target=target, config=config, seed=seed, runtime=runtime)
 
@@ -129,10 +129,17 @@ def _wrong_scripted(model: nn.Module, tree: SpecTree) -> Iterator[Problem]:
             for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 spec = tree[f"{path}.{name}".lstrip(".")]
                 if spec.shards:
-                    yield Problem(spec.path, "it belongs to a scripted module, whose code cannot be split", "Leave it whole", spec.type)
+                    yield Problem(
+                        spec.path, "it belongs to a scripted module, whose code cannot be split", "Leave it whole", spec.type
+                    )
                 if isinstance(spec.source, (Unknown, Made)):
                     cause = "it belongs to a scripted module, which keeps the values it came with"
                     yield Problem(spec.path, cause, "Script the module on the CPU, with its values in place", spec.type)
+
+
+def _without_elements(spec: ParamSpec) -> ParamSpec:
+    """A tensor without elements has no values to make or send."""
+    return spec if spec.num_elements else _without_init(spec)
 
 
 def _without_init(spec: ParamSpec) -> ParamSpec:
@@ -149,7 +156,9 @@ def _layout(model: nn.Module, sch: Schedule) -> tuple[list[LayoutStep], list[Pro
     """Return the changes that matter on this mesh; a bias behind a summed output goes after the sum."""
     steps = [step for step in sch.layout if _matters(step, sch.mesh)]
     problems: list[Problem] = []
-    summed = dict.fromkeys(s.module for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather")
+    summed = dict.fromkeys(
+        s.module for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"
+    )
     for path in summed:
         module = model.get_submodule(path)
         weight = sch.tree.get(f"{path}.weight".lstrip("."))
@@ -189,9 +198,7 @@ def _ties(tree: SpecTree) -> Iterator[Tie]:
     return (Tie(spec.stage, spec.path, spec.tie) for spec in tree.values() if spec.tie)
 
 
-def _groups(
-    mesh: Mesh, steps: list[Step | LayoutStep], wanted: tuple[tuple[MeshAxis, ...], ...]
-) -> tuple[tuple[MeshAxis, ...], ...]:
+def _groups(steps: list[Step], wanted: tuple[tuple[MeshAxis, ...], ...]) -> tuple[tuple[MeshAxis, ...], ...]:
     """Return the sets of mesh axes along which groups are needed, in mesh order, each once."""
     needed = set(wanted)
     for step in steps:

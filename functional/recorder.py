@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 _OVERWRITES = frozenset(
     f"aten::{name}_"
     for name in (
-        "normal", "uniform", "fill", "zero", "copy", "exponential", "log_normal", "bernoulli", "cauchy", "geometric", "random",
+        *("bernoulli", "cauchy", "copy", "exponential", "fill", "geometric"),
+        *("log_normal", "normal", "random", "uniform", "zero"),
     )
-)  # fmt: skip
+)
 _MAX_GUESSES = 64
 
 
@@ -99,16 +100,24 @@ class Recorder(TorchDispatchMode):
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
     declared = func._schema.arguments  # noqa: SLF001
     by_name = {argument.name: argument for argument in declared}
-    return [*zip(declared, args, strict=False), *((by_name[name], value) for name, value in kwargs.items() if name in by_name)]
+    return [
+        *zip(declared, args, strict=False),
+        *((by_name[name], value) for name, value in kwargs.items() if name in by_name),
+    ]
 
 
 def _is_view(func: Any) -> bool:
     """Whether an operator only makes a view, or another tensor of the same kind, without reading a value."""
     schema = func._schema  # noqa: SLF001
     returns_alias = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    return returns_alias or schema.name.startswith(("aten::empty", "aten::new_", "aten::sym_")) or schema.name in (
-        "aten::zeros_like",
-        "aten::ones_like",
-        "aten::rand_like",
-        "aten::randn_like",
+    return (
+        returns_alias
+        or schema.name.startswith(("aten::empty", "aten::new_", "aten::sym_"))
+        or schema.name
+        in (
+            "aten::zeros_like",
+            "aten::ones_like",
+            "aten::rand_like",
+            "aten::randn_like",
+        )
     )

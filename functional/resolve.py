@@ -167,7 +167,7 @@ class Hand:
 Work = Nothing | Agree | OpenGroups | Make | Take | Reserve | Exchange | Cut | Install | Alias | Change | Hand
 
 
-def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:
+def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa: C901, PLR0911, PLR0912  one case a step
     """Return what a step asks of the rank at ``coordinate``: the one place where ranks and intervals are computed.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, define
 
+from ..specs.source import OwnValues
 from ..specs.steps import Allocate, Broadcast, Generate, Place, Scatter, Slice, Step, TakeShard, TakeWhole
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def route(
 
 def local_only(specs: Iterable[ParamSpec], stage: int) -> Iterator[Step]:
     """Iterate over the steps for tensors that nobody sends: each rank has its own values, or none."""
-    from ..specs.source import OwnValues
-
     chosen = tuple(specs)
     own = tuple(spec.path for spec in chosen if isinstance(spec.source, OwnValues))
     bare = tuple(spec.path for spec in chosen if not isinstance(spec.source, OwnValues))
@@ -86,7 +85,8 @@ class _Road:
         several: tuple[MeshAxis, ...] = tuple(m for m in ("data", "tensor") if self.first.mesh.num(m) > 1)
         if self.strategy == "scatter" and split:
             yield Scatter(self.stage, paths, split)
-            if rest := tuple(m for m in several if m not in split):
+            rest: tuple[MeshAxis, ...] = tuple(m for m in several if m not in split)
+            if rest:
                 yield Broadcast(self.stage, paths, rest)
         else:
             if several:

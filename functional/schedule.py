@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from attrs import evolve, field, frozen
 from frozendict import frozendict
@@ -107,10 +107,14 @@ class Schedule:
             value: A number that fills them, or a function that is called with each whole tensor and writes it in place.
         """
         if isinstance(value, (bool, int, float)):
-            return self._edit("init", self._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),))))
+            return self._edit(
+                "init", self._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),)))
+            )
         name, callables = register(self.runtime.callables, value)
         sch = evolve(self, runtime=evolve(self.runtime, callables=callables))
-        return sch._edit("init", self._tensors_below(), lambda spec: evolve(spec, source=Made((TensorCall(spec.path, name),))))
+        return sch._edit(
+            "init", self._tensors_below(), lambda spec: evolve(spec, source=Made((TensorCall(spec.path, name),)))
+        )
 
     def set(self, **attributes: object) -> Schedule:
         """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
@@ -244,7 +248,9 @@ class Schedule:
     def _tensors_below(self) -> Iterator[ParamSpec]:
         prefixes = tuple(f"{m.path}." if m.path else "" for m in self._modules())
         chosen = {spec.path for spec in self._tensors()}
-        return (s for s in self.tree.values() if s.path in chosen or any(p.startswith(prefixes) for p in s.paths if prefixes))
+        return (
+            s for s in self.tree.values() if s.path in chosen or any(p.startswith(prefixes) for p in s.paths if prefixes)
+        )
 
     def _module(self, module: ModuleSpec) -> nn.Module:
         return self.runtime.model.get_submodule(module.path)
@@ -260,7 +266,9 @@ class Schedule:
         if self._is_known_wrong() or self._modules() or (not modules and self._tensors()):
             return self
         if modules and self._tensors():
-            return self._wrong(Problem(pattern, "it selects tensors, and this verb is for modules", "Drop the tensor's name"))
+            return self._wrong(
+                Problem(pattern, "it selects tensors, and this verb is for modules", "Drop the tensor's name")
+            )
         near = closest(pattern, [*(m.path for m in self.modules), *self.tree.all_paths])
         fix = f"The closest are {', '.join(near)}" if near else "print(model) shows its paths"
         return self._wrong(Problem(pattern, "no module and no tensor has a path like this", fix))
@@ -322,7 +330,9 @@ class At:
 def _sharded(spec: ParamSpec, axis: int, mesh_axis: MeshAxis, origin: Origin) -> ParamSpec | Problem:
     rank = len(spec.orig_shape)
     if not -rank <= axis < rank:
-        return Problem(spec.path, f"it has no axis {axis}", f"Its axes are 0 to {rank - 1}" if rank else "It is a scalar", spec.type)
+        return Problem(
+            spec.path, f"it has no axis {axis}", f"Its axes are 0 to {rank - 1}" if rank else "It is a scalar", spec.type
+        )
     if mesh_axis not in MESH_AXES:
         return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", f"There are {', '.join(MESH_AXES)}", spec.type)
     shard = Shard(axis % rank, mesh_axis)
@@ -343,7 +353,9 @@ def _wrong_sync(pattern: str, when: object, op: object, axis: int | None, mesh_a
     if when not in get_args(When):
         return Problem(pattern, f"a sync cannot stand at {when!r}", f"It stands at {', '.join(get_args(When))}")
     if not callable(op) and op not in get_args(SyncOp):
-        return Problem(pattern, f"sync operator {op!r} is unknown", f"There are {', '.join(get_args(SyncOp))}, or a function")
+        return Problem(
+            pattern, f"sync operator {op!r} is unknown", f"There are {', '.join(get_args(SyncOp))}, or a function"
+        )
     if op in ("all_gather", "reduce_scatter") and axis is None:
         return Problem(pattern, f"{op} needs the axis of the activation", f'.sync({when!r}, "{op}", axis=-1)')
     if op == "all_reduce" and axis is not None:
@@ -359,8 +371,7 @@ def _not_a(module: ModuleSpec, wanted: str, verb: str, instead: str) -> Problem:
 
 
 def _caller() -> str:
-    frame = sys._getframe(1)  # noqa: SLF001  inspect.stack reads source files
+    frame = sys._getframe(1)  # inspect.stack would read source files
     while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..specs.dtypes import is_known
 from ..specs.errors import Problem
@@ -97,7 +98,7 @@ def _identity(tensor: Tensor) -> object:
 
 
 def _unplannable(path: str, tensor: Tensor) -> Problem | None:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(tensor):
         return Problem(path, "it is lazy and has no shape yet", "Run one forward pass of the model on a small input first")
     name = str(tensor.dtype).removeprefix("torch.")
     if not is_known(name) or tensor.layout != torch.strided:

@@ -20,7 +20,7 @@ et al. 2022, section 4.2.2).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
-    from ..specs.steps import SyncOp, When
+    from ..specs.steps import When
 
 
 @frozen
@@ -54,7 +53,7 @@ class SyncGroup:
         return _process_group(self.name)
 
 
-def sync_function(when: When, op: SyncOp, axis: int | None) -> Callable[[Tensor, SyncGroup], Tensor]:
+def sync_function(when: When, op: str, axis: int | None) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa: PLR0911  one case an operator
     """Return what a synchronisation does to a tensor on its way forward.
 
     ``backward_post`` is said of the gradient, so its operator on the way forward is the adjoint.
@@ -72,7 +71,8 @@ def sync_function(when: When, op: SyncOp, axis: int | None) -> Callable[[Tensor,
             return lambda x, group: gather_sum(x, _axis(x, axis), group.num_ranks, group.index, group.name)
         case _, "all_gather":
             return lambda x, group: all_gather(x, _axis(x, axis), group.num_ranks, group.index, group.name)
-        case _, "reduce_scatter":
+        case _:
+            assert op == "reduce_scatter", "the schedule checks it"
             return lambda x, group: reduce_scatter(x, _axis(x, axis), group.num_ranks, group.index, group.name)
 
 
@@ -82,7 +82,8 @@ def _axis(x: Tensor, axis: int | None) -> int:
 
 
 def _process_group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # noqa: SLF001  torch's own functional collectives do so
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(name)  # noqa: SLF001  as torch's own functional collectives do
 
 
 def _joined(x: Tensor, axis: int, num: int, group: str) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_origin
 
 import cattrs
-from attrs import fields, frozen
 from cattrs.gen import make_dict_unstructure_fn, override
 from cattrs.preconf.json import make_converter
-from cattrs.strategies import configure_tagged_union, use_class_methods
+from cattrs.strategies import configure_tagged_union
 from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
@@ -51,9 +49,10 @@ def loads(text: str) -> Plan:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _damaged(f"it is no JSON: {error}") from None
+        raise PlanError([_damage(f"it is no JSON: {error}")]) from None
     if not isinstance(data, dict):
-        raise _damaged(f"it is a JSON {type(data).__name__}, not an object")
+        raise PlanError([_damage(f"it is a JSON {type(data).__name__}, not an object")])
+    data = cast("dict[str, Any]", data)
     version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         cause = f"its schema version is {version!r}, and this shardplan reads {SCHEMA_VERSION}"
@@ -63,9 +62,9 @@ def loads(text: str) -> Plan:
     except PlanError as error:
         raise PlanError([Problem("plan", "it is damaged", "Plan again"), *error.problems]) from None
     except (cattrs.BaseValidationError, ValueError, TypeError, KeyError) as error:
-        raise _damaged("; ".join(cattrs.transform_error(error, path="plan"))) from None
+        raise PlanError([_damage("; ".join(cattrs.transform_error(error, path="plan")))]) from None
     if data.get("fingerprint") != plan.fingerprint:
-        raise _damaged(f"its fingerprint says {data.get('fingerprint')!r}, its contents {plan.fingerprint!r}")
+        raise PlanError([_damage(f"its fingerprint says {data.get('fingerprint')!r}, its contents {plan.fingerprint!r}")])
     return plan
 
 
@@ -83,8 +82,8 @@ def is_nameless(name: str) -> bool:
     return "<" in name
 
 
-def _damaged(cause: str) -> PlanError:
-    return PlanError([Problem("plan", f"it is damaged: {cause}", "Plan again, or copy the file again")])
+def _damage(cause: str) -> Problem:
+    return Problem("plan", f"it is damaged: {cause}", "Plan again, or copy the file again")
 
 
 def _converter(*, origins: bool) -> cattrs.Converter:
@@ -95,18 +94,14 @@ def _converter(*, origins: bool) -> cattrs.Converter:
         lambda cls: cls is frozendict or get_origin(cls) is frozendict,
         lambda value, _: deepfreeze(_expect(value, dict)),
     )
-    converter.register_unstructure_hook_func(
-        lambda cls: cls is frozendict or get_origin(cls) is frozendict, lambda value: _thaw(value)
-    )
+    converter.register_unstructure_hook_func(lambda cls: cls is frozendict or get_origin(cls) is frozendict, _thaw)
     converter.register_structure_hook(SpecTree, lambda value, _: SpecTree(converter.structure(value, tuple[ParamSpec, ...])))
     converter.register_unstructure_hook(SpecTree, lambda tree: [converter.unstructure(spec) for spec in tree.specs])
     converter.register_unstructure_hook(
         ParamSpec,
         make_dict_unstructure_fn(ParamSpec, converter, origin=override(omit=not origins)),
     )
-    converter.register_unstructure_hook(
-        Plan, make_dict_unstructure_fn(Plan, converter, runtime=override(omit=True))
-    )
+    converter.register_unstructure_hook(Plan, make_dict_unstructure_fn(Plan, converter, runtime=override(omit=True)))
     return converter
 
 
@@ -119,10 +114,10 @@ def _expect(value: object, kind: type) -> Any:
 
 def _thaw(value: Any) -> Any:
     match value:
-        case Mapping():
-            return {key: _thaw(item) for key, item in value.items()}
-        case tuple() | list():
-            return [_thaw(item) for item in value]
+        case frozendict():
+            return {key: _thaw(item) for key, item in cast("frozendict[str, Any]", value).items()}
+        case tuple():
+            return [_thaw(item) for item in cast("tuple[Any, ...]", value)]
         case _:
             return value
 

@@ -20,6 +20,9 @@ _SHORT_AND_BYTES = {
 }
 
 
+_KIB = 1024
+
+
 def is_known(dtype: str) -> bool:
     """Tell whether ``dtype`` is one that a plan can hold.
 
@@ -53,10 +56,10 @@ def human_bytes(count: float) -> str:
     >>> human_bytes(512), human_bytes(8 * 2**20), human_bytes(1536)
     ('512 B', '8.0 MiB', '1.5 KiB')
     """
-    if count < 1024:
+    if count < _KIB:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024:
+        count /= _KIB
+        if count < _KIB:
             return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} TiB"
+    return f"{count / _KIB:.1f} TiB"

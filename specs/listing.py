@@ -25,13 +25,20 @@ def listing(plan: Plan) -> str:
     first = plan.mesh.coordinate(0)
     lines = [f"plan {plan.fingerprint[:12]}  target={plan.target or 'none'} seed={plan.seed}", str(plan.mesh)]
     rows = [
-        (spec.path, (f"stage {spec.stage}", spec.type, _source(spec), f"{human_bytes(spec.local_bytes(first))}/rank", *_notes(spec)))
+        (
+            spec.path,
+            (f"stage {spec.stage}", spec.type, _source(spec), f"{human_bytes(spec.local_bytes(first))}/rank", *_notes(spec)),
+        )
         for spec in plan.tree.values()
     ]
     lines += _table((cells[0], path, *cells[1:]) for path, cells in fold(rows))
-    layout = [(module, (words,)) for step in plan.steps for module, words in _layout(step)]
-    if layout:
-        lines += ["", *_table((module or "(model)", *cells) for module, cells in fold(layout))]
+    layout: dict[str, list[str]] = {}
+    for step in plan.steps:
+        for module, words in _layout(step):
+            layout.setdefault(module, []).append(words)
+    changes = fold((module, ("; ".join(words),)) for module, words in layout.items())
+    if changes:
+        lines += ["", *_table((module or "(model)", *cells) for module, cells in changes)]
     return "\n".join(lines)
 
 

@@ -110,7 +110,7 @@ class ParamSpec:
 
     path: str = field(validator=instance_of(str))
     orig_shape: tuple[int, ...] = field(converter=tuple, validator=deep_iterable([instance_of(int), ge(0)]))
-    dtype: str = field()
+    dtype: str
     kind: Kind = field(default="parameter", validator=in_(("parameter", "buffer", "non_persistent_buffer")))
     shards: tuple[Shard, ...] = field(default=(), converter=tuple)
     stage: int = field(default=0, validator=[instance_of(int), ge(0)])
@@ -121,19 +121,15 @@ class ParamSpec:
     source: Source = field(factory=Unknown)
     origin: Origin | None = field(default=None, eq=False)
 
-    @dtype.validator
-    def _check_dtype(self, _: object, value: str) -> None:
-        if not is_known(value):
-            msg = f"{self.path}: dtype {value!r} is unknown to plans"
+    def __attrs_post_init__(self) -> None:
+        if not is_known(self.dtype):
+            msg = f"{self.path}: dtype {self.dtype!r} is unknown to plans"
             raise ValueError(msg)
-
-    @shards.validator
-    def _check_shards(self, _: object, value: tuple[Shard, ...]) -> None:
-        for what, used in (("axis", [s.axis for s in value]), ("mesh axis", [s.mesh_axis for s in value])):
+        for what, used in (("axis", [s.axis for s in self.shards]), ("mesh axis", [s.mesh_axis for s in self.shards])):
             if len(set(used)) < len(used):
-                msg = f"{self.path}: an {what} is split twice: {value}"
+                msg = f"{self.path}: one {what} is split twice: {self.shards}"
                 raise ValueError(msg)
-        for shard in value:
+        for shard in self.shards:
             if shard.axis >= len(self.orig_shape):
                 msg = f"{self.path}: no axis {shard.axis} in shape {list(self.orig_shape)}"
                 raise ValueError(msg)

@@ -15,7 +15,7 @@ _NUM_CLOSEST = 3
 
 
 @lru_cache(maxsize=1024)
-def compile_pattern(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:  # noqa: C901  one case a token
     """Return the regular expression that matches the paths selected by ``pattern``.
 
     ``**.`` stands for any number of names, none included; ``?`` for one character of a name.

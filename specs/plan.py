@@ -103,9 +103,8 @@ def misfits(mesh: Mesh, tree: SpecTree) -> list[Problem]:
     """Return the tensors that do not fit a mesh: stages that it has not, splits that do not divide."""
     problems: list[Problem] = []
     for spec in tree.values():
-        for stage in (spec.stage, *spec.also_on):
-            if stage >= mesh.pipe:
-                problems.append(Problem(spec.path, f"stage {stage} is not on {mesh}", type=spec.type))
+        missing = [stage for stage in (spec.stage, *spec.also_on) if stage >= mesh.pipe]
+        problems += [Problem(spec.path, f"stage {stage} is not on {mesh}", type=spec.type) for stage in missing]
         for shard in spec.shards:
             num, size = mesh.num(shard.mesh_axis), spec.orig_shape[shard.axis]
             if size % num:

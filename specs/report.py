@@ -102,17 +102,21 @@ class Report:
         lines = [self.title, "", "holds   stage  tensor  parameters     buffers  replicated  peak while executing"]
         lines += [
             f"        {s.stage:>5}  {s.tensor:>6}  {human_bytes(s.parameter_bytes):>10}  {human_bytes(s.buffer_bytes):>10}"
-            f"  {human_bytes(s.replicated_bytes):>10}  {human_bytes(s.peak_bytes):>10}"
+            f"  {human_bytes(s.replicated_bytes):>10}  {human_bytes(s.peak_bytes):>20}"
             for s in self.shares
         ]
-        lines += ["", "sends   stage  over         op          messages  bytes to each rank"]
+        lines += ["", "sends   stage  over           op          messages  bytes to each rank"]
         lines += [
-            f"        {t.stage:>5}  {' x '.join(t.mesh_axes) or 'all ranks':<11}  {t.op:<10}  {t.num_calls:>8}  {human_bytes(t.num_bytes):>10}"
+            f"        {t.stage:>5}  {' x '.join(t.mesh_axes) or 'all ranks':<13}  {t.op:<10}"
+            f"  {t.num_calls:>8}  {human_bytes(t.num_bytes):>18}"
             for t in self.traffic
         ] or ["        nothing"]
         if self.replicated:
             total = sum(num_bytes for *_, num_bytes in self.replicated)
-            lines += ["", f"whole   {len(self.replicated)} tensors of {human_bytes(total)} on every rank of their stage; the largest:"]
+            lines += [
+                "",
+                f"whole   {len(self.replicated)} tensors of {human_bytes(total)} on every rank of their stage; the largest:",
+            ]
             lines += [f"        {path}  {type_}  {human_bytes(num_bytes)}" for path, type_, num_bytes in self.replicated[:3]]
         lines += ["", *(str(finding) for finding in self.findings)] if self.findings else []
         return "\n".join([*lines, "", f"ok      {'yes' if self.ok else 'no: execute refuses this plan'}"])

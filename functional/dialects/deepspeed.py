@@ -27,7 +27,9 @@ class DeepSpeedDialect:
 
     def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
         if not isinstance(config, Mapping):
-            cause = "DeepSpeed needs its configuration" if config is None else f"it is plain JSON values by name, not {config!r}"
+            cause = (
+                "DeepSpeed needs its configuration" if config is None else f"it is plain JSON values by name, not {config!r}"
+            )
             fix = 'config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}'
             return [Problem("config", cause, fix)]
         return [*_not_json("config", config), *_batch(mesh, config), *_clipping(config), *_zero(mesh, config)]
@@ -49,13 +51,18 @@ class DeepSpeedDialect:
             # else a C++ build of a minute for an all-reduce in shared memory; gloo does it
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for spec in plan.tree.values():
-            if any(shard.mesh_axis == "tensor" for shard in spec.shards) and plan.mesh.tensor > 1 and spec.kind == "parameter":
+            if (
+                any(shard.mesh_axis == "tensor" for shard in spec.shards)
+                and plan.mesh.tensor > 1
+                and spec.kind == "parameter"
+            ):
                 parameter = module.get_parameter(spec.path)
                 # what DeepSpeed's is_model_parallel_parameter reads, so that the gradient norm counts every part
                 parameter.model_parallel = True  # type: ignore[attr-defined]
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        engine, made, dataloader, scheduler = deepspeed.initialize(
+        initialize: Any = deepspeed.initialize  # its annotation of model_parameters is wrong
+        engine, made, dataloader, scheduler = initialize(
             model=module,
             model_parameters=trained,
             optimizer=optimizer(trained) if optimizer else None,

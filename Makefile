@@ -1,0 +1,29 @@
+# make demo: a Llama, split over two processes by a plan, beside the unsplit one
+# make test: every test, from a fresh clone
+PYTHON ?= python3
+TENSOR ?= 2
+DATA ?= 1
+BIN := .venv/bin
+STAMP := .venv/installed
+# gloo on loopback, a thread a process: what a laptop has
+QUIET := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TRANSFORMERS_VERBOSITY=error
+
+.PHONY: demo test lint
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]' --config-settings editable_mode=strict
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(QUIET) TENSOR=$(TENSOR) $(BIN)/torchrun --nproc-per-node $$(($(DATA) * $(TENSOR))) examples/train_llama.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports

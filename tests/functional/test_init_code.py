@@ -1,0 +1,305 @@
+"""Which init code makes which tensors, and that it makes them as the model's own library does."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from shardplan.functional import create_schedule, execute, plan_build
+from shardplan.specs import Made, Mesh, ModuleValues, PlanError, Uninitialised
+from shardplan.specs.steps import Generate
+from torch import nn
+
+SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def t5():
+    config = transformers.T5Config(num_layers=2, d_model=128, d_ff=256, d_kv=16, num_heads=8, vocab_size=1000)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_layer=2, n_embd=128, n_head=4, vocab_size=500, bos_token_id=0, eos_token_id=1)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def clip():
+    text = {**SMALL_CLIP, "vocab_size": 500, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {**SMALL_CLIP, "image_size": 32, "patch_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+
+def build(make, edit=lambda sch: sch, **options):
+    with torch.device("meta"):
+        model = make()
+    plan = plan_build(edit(create_schedule(model, Mesh())), **options)
+    return plan, execute(plan, device="cpu").module
+
+
+def tensors(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize(
+    ("make", "edit"),
+    [(t5, lambda s: s), (gpt2, lambda s: s), (clip, lambda s: s.at["logit_scale"].init(2.6592))],
+    ids=["t5", "gpt2", "clip"],
+)
+def test_scales_are_those_that_transformers_gives(make, edit):
+    _, module = build(make, edit)
+    torch.manual_seed(0)
+    given = tensors(make())
+    made = tensors(module)
+    assert made.keys() == given.keys()
+    for path, tensor in given.items():
+        ours, theirs = made[path].detach().double(), tensor.detach().double()
+        assert ours.shape == theirs.shape
+        if theirs.numel() == 1 or theirs.std() == 0 or "position_ids" in path:
+            torch.testing.assert_close(ours, theirs, msg=path)
+        else:
+            # the quotient of two standard deviations of n normals has the standard error 1 / sqrt(n); five of them
+            assert (ours.std() / theirs.std()).item() == pytest.approx(1, abs=5 / theirs.numel() ** 0.5), path
+
+
+def test_parents_that_rewrite_their_children_come_last():
+    plan, _ = build(t5)
+    calls = plan.tree["decoder.block.1.layer.0.SelfAttention.q.weight"].source.calls
+    assert [call.module for call in calls] == [
+        "decoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.0.SelfAttention",
+    ]
+
+
+def test_calls_that_write_a_common_tensor_are_one_unit():
+    plan, _ = build(t5)
+    units = [set(step.paths) for step in plan.steps if isinstance(step, Generate)]
+    attention = "encoder.block.1.layer.0.SelfAttention"
+    assert {f"{attention}.{name}.weight" for name in "qkvo"} in units
+    assert sum(len(unit) for unit in units) == len(set.union(*units))
+
+
+def test_a_tensor_that_no_code_writes_is_an_error_with_its_mend():
+    with pytest.raises(
+        PlanError, match=r"logit_scale  f32\[\]: no init code writes it\n.*sch.at\['logit_scale'\].init\(0.0\)"
+    ):
+        build(clip)
+
+
+def test_half_written_is_an_error():
+    def half(module):
+        module.weight[:2].zero_()
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, 4))
+
+    with pytest.raises(PlanError, match=r"weight  f32\[4, 4\]: init code \(.*half\) gives values to 8 of its 16 elements"):
+        build(Bare, init_weights=half)
+
+
+def test_rows_written_one_by_one_count_as_written():
+    def rows(module):
+        for row in module.weight:
+            row.fill_(3.0)
+
+    _, module = build(lambda: nn.Linear(4, 4, bias=False), init_weights=rows)
+    assert torch.equal(module.weight, torch.full((4, 4), 3.0))
+
+
+def test_arithmetic_on_unwritten_values_builds_on_the_code_before():
+    def doubled(module):
+        module.weight.mul_(2)
+
+    plan, module = build(lambda: nn.Linear(64, 64, bias=False), init_weights=doubled)
+    assert [call.kind for call in plan.tree["weight"].source.calls] == ["reset_parameters", "init_weights"]
+    assert 1 / 8 < module.weight.abs().max() <= 2 / 8
+
+
+def test_user_code_comes_before_transformers_and_transformers_before_the_module():
+    def only_norms(module):
+        if "Norm" in type(module).__name__:
+            module.weight.fill_(7.0)
+
+    plan, module = build(gpt2, lambda s: s, init_weights=lambda m: None)
+    assert plan.tree["transformer.h.0.mlp.c_fc.weight"].source.calls[0].kind == "_init_weights"
+    plan, module = build(gpt2, init_weights=only_norms)
+    assert torch.equal(module.transformer.ln_f.weight, torch.full((128,), 7.0))
+    assert [call.kind for call in plan.tree["transformer.ln_f.weight"].source.calls] == ["init_weights"]
+    plan, _ = build(lambda: nn.Linear(4, 4))
+    assert [call.kind for call in plan.tree["weight"].source.calls] == ["reset_parameters"]
+    plan, _ = build(lambda: nn.MultiheadAttention(8, 2))
+    assert plan.tree["in_proj_weight"].source.calls[-1].kind == "_reset_parameters"
+
+
+def test_user_code_may_ask_for_the_path():
+    seen = []
+
+    def init(module, path):
+        seen.append(path)
+        for parameter in module.parameters(recurse=False):
+            parameter.fill_(len(path))
+
+    _, module = build(lambda: nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))), init_weights=init)
+    assert seen[:2] == ["0", "1.0"]
+    assert module[0].weight[0, 0] == 1
+    assert module[1][0].weight[0, 0] == 3
+
+
+def test_init_overrides_by_number_and_function():
+    def edit(sch):
+        return sch.at["weight"].init(nn.init.eye_).at["bias"].init(-1)
+
+    _, module = build(lambda: nn.Linear(3, 3), edit)
+    assert torch.equal(module.weight, torch.eye(3))
+    assert torch.equal(module.bias, torch.full((3,), -1.0))
+
+
+def test_an_override_does_not_change_its_neighbours():
+    _, plain = build(gpt2)
+    _, edited = build(gpt2, lambda s: s.at["transformer.h.0.ln_1.weight"].init(5.0))
+    for path, tensor in tensors(plain).items():
+        assert torch.equal(tensor, tensors(edited)[path]) is (path != "transformer.h.0.ln_1.weight"), path
+
+
+class Loops(nn.Module):
+    """Init code that looks at what it drew, and code that goes through NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut = nn.Parameter(torch.empty(64, 64))
+        self.tail = nn.Parameter(torch.empty(32, 32))
+        self.basis = nn.Parameter(torch.empty(16, 16))
+        self.sparse = nn.Parameter(torch.empty(16, 16))
+        self.table = nn.Parameter(torch.empty(16))
+
+    def reset_parameters(self):
+        nn.init.trunc_normal_(self.cut, std=0.02, a=-0.04, b=0.04)
+        nn.init.trunc_normal_(self.tail, a=3.0, b=4.0)
+        nn.init.orthogonal_(self.basis)
+        nn.init.sparse_(self.sparse, 0.5)
+        self.table.data = torch.from_numpy(np.arange(16, dtype=np.float32) + random.random() + np.random.rand())  # noqa: NPY002
+
+
+@pytest.mark.filterwarnings("ignore:mean is more than 2 std from:UserWarning")
+def test_code_that_depends_on_what_it_draws():
+    _, module = build(Loops)
+    assert module.cut.abs().max() <= 0.04
+    assert 0.01 < module.cut.std() < 0.02
+    assert 3 <= module.tail.min() <= module.tail.max() <= 4
+    torch.testing.assert_close(module.basis @ module.basis.T, torch.eye(16), rtol=1e-4, atol=1e-5)
+    assert (module.sparse == 0).sum(dim=0).eq(8).all()
+    assert torch.allclose(module.table.diff(), torch.ones(15))
+    assert module.table.untyped_storage().nbytes() == 64
+    _, again = build(Loops)
+    for path, tensor in tensors(module).items():
+        assert torch.equal(tensor, tensors(again)[path]), path
+
+
+def test_code_that_cannot_be_followed_is_taken_to_write_what_its_module_holds():
+    def by_numpy(module):
+        module.weight.copy_(torch.from_numpy(module.weight.detach().numpy() * 0 + 2))
+
+    _, module = build(lambda: nn.Linear(3, 3, bias=False), init_weights=by_numpy)
+    assert torch.equal(module.weight, torch.full((3, 3), 2.0))
+
+
+def test_code_that_raises_is_a_problem_with_its_name():
+    def broken(module):
+        msg = "no such file: weights.bin"
+        raise FileNotFoundError(msg)
+
+    with pytest.raises(PlanError, match=r"init code .*broken.* raises FileNotFoundError: no such file: weights.bin"):
+        build(lambda: nn.Linear(2, 2), init_weights=broken)
+
+
+def test_global_generators_are_untouched():
+    def draws(module):
+        for parameter in module.parameters(recurse=False):
+            parameter.fill_(random.random() + np.random.rand())  # noqa: NPY002
+            torch.manual_seed(5)
+            parameter.normal_()
+
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    build(lambda: nn.Linear(4, 4), init_weights=draws)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state  # noqa: NPY002
+
+
+def test_seed_and_path_decide_the_values():
+    _, one = build(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    _, same = build(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    _, other = build(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), seed=1)
+    assert torch.equal(one[0].weight, same[0].weight)
+    assert not torch.equal(one[0].weight, other[0].weight)
+    assert not torch.equal(one[0].weight, one[1].weight)
+
+
+def test_rotary_buffers_on_meta_get_their_values():
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=32)
+    _, module = build(lambda: transformers.LlamaModel(config))
+    assert torch.equal(module.rotary_emb.inv_freq, transformers.LlamaModel(config).rotary_emb.inv_freq)
+
+
+def test_values_that_are_there_are_kept():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    model.register_buffer("scale", torch.tensor(3.0))
+    with torch.no_grad():
+        model[0].weight.fill_(9.0)
+    plan = plan_build(create_schedule(model, Mesh()), init_weights=lambda module: None)
+    assert plan.tree["0.weight"].source == ModuleValues()
+    assert isinstance(plan.tree["1.weight"].source, Made)
+    module = execute(plan, device="cpu").module
+    assert torch.equal(module[0].weight, torch.full((4, 4), 9.0))
+    assert module.scale == 3
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert torch.equal(model[0].weight, torch.full((4, 4), 9.0))
+    assert model[1].weight.is_meta
+
+
+def test_code_that_also_touches_kept_values_does_not_change_them():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = nn.Parameter(torch.full((4,), 6.0))
+            self.made = nn.Parameter(torch.empty(4, device="meta"))
+
+        def reset_parameters(self):
+            self.made.copy_(self.kept * 2)
+            self.kept.zero_()
+
+    model = Pair()
+    module = execute(plan_build(create_schedule(model, Mesh())), device="cpu").module
+    assert torch.equal(module.made, torch.full((4,), 12.0))
+    assert torch.equal(module.kept, torch.full((4,), 6.0))
+
+
+def test_no_init_leaves_shapes_without_values():
+    plan, module = build(lambda: nn.Linear(4, 4), init_weights=False)
+    assert plan.tree["weight"].source == Uninitialised()
+    assert not any(isinstance(step, Generate) for step in plan.steps)
+    assert module.weight.shape == (4, 4)
+    assert not module.weight.is_meta
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_scripted_modules_keep_what_they_came_with():
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    model = nn.Sequential(scripted, nn.Linear(4, 4, device="meta"))
+    module = execute(plan_build(create_schedule(model, Mesh())), device="cpu").module
+    assert torch.equal(module[0].weight, scripted.weight)
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert scripted.weight.abs().sum() > 0
+    assert module(torch.ones(1, 4)).shape == (1, 4)
+    with pytest.raises(PlanError, match=r"0.weight  f32\[4@tensor, 4\]: it belongs to a scripted module"):
+        plan_build(create_schedule(model, Mesh(tensor=2)).at["0.weight"].shard(axis=0))
+
+
+def test_recurrent_modules_compute_with_their_new_parameters():
+    _, module = build(lambda: nn.LSTM(4, 8, 2))
+    assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
+    assert module(torch.ones(3, 4))[0].shape == (3, 8)

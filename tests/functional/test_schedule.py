@@ -1,0 +1,239 @@
+"""A schedule is immutable, says what its verbs say, and collects what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shardplan.functional import create_schedule, plan_build
+from shardplan.specs import FillCall, Made, Mesh, PlanError, Shard, TensorCall
+from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
+from torch import nn
+
+from tests.models import llama, plain, split_llama
+
+
+def perceptron(device="meta"):
+    with torch.device(device):
+        return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+@pytest.fixture
+def sch():
+    return create_schedule(perceptron(), Mesh(tensor=2))
+
+
+def problem_of(sch, **options):
+    with pytest.raises(PlanError) as caught:
+        plan_build(sch, **options)
+    return str(caught.value)
+
+
+def test_verbs_give_new_schedules_and_leave_the_old(sch):
+    before = sch.tree
+    split = sch.at["0"].colwise()
+    assert sch.tree is before
+    assert sch.tree["0.weight"].shards == ()
+    assert split.tree["0.weight"].shards == (Shard(0, "tensor"),)
+
+
+def test_the_model_is_read_and_not_changed():
+    model = perceptron("cpu")
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    plan_build(create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["2"].rowwise().at["0.weight"].init(1.0))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
+    assert not model[0]._forward_pre_hooks
+    assert model[0].out_features == 32
+
+
+def test_it_reads_ties_buffers_and_frozen_parameters():
+    tree = create_schedule(plain(), Mesh()).tree
+    assert tree["embed.weight"].tie == ("head.weight",)
+    assert tree["head.weight"] is tree["embed.weight"]
+    assert tree["blocks.0.shift"].kind == "buffer"
+    assert not tree["blocks.1.gain"].requires_grad
+    assert create_schedule(llama(), Mesh()).tree["model.rotary_emb.inv_freq"].kind == "non_persistent_buffer"
+
+
+def test_ties_by_storage_are_ties():
+    model = perceptron("cpu")
+    model[2].weight = nn.Parameter(model[0].weight.detach())
+    assert create_schedule(model, Mesh()).tree["0.weight"].tie == ("2.weight",)
+
+
+def test_colwise_and_rowwise_are_the_verbs_that_they_say(sch):
+    short = sch.at["0"].colwise().at["2"].rowwise()
+    long = sch.at["0"].shard("weight", axis=0).shard("bias", axis=0).sync("backward_post", "all_reduce").set(out_features=16)
+    long = long.at["2"].shard("weight", axis=1).sync("forward_post", "all_reduce").set(in_features=16)
+    assert short == long
+    assert plan_build(short).fingerprint == plan_build(long).fingerprint
+    assert short.layout == (
+        Sync("0", "backward_post", "all_reduce"),
+        SetAttributes("0", {"out_features": 16}),
+        Sync("2", "forward_post", "all_reduce"),
+        SetAttributes("2", {"in_features": 16}),
+    )
+    assert AddBiasAfterSync("2") in plan_build(short).steps
+
+
+def test_gathered_output_and_vocabulary():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 6, bias=False))
+    sch = create_schedule(model, Mesh(tensor=2)).at["0"].vocab_parallel().at["1"].colwise(gather_output=True)
+    assert VocabParallel("0") in sch.layout
+    assert SetAttributes("0", {"num_embeddings": 5}) in sch.layout
+    assert Sync("1", "forward_post", "all_gather", -1) in sch.layout
+
+
+def test_tags_and_values_reach_all_tensors_below_a_module():
+    sch = create_schedule(llama(), Mesh()).at["model.layers.0"].tag(rate=0.5).at["model.norm.weight"].init(2).tag(rate=1)
+    tagged = [spec.path for spec in sch.tree.values() if spec.tags.get("rate") == 0.5]
+    assert len(tagged) == 9
+    assert all(path.startswith("model.layers.0.") for path in tagged)
+    assert sch.tree["model.norm.weight"].source == Made((FillCall("model.norm.weight", 2),))
+    assert sch.tree["model.norm.weight"].tags == {"rate": 1}
+
+
+def test_a_function_is_known_by_name_and_a_lambda_is_not(sch):
+    named = sch.at["0.weight"].init(nn.init.zeros_).tree["0.weight"].source
+    assert named == Made((TensorCall("0.weight", "torch.nn.init:zeros_"),))
+    nameless = sch.at["0.weight"].init(lambda w: w.zero_()).at["0.bias"].init(lambda w: w.fill_(1))
+    names = [spec.source.calls[0].function for spec in nameless.tree.values() if isinstance(spec.source, Made)]
+    assert all("<" in name for name in names)
+    assert len(set(names)) == 2
+
+
+def test_origin_names_the_line(sch):
+    origin = sch.at["0.weight"].shard(axis=0).tree["0.weight"].origin
+    assert (origin.verb, origin.pattern) == ("shard", "0.weight")
+    assert origin.where.startswith("test_schedule.py:")
+
+
+def test_unknown_pattern_names_the_closest():
+    message = problem_of(create_schedule(llama(), Mesh()).at["model.layer.*.mlp.up_proj"].colwise())
+    assert "model.layer.*.mlp.up_proj: no module and no tensor has a path like this" in message
+    assert "The closest are model.layers.0.mlp.up_proj" in message
+
+
+def test_expect_counts():
+    sch = create_schedule(llama(), Mesh(tensor=2)).at["model.layers.*.mlp.up_proj"]
+    assert sch.expect(2).problems == ()
+    message = problem_of(sch.expect(3))
+    assert "3 expected, 2 selected: model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj" in message
+    assert ".expect(2)" in message
+
+
+def test_two_axes_are_refused_with_both_lines(sch):
+    message = problem_of(sch.at["0.weight"].shard(axis=0).shard(axis=1))
+    assert "0.weight  f32[32@tensor, 8]: it is split twice: along axis 0 over 'tensor' (test_schedule.py:" in message
+    assert "and along axis 1 over 'tensor' (test_schedule.py:" in message
+
+
+def test_two_axes_of_a_tie_name_the_alias():
+    sch = create_schedule(plain(), Mesh(tensor=2)).at["embed.weight"].shard(axis=0).at["head.weight"].shard(axis=1)
+    assert "It is one tensor with head.weight" in problem_of(sch)
+
+
+def test_the_same_split_twice_is_no_problem(sch):
+    assert not sch.at["0.weight"].shard(axis=0).shard(axis=-2).problems
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda s: s.at["0.bias"].shard(axis=1), "0.bias  f32[32]: it has no axis 1\n      Its axes are 0 to 0"),
+        (lambda s: s.at["0.bias"].shard(axis=0, mesh_axis="model"), "mesh axis 'model' is unknown"),
+        (lambda s: s.at["0.bias"].shard(axis=0, mesh_axis="pipe"), "a tensor is not split over 'pipe'"),
+        (lambda s: s.at["0"].shard(axis=0), 'Name the tensor: .shard("weight", axis=0)'),
+        (lambda s: s.at["0"].shard("kernel", axis=0), "0: it has no tensor 'kernel'\n      It holds weight, bias"),
+        (lambda s: s.at["1"].colwise(), ".colwise() is for nn.Linear, and this is a ReLU"),
+        (lambda s: s.at["0"].vocab_parallel(), ".vocab_parallel() is for nn.Embedding, and this is a Linear"),
+        (lambda s: s.at["0.weight"].sync("forward_post", "all_reduce"), "it selects tensors, and this verb is for modules"),
+        (lambda s: s.at["0"].sync("after", "all_reduce"), "a sync cannot stand at 'after'"),
+        (lambda s: s.at["0"].sync("forward_post", "sum"), "sync operator 'sum' is unknown"),
+        (lambda s: s.at["0"].sync("forward_post", "all_gather"), "all_gather needs the axis of the activation"),
+        (lambda s: s.at["0"].sync("forward_post", "all_reduce", axis=1), "all_reduce has no axis, and axis=1 was given"),
+        (
+            lambda s: s.at["0"].sync("forward_pre", "all_reduce", mesh_axis="pipe"),
+            "a sync cannot run along mesh axis 'pipe'",
+        ),
+        (
+            lambda s: s.at["0"].set(out_feature=3),
+            "it has no attribute 'out_feature' to set\n      The closest are out_features",
+        ),
+        (lambda s: s.at["0.[weight"].tag(x=1), "pattern '0.[weight': '[' has no partner"),
+        (lambda s: s.at["{0,2"].colwise(), "pattern '{0,2': '{' is not closed"),
+    ],
+)
+def test_errors_say_what_and_how_to_mend(sch, edit, text):
+    assert text in problem_of(edit(sch))
+
+
+def test_a_split_that_does_not_divide_says_the_sizes():
+    with torch.device("meta"):
+        model = nn.Linear(4, 50257)
+    message = problem_of(create_schedule(model, Mesh(tensor=8)).at[""].colwise(gather_output=True))
+    assert (
+        "weight  f32[50257@tensor, 4]: axis 0 has 50257 entries, mesh axis 'tensor' has 8, and 8 does not divide 50257"
+        in message
+    )
+    assert "Pad the axis to 50264" in message
+
+
+def test_all_problems_come_at_once(sch):
+    bad = sch.at["nothing.here"].tag(x=1).at["0.bias"].shard(axis=3).at["1"].rowwise()
+    message = problem_of(bad, target="megatron", strategy="local", seed="x")
+    assert message.startswith("6 problems\n")
+    for text in ("nothing.here", "no axis 3", ".rowwise() is for", "'megatron' is unknown", "'local' is unknown", "seed"):
+        assert text in message
+
+
+def test_a_verb_without_selection_is_a_mistake(sch):
+    with pytest.raises(ValueError, match=r"a verb needs a selection: sch\.at\[pattern\]\.verb"):
+        sch.tag(x=1)
+
+
+def test_embedding_options_that_need_all_rows_are_refused():
+    with torch.device("meta"):
+        model = nn.Embedding(8, 4, max_norm=1.0)
+    assert "max_norm and scale_grad_by_freq look at all rows" in problem_of(
+        create_schedule(model, Mesh(tensor=2)).at[""].vocab_parallel()
+    )
+
+
+def test_a_lazy_parameter_is_refused():
+    model = nn.LazyLinear(4)
+    assert "weight: it is lazy and has no shape yet" in problem_of(create_schedule(model, Mesh()))
+
+
+def test_a_tensor_on_meta_as_plain_attribute_is_refused():
+    model = perceptron()
+    model[1].table = torch.empty(4, device="meta")
+    message = problem_of(create_schedule(model, Mesh()))
+    assert "1.table: a tensor on meta is kept as a plain attribute" in message
+    assert "register_buffer('table'" in message
+
+
+def test_two_views_of_one_memory_are_refused():
+    model = perceptron("cpu")
+    model[2].weight = nn.Parameter(model[0].weight.detach().view(8, 32))
+    assert "2.weight  f32[8, 32]: it shares memory with 0.weight, but is another view of it" in problem_of(
+        create_schedule(model, Mesh())
+    )
+
+
+def test_a_hook_that_holds_the_original_is_refused_by_name():
+    model = perceptron()
+    model[0].register_forward_hook(lambda *_: model[1] and None)
+    message = problem_of(create_schedule(model, Mesh()))
+    assert "0: a hook in _forward_hooks" in message
+    assert "holds on to the original module" in message
+
+
+def test_split_llama_is_what_the_design_shows():
+    sch = split_llama(llama(), Mesh(tensor=4))
+    assert not sch.problems
+    assert str(sch.tree["model.layers.1.mlp.down_proj.weight"]) == "model.layers.1.mlp.down_proj.weight  f32[64, 96@tensor]"

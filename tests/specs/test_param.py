@@ -1,0 +1,216 @@
+"""The parts of a tensor, put together, are the tensor; a spec is what it says, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+from attrs import evolve
+from attrs.exceptions import FrozenInstanceError
+from hypothesis import example, given
+from hypothesis import strategies as st
+from shardplan.specs import MESH_AXES, FillCall, Made, Mesh, Origin, ParamSpec, Shard
+from shardplan.specs.dtypes import human_bytes, is_known, num_bytes, short_name
+from shardplan.specs.param import index_shape
+
+from tests.strategies import coordinates, law, meshes, param_specs
+
+WEIGHT = ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))
+
+
+def everywhere(mesh):
+    return [mesh.coordinate(rank) for rank in range(mesh.num_ranks)]
+
+
+def elements(index):
+    return list(product(*(range(start, stop) for start, stop in index)))
+
+
+@st.composite
+def specs_on_meshes(draw):
+    mesh = draw(meshes())
+    return draw(param_specs(mesh)), mesh
+
+
+@law
+@given(specs_on_meshes())
+def test_each_replica_group_holds_each_element_once(case):
+    spec, mesh = case
+    split = {shard.mesh_axis for shard in spec.shards}
+    replicas = {}
+    for here in everywhere(mesh):
+        replica = tuple(here.index(mesh_axis) for mesh_axis in MESH_AXES if mesh_axis not in split)
+        replicas.setdefault(replica, Counter()).update(elements(spec.index(here)))
+    whole = Counter(product(*map(range, spec.orig_shape)))
+    assert len(replicas) == mesh.num_ranks // mesh.num(*split)
+    assert all(held == whole for held in replicas.values())
+
+
+@law
+@given(specs_on_meshes())
+def test_the_bytes_of_all_ranks_add_up_to_the_total_times_the_replicas(case):
+    spec, mesh = case
+    replicas = mesh.num_ranks // mesh.num(*(shard.mesh_axis for shard in spec.shards))
+    assert sum(spec.local_bytes(here) for here in everywhere(mesh)) == spec.num_bytes * replicas
+
+
+@law
+@given(specs_on_meshes())
+def test_shape_bytes_and_index_say_the_same(case):
+    spec, mesh = case
+    for here in everywhere(mesh):
+        assert spec.local_shape(here) == index_shape(spec.index(here))
+        assert spec.local_bytes(here) == len(elements(spec.index(here))) * num_bytes(spec.dtype)
+    assert spec.num_elements == prod(spec.orig_shape)
+
+
+@law
+@given(coordinates(), st.integers(0, 5), st.sampled_from(MESH_AXES))
+def test_intervals_follow_one_another_in_equal_lengths(here, part, mesh_axis):
+    num = here.mesh.num(mesh_axis)
+    start, stop = Shard(0, mesh_axis).interval(part * num, here)
+    assert (start, stop) == (here.index(mesh_axis) * part, (here.index(mesh_axis) + 1) * part)
+
+
+@law
+@given(specs_on_meshes())
+def test_only_mesh_axes_longer_than_one_split(case):
+    spec, mesh = case
+    split = spec.mesh_axes(mesh.coordinate(0))
+    assert list(split) == [m for m in MESH_AXES if mesh.num(m) > 1 and m in {shard.mesh_axis for shard in spec.shards}]
+    if not split:
+        assert spec.local_shape(mesh.coordinate(mesh.num_ranks - 1)) == spec.orig_shape
+
+
+def test_a_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="axis 0 has 6 entries, mesh axis 'tensor' has 4, which does not divide"):
+        ParamSpec("w", (6,), "float32", shards=(Shard(0),)).index(Mesh(tensor=4).coordinate(0))
+
+
+@law
+@given(specs_on_meshes())
+def test_the_printed_type_names_every_axis_and_its_mesh_axis(case):
+    spec, _ = case
+    split = {shard.axis: shard.mesh_axis for shard in spec.shards}
+    short, _, sizes = spec.type.rstrip("]").partition("[")
+    axes = [size.partition("@") for size in sizes.split(", ")] if sizes else []
+    assert short == short_name(spec.dtype)
+    assert [(int(size), mesh_axis) for size, _, mesh_axis in axes] == [
+        (size, split.get(axis, "")) for axis, size in enumerate(spec.orig_shape)
+    ]
+    assert str(spec) == f"{spec.path}  {spec.type}"
+
+
+def test_specs_of_equal_fields_are_equal():
+    first = ParamSpec("w", [4, 2], "float32", shards=[Shard(0)], tags={"a": [1, 2], "b": {"c": 3}}, tie=["v"])
+    second = ParamSpec("w", (4, 2), "float32", shards=(Shard(0),), tags={"b": {"c": 3}, "a": (1, 2)}, tie=("v",))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_the_origin_of_a_spec_is_outside_equality():
+    decided = evolve(WEIGHT, origin=Origin("shard", "**", "train.py:12"))
+    assert decided == WEIGHT
+    assert hash(decided) == hash(WEIGHT)
+    assert decided.origin != WEIGHT.origin
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": "down.weight"},
+        {"orig_shape": (4, 8)},
+        {"dtype": "bfloat16"},
+        {"kind": "buffer"},
+        {"shards": ()},
+        {"shards": (Shard(0, "data"),)},
+        {"stage": 1},
+        {"also_on": (1,)},
+        {"tags": {"note": 1}},
+        {"tie": ("alias",)},
+        {"requires_grad": False},
+        {"source": Made((FillCall("up.weight", 0),))},
+    ],
+)
+def test_every_other_field_counts_in_equality(change):
+    assert evolve(WEIGHT, **change) != WEIGHT
+
+
+def test_a_spec_is_frozen_all_the_way_down():
+    spec = ParamSpec("w", (4,), "float32", tags={"a": {"b": [1]}})
+    with pytest.raises(FrozenInstanceError):
+        spec.path = "v"
+    with pytest.raises(TypeError, match="frozendict"):
+        spec.tags["a"] = 1
+    with pytest.raises(TypeError, match="frozendict"):
+        spec.tags["a"]["b"] = 1
+    assert spec.tags["a"]["b"] == (1,)
+
+
+def test_an_edit_is_checked_like_a_new_record():
+    with pytest.raises(ValueError, match="w: one axis is split twice"):
+        ParamSpec("w", (4, 4), "float32", shards=(Shard(0),)).shard(Shard(0, "data"))
+    with pytest.raises(ValueError, match=r"up\.weight: no axis 0 in shape \[\]"):
+        evolve(WEIGHT, orig_shape=())
+
+
+def test_sharding_adds_one_axis_and_its_origin():
+    origin = Origin("shard", "w", "train.py:3")
+    spec = WEIGHT.shard(Shard(1, "data"), origin)
+    assert spec.shards == (Shard(0), Shard(1, "data"))
+    assert spec.origin is origin
+    assert spec.type == "f32[8@tensor, 4@data]"
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: ParamSpec("w", (4,), "quint4x2"), ValueError, "w: dtype 'quint4x2' is unknown to plans"),
+        (lambda: ParamSpec("w", (4,), "float32", shards=(Shard(1),)), ValueError, r"w: no axis 1 in shape \[4\]"),
+        (
+            lambda: ParamSpec("w", (4, 4), "float32", shards=(Shard(0), Shard(1))),
+            ValueError,
+            "w: one mesh axis is split twice",
+        ),
+        (lambda: ParamSpec("w", (4, -1), "float32"), ValueError, "'orig_shape' must be >= 0: -1"),
+        (lambda: ParamSpec("w", (4, 0.5), "float32"), TypeError, "'orig_shape' must be <class 'int'>"),
+        (lambda: ParamSpec("w", (4,), "float32", kind="weight"), ValueError, "'kind' must be in .*'weight'"),
+        (lambda: ParamSpec("w", (4,), "float32", stage=-1), ValueError, "'stage' must be >= 0: -1"),
+        (lambda: ParamSpec(7, (4,), "float32"), TypeError, "'path' must be <class 'str'>"),
+        (lambda: Shard(-1), ValueError, "'axis' must be >= 0: -1"),
+        (lambda: Shard(0, "model"), ValueError, r"'mesh_axis' must be in \('pipe', 'data', 'tensor'\) \(got 'model'\)"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, error, text):
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_several_split_axes_are_asked_as_shards():
+    assert [ParamSpec("w", (4,), "float32").shard_axis, WEIGHT.shard_axis] == [None, 0]
+    with pytest.raises(ValueError, match=r"up\.weight is split along 2 axes; ask \.shards"):
+        WEIGHT.shard(Shard(1, "data")).shard_axis
+
+
+@pytest.mark.parametrize(("path", "module"), [("weight", ""), ("layers.0.weight", "layers.0")])
+def test_the_module_is_the_path_without_its_last_name(path, module):
+    assert ParamSpec(path, (1,), "float32").module == module
+
+
+@pytest.mark.parametrize("dtype", [name for name in dir(torch) if is_known(name)])
+def test_bytes_of_an_element_are_those_of_torch(dtype):
+    assert str(getattr(torch, dtype)) == f"torch.{dtype}"
+    assert num_bytes(dtype) == getattr(torch, dtype).itemsize
+
+
+@law
+@given(st.integers(0, 2**60))
+@example(2**20 - 1)
+def test_human_bytes_are_right_to_the_digits_shown(count):
+    number, unit = human_bytes(count).split()
+    scale = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
+    assert abs(float(number) * scale - count) <= scale * 0.05 * (1 + 1e-9)
+    assert float(number) < 1024 or unit == "TiB"

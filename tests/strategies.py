@@ -1,0 +1,159 @@
+"""Hypothesis strategies for the records, and the settings under which laws are tried."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from shardplan.specs import (
+    Coordinate,
+    FillCall,
+    Kind,
+    Made,
+    Mesh,
+    ModuleCall,
+    ModuleValues,
+    Origin,
+    OwnValues,
+    ParamSpec,
+    Plan,
+    Shard,
+    SpecTree,
+    TensorCall,
+    Uninitialised,
+)
+from shardplan.specs.source import CodeKind, Unknown
+from shardplan.specs.steps import (
+    AddBiasAfterSync,
+    Agree,
+    Allocate,
+    Broadcast,
+    Generate,
+    MakeGroups,
+    Place,
+    Scatter,
+    SetAttributes,
+    Slice,
+    Sync,
+    SyncOp,
+    TakeShard,
+    TakeWhole,
+    Tie,
+    VocabParallel,
+    When,
+    Wrap,
+)
+
+law = settings(max_examples=40, deadline=None)
+"""How often a law is tried; put it above ``@given``."""
+
+NEIGHBOURS = (("pipe",), ("data",), ("tensor",), ("pipe", "data"), ("data", "tensor"), ("pipe", "data", "tensor"))
+"""All sets of mesh axes that form groups."""
+
+words = st.text("abcxyz", min_size=1, max_size=3)
+names = st.integers(0, 12).map(str) | st.text("abqkv_01", min_size=1, max_size=4)
+paths = st.lists(names, min_size=1, max_size=4).map(".".join)
+functions = st.sampled_from(["train:init", "train:Model.init", "shapes.layers:fill"])
+dtypes = st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "complex64", "int64", "bool"])
+stage_axes = st.sampled_from([("data",), ("tensor",), ("data", "tensor")])
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4)
+json_values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2), max_leaves=4
+)
+json_objects = st.dictionaries(words, json_values, max_size=3)
+origins = st.none() | st.builds(
+    Origin, st.sampled_from(["shard", "tag"]), paths, st.sampled_from(["train.py:1", "train.py:2"])
+)
+
+numbers = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+calls = st.one_of(
+    st.builds(ModuleCall, paths, st.sampled_from(get_args(CodeKind)), functions, paths),
+    st.builds(TensorCall, paths, functions),
+    st.builds(FillCall, paths, numbers),
+)
+many_calls = st.lists(calls, min_size=1, max_size=2).map(tuple)
+sources = st.builds(Made, many_calls) | st.sampled_from([ModuleValues(), OwnValues(), Uninitialised(), Unknown()])
+
+
+def meshes(max_size=3):
+    sizes = st.integers(1, max_size)
+    return st.builds(Mesh, pipe=sizes, data=sizes, tensor=sizes)
+
+
+@st.composite
+def coordinates(draw, mesh=None):
+    mesh = mesh or draw(meshes())
+    places = (draw(st.integers(0, num - 1)) for num in (mesh.pipe, mesh.data, mesh.tensor))
+    return Coordinate(*places, mesh=mesh)
+
+
+@st.composite
+def param_specs(draw, mesh, path=None, tie=()):
+    """A tensor whose split axes divide on the mesh; some have no elements, some no axes."""
+    mesh_axes = draw(st.lists(st.sampled_from(["data", "tensor"]), unique=True))
+    parts = draw(st.lists(st.integers(0, 3), min_size=len(mesh_axes), max_size=3))
+    axes = draw(st.permutations(range(len(parts))))
+    shards = tuple(map(Shard, axes, mesh_axes))
+    num = {shard.axis: mesh.num(shard.mesh_axis) for shard in shards}
+    stages = draw(st.lists(st.integers(0, mesh.pipe - 1), min_size=1, max_size=2, unique=True))
+    return ParamSpec(
+        path=path or draw(paths),
+        orig_shape=tuple(part * num.get(axis, 1) for axis, part in enumerate(parts)),
+        dtype=draw(dtypes),
+        kind=draw(st.sampled_from(get_args(Kind))),
+        shards=shards,
+        stage=stages[0],
+        also_on=tuple(stages[1:]),
+        tags=draw(json_objects),
+        tie=tie,
+        requires_grad=draw(st.booleans()),
+        source=draw(sources),
+        origin=draw(origins),
+    )
+
+
+@st.composite
+def trees(draw, mesh):
+    """Up to four tensors that fit the mesh, some under two paths."""
+    left = draw(st.lists(paths, unique=True, max_size=6))
+    specs = []
+    while left and len(specs) < 4:
+        count = draw(st.integers(1, min(2, len(left))))
+        (path, *tie), left = left[:count], left[count:]
+        specs.append(draw(param_specs(mesh, path, tuple(tie))))
+    return SpecTree(specs)
+
+
+def steps(mesh, tree):
+    """One step of any kind, about tensors of the tree."""
+    stage = st.integers(0, mesh.pipe - 1)
+    one = st.sampled_from(list(tree.all_paths) or ["none"])
+    some = st.lists(one, max_size=3, unique=True).map(tuple) if tree else st.just(())
+    op = st.sampled_from(get_args(SyncOp)) | functions
+    kinds = [
+        st.builds(Agree, st.sampled_from(["opening", "closing"])),
+        st.builds(MakeGroups, st.lists(stage_axes, max_size=2).map(tuple)),
+        st.builds(Generate, stage, some, many_calls, some),
+        *(st.builds(kind, stage, some) for kind in (TakeWhole, TakeShard, Allocate, Slice, Place)),
+        *(st.builds(kind, stage, some, stage_axes) for kind in (Scatter, Broadcast)),
+        st.builds(SetAttributes, paths, json_objects),
+        *(st.builds(kind, paths) for kind in (VocabParallel, AddBiasAfterSync)),
+        st.builds(Sync, paths, st.sampled_from(get_args(When)), op, st.none() | st.integers(-2, 2)),
+        st.builds(Wrap, st.none() | words),
+    ]
+    return st.one_of(*kinds, *([st.builds(Tie, stage, one, some)] if tree else []))
+
+
+@st.composite
+def plans(draw):
+    mesh = draw(meshes())
+    tree = draw(trees(mesh))
+    return Plan(
+        mesh=mesh,
+        tree=tree,
+        steps=draw(st.lists(steps(mesh, tree), max_size=5)),
+        target=draw(st.none() | words),
+        config=draw(st.none() | json_objects),
+        seed=draw(st.integers()),
+    )
