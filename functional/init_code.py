@@ -29,8 +29,10 @@ from .skeleton import named_tensors
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
 
-Owner = Literal["reset", "transformers", "user"]
-"""Whose init code it is, lowest priority first."""
+Owner = Literal["user", "transformers", "reset"]
+"""Whose init code it is."""
+
+_OWNERS: tuple[Owner, ...] = ("user", "transformers", "reset")  # first come, first served
 
 _FAKE_ERRORS = (
     DataDependentOutputException,
@@ -64,10 +66,6 @@ class Traced:
     call: Call
     touched: Mapping[str, Touch]
 
-    def writes(self, path: str) -> bool:
-        """Tell whether it writes a tensor."""
-        return path in self.touched and self.touched[path].writes
-
 
 def find_units(
     model: nn.Module, tree: SpecTree, callables: Mapping[str, Any], init_weights: str | None
@@ -84,36 +82,37 @@ def find_units(
         callables: The user's functions by name.
         init_weights: Name of the user's init code, if any.
     """
-    tracer = _Tracer(model, tree, callables)
     needed = {spec.path for spec in tree.values() if isinstance(spec.source, Unknown)}
+    tracer = _Tracer(model, tree, callables)
     traced: dict[Owner, list[Traced]] = {}
     winner: dict[str, Owner] = {}
     problems: list[Problem] = []
-    owners: tuple[Owner, ...] = ("user", "transformers", "reset")
-    for owner in owners:
+    for owner in _OWNERS:
         if needed - winner.keys():
             traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
             problems += wrong
-            winner |= {
-                path: owner for path in needed - winner.keys() if _covered(tree[path].num_elements, path, traced[owner])
-            }
-    in_order = [(owner, one) for owner in reversed(owners) for one in traced.get(owner, [])]
+            views = _views(traced[owner])
+            covered = (path for path in needed - winner.keys() if views.get(path, -1) >= tree[path].num_elements)
+            winner |= dict.fromkeys(covered, owner)
+    writers: dict[str, list[tuple[Owner, Traced]]] = {}
+    calls = [(owner, one) for owner in reversed(_OWNERS) for one in traced.get(owner, [])]
+    for owner, one in calls:
+        for path, touch in one.touched.items():
+            if touch.writes:
+                writers.setdefault(path, []).append((owner, one))
     makers: dict[str, list[Traced]] = {}
-    for path in (spec.path for spec in tree.values()):
-        if path in winner:
-            wins = owners.index(winner[path])
-            makers[path] = [one for owner, one in in_order if one.writes(path) and owners.index(owner) <= wins]
-        elif path in needed and not problems:
-            problems.append(_nobody(tree, path, [one for _, one in in_order]))
-    order = {id(one): place for place, (_, one) in enumerate(in_order)}
     for spec in tree.values():
-        if isinstance(spec.source, Made):
-            override = Traced(spec.source.calls[0], {spec.path: Touch(writes=True)})
-            makers[spec.path] = [override]
-            order[id(override)] = len(order)
-    sources = {
-        path: Made(tuple(one.call for one in sorted(ones, key=lambda o: order[id(o)]))) for path, ones in makers.items()
-    }
+        if spec.path in winner:
+            wins = _OWNERS.index(winner[spec.path])
+            makers[spec.path] = [one for owner, one in writers[spec.path] if _OWNERS.index(owner) <= wins]
+        elif isinstance(spec.source, Made):
+            makers[spec.path] = [Traced(spec.source.calls[0], {spec.path: Touch(writes=True)})]
+    if not problems:  # else the code that failed may be what would have written the rest
+        unwritten = [path for path in tree if path in needed and path not in makers]
+        problems = [_nobody(tree, path, [one for _, one in writers.get(path, [])]) for path in unwritten]
+    overrides = [ones[0] for ones in makers.values() if not isinstance(ones[0].call, ModuleCall)]
+    order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides])}
+    sources = {path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
     return _units(tree, makers, order), sources, problems
 
 
@@ -251,22 +250,20 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata  # noqa: SLF001  the only identity of a fake storage
 
 
-def _covered(num_elements: int, path: str, traced: Sequence[Traced]) -> bool:
-    """Tell whether the calls together give every element a value, going by the number of elements of distinct views."""
-    views: dict[object, int] = {}
-    wrote = False
+def _views(traced: Sequence[Traced]) -> dict[str, int]:
+    """Return how many elements of each tensor the calls give values, by the sizes of the distinct views that they write."""
+    views: dict[str, dict[object, int]] = {}
     for one in traced:
-        if one.writes(path):
-            wrote = True
-            views |= one.touched[path].overwritten
-    return wrote and sum(views.values()) >= num_elements
+        for path, touch in one.touched.items():
+            if touch.writes:
+                views.setdefault(path, {}).update(touch.overwritten)
+    return {path: sum(sizes.values()) for path, sizes in views.items()}
 
 
-def _nobody(tree: SpecTree, path: str, traced: Sequence[Traced]) -> Problem:
+def _nobody(tree: SpecTree, path: str, writers: Sequence[Traced]) -> Problem:
     spec = tree[path]
-    writers = [one for one in traced if one.writes(path)]
     if writers:
-        num = sum(one.touched[path].num_overwritten for one in writers)
+        num = _views(writers)[path]
         code = ", ".join(dict.fromkeys(str(one.call) for one in writers))
         cause = f"init code ({code}) gives values to {num} of its {spec.num_elements} elements"
     else:

@@ -39,11 +39,6 @@ class Touch:
     writes: bool = False
     overwritten: dict[object, int] = Factory(dict)
 
-    @property
-    def num_overwritten(self) -> int:
-        """Elements that got new values."""
-        return sum(self.overwritten.values())
-
 
 class Recorder(TorchDispatchMode):
     """Notes which known tensors the operations within the block read and write.

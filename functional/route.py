@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -63,17 +64,18 @@ class _Road:
     stage: int
     strategy: Strategy
     buckets: dict[tuple[str, tuple[MeshAxis, ...]], list[ParamSpec]] = Factory(dict)
+    filled: Counter[tuple[str, tuple[MeshAxis, ...]]] = Factory(Counter)
 
     def add(self, spec: ParamSpec) -> Iterator[Step]:
         if spec.num_bytes >= BUCKET_BYTES:
             yield from self.send([spec], spec.mesh_axes(self.first))
             return
         key = (spec.dtype, spec.mesh_axes(self.first))
-        bucket = self.buckets.setdefault(key, [])
-        if sum(other.num_bytes for other in bucket) + spec.num_bytes > BUCKET_BYTES:
+        if self.filled[key] + spec.num_bytes > BUCKET_BYTES:
             yield from self.send(self.buckets.pop(key), key[1])
-            bucket = self.buckets.setdefault(key, [])
-        bucket.append(spec)
+            self.filled[key] = 0
+        self.buckets.setdefault(key, []).append(spec)
+        self.filled[key] += spec.num_bytes
 
     def flush(self) -> Iterator[Step]:
         for (_, split), bucket in self.buckets.items():

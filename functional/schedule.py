@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from attrs import evolve, field, frozen
-from frozendict import frozendict
-from torch import nn
+from torch import Tensor, nn
 
 from ..specs.errors import Problem
 from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
 from ..specs.param import Origin, ParamSpec, Shard
 from ..specs.pattern import closest, compile_pattern
+from ..specs.plain import is_plain
 from ..specs.plan import Runtime
 from ..specs.source import FillCall, Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
@@ -37,7 +37,7 @@ def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
         mesh: The ranks that it will be split over.
 
     >>> import torch
-    >>> from torch import nn
+    >>> from torch import Tensor, nn
     >>> from shardplan.specs import Mesh
     >>> with torch.device("meta"):
     ...     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -98,6 +98,9 @@ class Schedule:
 
     def tag(self, **tags: object) -> Schedule:
         """Note plain values on tensors, or on all tensors of modules; ``spec.tags`` has them."""
+        if not is_plain(tags):
+            cause = f"a plan holds plain values, and {tags!r} has others"
+            return self._wrong(Problem(self._pattern(), cause, "Note numbers, strings, booleans, or lists of them"))
         return self._edit("tag", self._tensors_below(), lambda spec: evolve(spec, tags={**spec.tags, **tags}))
 
     def init(self, value: float | Callable[..., object]) -> Schedule:
@@ -119,13 +122,12 @@ class Schedule:
     def set(self, **attributes: object) -> Schedule:
         """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
         sch = self._or_unmatched(modules=True)
-        for module in self._modules():
-            for name in attributes:
-                if not hasattr(self._module(module), name):
-                    near = closest(name, (a for a in vars(self._module(module)) if not a.startswith("_")))
-                    fix = f"The closest are {', '.join(near)}" if near else ""
-                    sch = sch._wrong(Problem(module.path, f"it has no attribute {name!r} to set", fix))
-        return sch._with_layout(SetAttributes(module.path, frozendict(attributes)) for module in self._modules())
+        modules = self._modules()
+        for module in modules:
+            for name, value in attributes.items():
+                if problem := _wrong_attribute(module, self._module(module), name, value):
+                    sch = sch._wrong(problem)
+        return sch._with_layout(SetAttributes(module.path, attributes) for module in modules)
 
     def shard(self, name: str | None = None, *, axis: int, mesh_axis: MeshAxis = "tensor") -> Schedule:
         """Split tensors along an axis, in equal parts over a mesh axis.
@@ -135,7 +137,14 @@ class Schedule:
             axis: Axis of the tensor, negative from the end.
             mesh_axis: ``tensor`` or ``data``.
         """
-        return self._shard("shard", name, axis, mesh_axis)
+        sch = self._or_unmatched(modules=name is not None)
+        if name is not None:
+            return sch._split_named("shard", self._modules(), name, axis, mesh_axis)
+        specs = self._tensors()
+        if not specs and self._modules():
+            cause = "it selects modules, and .shard(axis=...) is for tensors"
+            return sch._wrong(Problem(self._pattern(), cause, f'Name the tensor: .shard("weight", axis={axis})'))
+        return sch._split("shard", specs, axis, mesh_axis)
 
     def sync(
         self, when: When, op: SyncOp | Callable[..., object], axis: int | None = None, *, mesh_axis: MeshAxis = "tensor"
@@ -159,7 +168,7 @@ class Schedule:
             sch = evolve(sch, runtime=evolve(self.runtime, callables=callables))
         else:
             name = op
-        return sch._with_layout(Sync(module.path, when, name, axis, mesh_axis) for module in self._modules())
+        return sch._with_syncs(self._modules(), when, name, axis, mesh_axis)
 
     def colwise(self, *, gather_output: bool = False) -> Schedule:
         """Split the outputs of ``nn.Linear``: each rank computes some of the output features from the whole input.
@@ -167,17 +176,11 @@ class Schedule:
         In verbs: ``.shard("weight", axis=0)``, ``.shard("bias", axis=0)``, ``.sync("backward_post", "all_reduce")``,
         ``.set(out_features=...)``, and with ``gather_output`` also ``.sync("forward_post", "all_gather", axis=-1)``.
         """
-        sch = self._or_unmatched(modules=True)
-        for module in self._modules():
-            if not isinstance(self._module(module), nn.Linear):
-                sch = sch._wrong(_not_a(module, "nn.Linear", "colwise", '.shard("weight", axis=...) and .sync(...)'))
-                continue
-            one = sch._narrowed(module)._shard("colwise", "weight", 0, "tensor")
-            if f"{module.path}.bias".lstrip(".") in self.tree:
-                one = one._shard("colwise", "bias", 0, "tensor")
-            one = one.sync("backward_post", "all_reduce")._set_local(module, "out_features")
-            sch = one.sync("forward_post", "all_gather", axis=-1) if gather_output else one
-        return sch._focus(self._pattern())
+        sch, linears = self._of_kind(nn.Linear, "colwise", '.shard("weight", axis=...) and .sync(...)')
+        biased = [module for module in linears if _join(module.path, "bias") in self.tree]
+        sch = sch._split_named("colwise", linears, "weight", 0)._split_named("colwise", biased, "bias", 0)
+        sch = sch._with_syncs(linears, "backward_post", "all_reduce")._with_local(linears, "out_features")
+        return sch._with_syncs(linears, "forward_post", "all_gather", -1) if gather_output else sch
 
     def rowwise(self) -> Schedule:
         """Split the inputs of ``nn.Linear``: each rank sums over some of the input features, then all ranks sum.
@@ -185,14 +188,9 @@ class Schedule:
         In verbs: ``.shard("weight", axis=1)``, ``.sync("forward_post", "all_reduce")``, ``.set(in_features=...)``. A bias
         is added once, after the sum.
         """
-        sch = self._or_unmatched(modules=True)
-        for module in self._modules():
-            if not isinstance(self._module(module), nn.Linear):
-                sch = sch._wrong(_not_a(module, "nn.Linear", "rowwise", '.shard("weight", axis=...) and .sync(...)'))
-                continue
-            one = sch._narrowed(module)._shard("rowwise", "weight", 1, "tensor")
-            sch = one.sync("forward_post", "all_reduce")._set_local(module, "in_features")
-        return sch._focus(self._pattern())
+        sch, linears = self._of_kind(nn.Linear, "rowwise", '.shard("weight", axis=...) and .sync(...)')
+        sch = sch._split_named("rowwise", linears, "weight", 1)
+        return sch._with_syncs(linears, "forward_post", "all_reduce")._with_local(linears, "in_features")
 
     def vocab_parallel(self) -> Schedule:
         """Split the rows of ``nn.Embedding``: each rank looks up its own, and all ranks sum.
@@ -200,19 +198,15 @@ class Schedule:
         In verbs: ``.shard("weight", axis=0)``, rows of others give zeros, ``.sync("forward_post", "all_reduce")``,
         ``.set(num_embeddings=...)``.
         """
-        sch = self._or_unmatched(modules=True)
-        for module in self._modules():
+        sch, embeddings = self._of_kind(nn.Embedding, "vocab_parallel", ".colwise() for a head")
+        for module in embeddings:
             embedding = self._module(module)
-            if not isinstance(embedding, nn.Embedding):
-                sch = sch._wrong(_not_a(module, "nn.Embedding", "vocab_parallel", ".colwise() for a head"))
-                continue
-            if embedding.max_norm is not None or embedding.scale_grad_by_freq:
+            if getattr(embedding, "max_norm", None) is not None or getattr(embedding, "scale_grad_by_freq", False):
                 cause = "max_norm and scale_grad_by_freq look at all rows, and each rank has some"
                 sch = sch._wrong(Problem(module.path, cause, "Leave it whole, or do without them"))
-            one = sch._narrowed(module)._shard("vocab_parallel", "weight", 0, "tensor")
-            one = one._with_layout([VocabParallel(module.path)])
-            sch = one.sync("forward_post", "all_reduce")._set_local(module, "num_embeddings")
-        return sch._focus(self._pattern())
+        sch = sch._split_named("vocab_parallel", embeddings, "weight", 0)
+        sch = sch._with_layout(VocabParallel(module.path) for module in embeddings)
+        return sch._with_syncs(embeddings, "forward_post", "all_reduce")._with_local(embeddings, "num_embeddings")
 
     # -- selection
 
@@ -221,13 +215,6 @@ class Schedule:
             msg = "a verb needs a selection: sch.at[pattern].verb(...)"
             raise ValueError(msg)
         return self.pattern
-
-    def _focus(self, pattern: str) -> Schedule:
-        return evolve(self, pattern=pattern)
-
-    def _narrowed(self, module: ModuleSpec) -> Schedule:
-        literal = "".join(f"[{c}]" if c in "*?{},[]" else c for c in module.path)
-        return self._focus(literal)
 
     def _modules(self) -> tuple[ModuleSpec, ...]:
         if self._is_known_wrong():
@@ -254,6 +241,17 @@ class Schedule:
 
     def _module(self, module: ModuleSpec) -> nn.Module:
         return self.runtime.model.get_submodule(module.path)
+
+    def _of_kind(self, kind: type[nn.Module], verb: str, instead: str) -> tuple[Schedule, list[ModuleSpec]]:
+        """Return the selected modules of a class, and the schedule with a problem for each other one."""
+        sch, found = self._or_unmatched(modules=True), []
+        for module in self._modules():
+            if isinstance(self._module(module), kind):
+                found.append(module)
+            else:
+                cause = f".{verb}() is for nn.{kind.__name__}, and this is a {module.type.partition(':')[2]}"
+                sch = sch._wrong(Problem(module.path, cause, f"Spell it out: {instead}"))
+        return sch, found
 
     # -- edits
 
@@ -282,34 +280,37 @@ class Schedule:
         changed = {s.path: change(s if s.origin else evolve(s, origin=origin)) for s in specs}
         return evolve(self._or_unmatched(), tree=self.tree.replace(changed))
 
-    def _shard(self, verb: str, name: str | None, axis: int, mesh_axis: MeshAxis) -> Schedule:
-        sch = self._or_unmatched(modules=name is not None)
-        specs = self._tensors()
-        if name is not None:
-            paths = [f"{m.path}.{name}".lstrip(".") for m in self._modules()]
-            specs = tuple(dict.fromkeys(self.tree[path] for path in paths if path in self.tree))
-            for path in paths:
-                if path not in self.tree:
-                    module = path.rpartition(".")[0]
-                    near = [s.path.rpartition(".")[2] for s in self.tree.values() if s.module == module]
-                    fix = f"It holds {', '.join(near)}" if near else "It holds no tensors itself; its submodules do"
-                    sch = sch._wrong(Problem(module, f"it has no tensor {name!r}", fix))
-        elif not specs and self._modules():
-            cause = "it selects modules, and .shard(axis=...) is for tensors"
-            return sch._wrong(Problem(self._pattern(), cause, f'Name the tensor: .shard("weight", axis={axis})'))
-        origin = Origin(verb, self._pattern(), _caller())
-        changed: dict[str, ParamSpec] = {}
-        for spec in specs:
-            outcome = _sharded(spec, axis, mesh_axis, origin)
-            if isinstance(outcome, Problem):
-                sch = sch._wrong(outcome)
-            else:
-                changed[spec.path] = outcome
-        return evolve(sch, tree=sch.tree.replace(changed))
+    def _with_syncs(
+        self, modules: Iterable[ModuleSpec], when: When, op: str, axis: int | None = None, mesh_axis: MeshAxis = "tensor"
+    ) -> Schedule:
+        return self._with_layout(Sync(module.path, when, op, axis, mesh_axis) for module in modules)
 
-    def _set_local(self, module: ModuleSpec, attribute: str) -> Schedule:
-        size, num = getattr(self._module(module), attribute), self.mesh.tensor
-        return self._with_layout([SetAttributes(module.path, frozendict({attribute: size // num}))])
+    def _with_local(self, modules: Iterable[ModuleSpec], attribute: str) -> Schedule:
+        """Set an attribute that holds a size to the size on one rank."""
+        return self._with_layout(
+            SetAttributes(module.path, {attribute: getattr(self._module(module), attribute) // self.mesh.tensor})
+            for module in modules
+        )
+
+    def _split_named(
+        self, verb: str, modules: Iterable[ModuleSpec], name: str, axis: int, mesh_axis: MeshAxis = "tensor"
+    ) -> Schedule:
+        sch, specs = self, []
+        for module in modules:
+            if (path := _join(module.path, name)) in self.tree:
+                specs.append(self.tree[path])
+            else:
+                near = [spec.path.rpartition(".")[2] for spec in self.tree.values() if spec.module == module.path]
+                fix = f"It holds {', '.join(near)}" if near else "It holds no tensors itself; its submodules do"
+                sch = sch._wrong(Problem(module.path, f"it has no tensor {name!r}", fix))
+        return sch._split(verb, dict.fromkeys(specs), axis, mesh_axis)
+
+    def _split(self, verb: str, specs: Iterable[ParamSpec], axis: int, mesh_axis: MeshAxis) -> Schedule:
+        origin = Origin(verb, self._pattern(), _caller())
+        outcomes = {spec.path: _sharded(spec, axis, mesh_axis, origin) for spec in specs}
+        problems = (outcome for outcome in outcomes.values() if isinstance(outcome, Problem))
+        changed = {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, ParamSpec)}
+        return evolve(self, tree=self.tree.replace(changed), problems=(*self.problems, *problems))
 
 
 @frozen
@@ -365,9 +366,24 @@ def _wrong_sync(pattern: str, when: object, op: object, axis: int | None, mesh_a
     return None
 
 
-def _not_a(module: ModuleSpec, wanted: str, verb: str, instead: str) -> Problem:
-    found = module.type.partition(":")[2]
-    return Problem(module.path, f".{verb}() is for {wanted}, and this is a {found}", f"Spell it out: {instead}")
+def _wrong_attribute(module: ModuleSpec, found: nn.Module, name: str, value: object) -> Problem | None:
+    if not hasattr(found, name):
+        near = closest(name, (attribute for attribute in vars(found) if not attribute.startswith("_")))
+        return Problem(
+            module.path, f"it has no attribute {name!r} to set", f"The closest are {', '.join(near)}" if near else ""
+        )
+    if isinstance(getattr(found, name), (Tensor, nn.Module)):
+        return Problem(module.path, f"its {name!r} is no plain attribute", "Tensors are split by .shard")
+    if not is_plain(value):
+        cause = f"a plan holds plain values, and {name}={value!r} is a {type(value).__name__}"
+        return Problem(
+            module.path, cause, "Numbers, strings, booleans, None, and lists and dictionaries of them can be saved"
+        )
+    return None
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
 
 
 def _caller() -> str:

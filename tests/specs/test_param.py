@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused(make, error, text):
 def test_several_split_axes_are_asked_as_shards():
     assert [ParamSpec("w", (4,), "float32").shard_axis, WEIGHT.shard_axis] == [None, 0]
     with pytest.raises(ValueError, match=r"up\.weight is split along 2 axes; ask \.shards"):
-        WEIGHT.shard(Shard(1, "data")).shard_axis
+        _ = WEIGHT.shard(Shard(1, "data")).shard_axis
 
 
 @pytest.mark.parametrize(("path", "module"), [("weight", ""), ("layers.0.weight", "layers.0")])

@@ -82,7 +82,7 @@ def test_replace_changes_the_named_specs_alone():
 
 
 def test_a_path_is_claimed_once():
-    with pytest.raises(ValueError, match="two tensors claim the path 'head.weight'"):
+    with pytest.raises(ValueError, match=r"two tensors claim the path 'head\.weight'"):
         SpecTree([TIED, ParamSpec("head.weight", (8, 4), "float32")])
 
 

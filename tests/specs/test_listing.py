@@ -1,0 +1,129 @@
+"""What ``print(plan)`` shows: every tensor once, repeated layers folded, in a form kept as goldens."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shardplan.functional import plan_build
+from shardplan.specs import FillCall, Made, Mesh, ModuleValues, ParamSpec, Plan, Shard, SpecTree, TensorCall
+from shardplan.specs.listing import fold
+from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
+
+from tests.models import llama, split_llama
+from tests.strategies import law, paths, plans, words
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+cells = st.tuples(st.sampled_from(["f32[4]", "f32[8]"]))
+
+
+def check_golden(name, plan):
+    """Compare what is shown with what a person has read, all but the fingerprint; nothing writes a golden but a person."""
+    golden, shown = GOLDEN / name, str(plan).replace(plan.fingerprint[:12], "FINGERPRINT")
+    assert golden.exists(), f"{golden} is missing. Read this text, then write it there:\n{shown}"
+    assert f"{shown}\n" == golden.read_text()
+
+
+def unfold(rows):
+    """Write a row for every number in the ranges."""
+    for path, rest in rows:
+        spans = [range(int(first), int(last) + 1) for first, last in RANGE.findall(path)]
+        template = RANGE.sub("{}", path)
+        yield from ((template.format(*numbers), rest) for numbers in product(*spans))
+
+
+@law
+@given(st.lists(st.tuples(paths, cells), max_size=6, unique_by=lambda row: row[0]))
+def test_folding_keeps_every_row(rows):
+    assert sorted(unfold(fold(rows))) == sorted(rows)
+
+
+@law
+@given(st.dictionaries(st.tuples(st.integers(0, 4), st.integers(0, 2)), cells, max_size=15))
+def test_folding_keeps_every_row_of_nested_layers(layers):
+    rows = [(f"layers.{i}.experts.{j}.weight", rest) for (i, j), rest in layers.items()]
+    assert sorted(unfold(fold(rows))) == sorted(rows)
+
+
+@law
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
+def test_equal_layers_fold_into_one_row(num_layers, num_experts, start):
+    rows = [(f"layers.{i + start}.experts.{j}", ("f32[4]",)) for i in range(num_layers) for j in range(num_experts)]
+    assert len(fold(rows)) == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "folded"),
+    [
+        ([0, 1, 2], ["layers.{0..2}.w"]),
+        ([2, 0, 1], ["layers.{0..2}.w"]),
+        ([0, 1, 3, 4, 6], ["layers.{0..1}.w", "layers.{3..4}.w", "layers.6.w"]),
+        ([9, 10, 11], ["layers.{9..11}.w"]),
+        ([7], ["layers.7.w"]),
+    ],
+)
+def test_runs_of_numbers_become_ranges(numbers, folded):
+    assert [path for path, _ in fold([(f"layers.{i}.w", ()) for i in numbers])] == folded
+
+
+def test_layers_that_differ_stay_apart():
+    rows = [(f"layers.{i}.w", ("f32[8]" if i == 2 else "f32[4]",)) for i in range(5)]
+    assert fold(rows) == [
+        ("layers.{0..1}.w", ("f32[4]",)),
+        ("layers.{3..4}.w", ("f32[4]",)),
+        ("layers.2.w", ("f32[8]",)),
+    ]
+
+
+@pytest.mark.parametrize("path", ["layer2.weight", "a{b}.0.weight", "blocks.007.weight", "{0..1}.weight", ""])
+def test_one_row_is_shown_as_it_is(path):
+    assert fold([(path, ())]) == [(path, ())]
+
+
+@law
+@given(plans())
+def test_the_first_lines_name_the_plan_and_its_mesh(plan):
+    first, second = str(plan).splitlines()[:2]
+    assert first == f"plan {plan.fingerprint[:12]}  target={plan.target or 'none'} seed={plan.seed}"
+    assert second == str(plan.mesh)
+
+
+@law
+@given(st.lists(words, min_size=1, max_size=5, unique=True))
+def test_every_tensor_is_shown_with_its_type(names):
+    tree = SpecTree(ParamSpec(name, (4, size), "float32", shards=(Shard(0),)) for size, name in enumerate(names))
+    lines = str(Plan(Mesh(tensor=2), tree, steps=())).splitlines()[2:]
+    assert [re.split(r"  +", line)[:3] for line in lines] == [["stage 0", spec.path, spec.type] for spec in tree.values()]
+
+
+def test_golden_of_a_llama():
+    check_golden("llama.txt", plan_build(split_llama(llama(), Mesh(data=2, tensor=2))))
+
+
+def test_golden_of_all_that_can_be_noted():
+    head = ParamSpec("embed.weight", (64, 16), "bfloat16", shards=(Shard(0),), tie=("head.weight",), source=ModuleValues())
+    gain = ParamSpec("gain", (16,), "float32", requires_grad=False, source=Made((FillCall("gain", 1.0),)))
+    fill = Made((TensorCall("mask", "train:causal"), FillCall("mask", 0), FillCall("mask", 0)))
+    mask = ParamSpec("mask", (8, 8), "bool", kind="buffer", tags={"why": "causal", "rows": [1, 2]}, source=fill)
+    table = ParamSpec("table", (), "int64", kind="non_persistent_buffer", stage=1)
+    layout = [
+        SetAttributes("embed", {"num_embeddings": 32}),
+        VocabParallel("embed"),
+        Sync("", "forward_post", "all_gather", axis=-1),
+        *(Sync(f"layers.{i}", "forward_pre", "train:join", mesh_axis="data") for i in range(3)),
+        AddBiasAfterSync("head"),
+    ]
+    tree = SpecTree([head, gain, mask, table])
+    check_golden("notes.txt", Plan(Mesh(pipe=2, tensor=2), tree, layout, target="deepspeed", seed=7))
+
+
+def test_a_missing_golden_fails():
+    with pytest.raises(AssertionError, match=r"none\.txt is missing\. Read this text, then write it there"):
+        check_golden("none.txt", Plan(Mesh(), SpecTree(), steps=()))
+    assert not (GOLDEN / "none.txt").exists()

@@ -1,0 +1,147 @@
+"""Who may import whom: asked of fresh processes, and of the import contracts, each of which can fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from shardplan import functional
+from shardplan.functional import plan_build
+from shardplan.specs import Mesh, dumps
+
+from tests.models import plain, split_plain
+
+ROOT = Path(__file__).parent.parent
+CONTRACTS = [
+    contract["name"]
+    for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+]
+OFFENCES = {
+    "specs know nothing of how": ("specs/__init__.py", "import numpy", "shardplan.specs -> numpy"),
+    "audit and interpreter need no torch": ("functional/dry.py", "import torch", "shardplan.functional.dry -> torch"),
+    "planning has no way to an effect": (
+        "functional/schedule.py",
+        "from . import effects",
+        "shardplan.functional.schedule -> shardplan.functional.effects",
+    ),
+    "only build stands on execute": (
+        "functional/device_mesh.py",
+        "from .execute import execute",
+        "shardplan.functional.device_mesh -> shardplan.functional.execute",
+    ),
+}
+"""For each contract a file, a line that breaks it, and the chain that is then reported."""
+
+PRINT_HEAVY = "print([name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules])"
+
+
+def python(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_specs_import_neither_torch_nor_deepspeed_nor_numpy():
+    modules = [f"shardplan.specs.{path.stem}" for path in (ROOT / "specs").glob("*.py") if path.stem != "__init__"]
+    assert python(f"import sys, shardplan.specs, {', '.join(modules)}\n{PRINT_HEAVY}") == "[]\n"
+
+
+def test_a_saved_plan_is_shown_and_audited_without_torch(tmp_path):
+    plan = plan_build(split_plain(plain(), Mesh(data=2, tensor=2)))
+    saved = tmp_path / "plan.json"
+    saved.write_text(dumps(plan))
+    code = f"""
+import sys
+from pathlib import Path
+from shardplan.functional import audit, predict
+from shardplan.specs import loads
+plan = loads(Path(sys.argv[1]).read_text())
+print(plan)
+print(audit(plan))
+print(predict(plan, 3))
+{PRINT_HEAVY}
+"""
+    shown = python(code, str(saved))
+    assert shown.startswith(str(plan))
+    assert "ok      yes" in shown
+    assert shown.endswith("[]\n")
+
+
+def test_importing_the_package_loads_no_torch():
+    assert python(f"import sys, shardplan.functional\n{PRINT_HEAVY}") == "[]\n"
+
+
+def test_a_function_is_not_hidden_by_the_file_of_its_name():
+    names = sorted({path.stem for path in (ROOT / "functional").glob("*.py")} & {*functional.__all__})
+    assert names == ["audit", "build", "execute", "resolve"]
+    code = "import sys\nimport shardplan.functional as functional\n" + "".join(
+        f"""
+import shardplan.functional.{name}
+from shardplan.functional import {name}
+import shardplan.functional.{name}
+module = sys.modules["shardplan.functional.{name}"]
+print("{name}", {name} is functional.{name} is module.{name}, callable({name}))
+"""
+        for name in names
+    )
+    assert python(code).splitlines() == [f"{name} True True" for name in names]
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_a_public_name_leads_to_something_to_call(name):
+    assert callable(getattr(functional, name))
+    assert name in dir(functional)
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"module 'shardplan\.functional' has no attribute 'executed'"):
+        _ = functional.executed
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The packages under their import names, with the contracts, where a line can be added."""
+    for folder in ("functional", "specs"):
+        shutil.copytree(ROOT / folder, tmp_path / "shardplan" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint(folder):
+    """Return the exit status of import-linter and what it says."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+def test_all_contracts_are_kept():
+    status, said = lint(ROOT)
+    assert status == 0, said
+    assert all(f"{name} KEPT" in said for name in CONTRACTS)
+
+
+def test_all_contracts_are_kept_by_a_copy(copy):
+    status, said = lint(copy)
+    assert status == 0, said
+    assert all(f"{name} KEPT" in said for name in CONTRACTS)
+
+
+def test_every_contract_has_its_offence():
+    assert sorted(OFFENCES) == sorted(CONTRACTS)
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_a_contract_can_fail(copy, name):
+    file, line, chain = OFFENCES[name]
+    with (copy / "shardplan" / file).open("a") as text:
+        text.write(f"\n{line}\n")
+    status, said = lint(copy)
+    assert status == 1
+    assert [other for other in CONTRACTS if f"{other} BROKEN" in said] == [name]
+    assert chain in said
