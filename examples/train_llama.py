@@ -10,9 +10,10 @@ import os
 
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from shardplan.functional import Schedule, audit, create_schedule, execute, plan_build
 from shardplan.specs import Mesh
-from transformers import LlamaConfig, LlamaForCausalLM
 
 NUM_STEPS = 10
 BATCH, LENGTH, VOCAB = 4, 32, 1024

@@ -39,7 +39,7 @@ def audit(plan: Plan) -> Report:
         shares=tuple(_share(plan, stage, tensor, distinct) for stage in range(mesh.pipe) for tensor in range(mesh.tensor)),
         traffic=tuple(row for stage in range(mesh.pipe) for row in _traffic(stage, distinct[stage, 0, 0])),
         replicated=_replicated(plan),
-        findings=(*_unsynchronised(plan), *_unaveraged(plan)),
+        findings=(*_unsynchronised(plan), *_counted_twice(plan), *_unaveraged(plan)),
     )
 
 
@@ -114,6 +114,33 @@ def _unsynchronised(plan: Plan) -> Iterator[Finding]:
             yield Finding("error", spec.path, cause, _mend(spec, own_rows))
 
 
+def _counted_twice(plan: Plan) -> Iterator[Finding]:
+    """Find sums over ranks whose modules hold the same tensors: each would be counted as many times as there are ranks."""
+    first = plan.mesh.coordinate(0)
+    split = {
+        prefix for spec in plan.tree.values() for path in spec.paths for prefix in _prefixes(path) if spec.mesh_axes(first)
+    }
+    holding = {prefix for path in plan.tree.all_paths for prefix in _prefixes(path)}
+    for step in plan.steps:
+        match step:
+            case Sync(when="forward_post", op="all_reduce" | "reduce_scatter"):
+                what = "output"
+            case Sync(when="backward_post", op="all_reduce" | "reduce_scatter") | Sync(when="forward_pre", op="all_gather"):
+                what = "input's gradient"
+            case _:
+                continue
+        if step.module in holding - split:
+            num = plan.mesh.num(step.mesh_axis)
+            cause = f"{step} sums its {what} over {num} ranks that hold the same tensors, so that it counts {num} times"
+            yield Finding("warning", step.module, cause, "Split its tensors, or synchronise the module before it")
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    """Iterate over the modules around a tensor, the model itself (``""``) among them."""
+    names = path.split(".")
+    return (".".join(names[:depth]) for depth in range(len(names)))
+
+
 def _joins_later(module: str, joined: dict[str, int], entered: dict[str, int], span: dict[str, tuple[int, int]]) -> bool:
     block, here = _block(module), span[module][0]
     prefix = f"{block}." if block else ""
@@ -140,8 +167,6 @@ def _spans(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Return the places of the first and the last tensor in every module."""
     spans: dict[str, tuple[int, int]] = {}
     for place, path in enumerate(paths):
-        names = path.split(".")
-        for depth in range(len(names)):
-            module = ".".join(names[:depth])
+        for module in _prefixes(path):
             spans[module] = (spans.get(module, (place, place))[0], place)
     return spans

@@ -118,18 +118,21 @@ def stand(plan: Plan) -> tuple[Coordinate, Exception | None]:
     if not dist.is_initialized():
         if num_ranks == 1 and plan.target is None:
             return plan.mesh.coordinate(0), None
-        cause = (
-            f"the plan is for {num_ranks} ranks{f' of {plan.target}' if plan.target else ''}, and there is no process group"
-        )
+        whose = f"{_ranks(num_ranks)}{f' of {plan.target}' if plan.target else ''}"
+        cause = f"the plan is for {whose}, and there is no process group"
         fix = f"torchrun --nproc-per-node {num_ranks} ..., and torch.distributed.init_process_group() before execute"
         raise PlanError([Problem("", cause, fix)])
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == num_ranks:
         return plan.mesh.coordinate(rank), None
     problem = Problem(
-        "", f"the plan is for {num_ranks} ranks ({plan.mesh}), and the process group has {world_size}", "Plan again"
+        "", f"the plan is for {_ranks(num_ranks)} ({plan.mesh}), and the process group has {world_size}", "Plan again"
     )
     return plan.mesh.coordinate(rank % num_ranks), PlanError([problem])
+
+
+def _ranks(num: int) -> str:
+    return f"{num} rank{'s' if num > 1 else ''}"
 
 
 def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> None:

@@ -56,7 +56,15 @@ class SyncGroup:
 def sync_function(when: When, op: str, axis: int | None) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa: PLR0911  one case an operator
     """Return what a synchronisation does to a tensor on its way forward.
 
-    ``backward_post`` is said of the gradient, so its operator on the way forward is the adjoint.
+    ``backward_post`` is said of the gradient, so its operator on the way forward is the adjoint:
+
+    ==================  ====================  ================================  ==================
+    said of             ``all_reduce``        ``all_gather``                    ``reduce_scatter``
+    ==================  ====================  ================================  ==================
+    ``forward_pre``     ``all_reduce``        ``gather_sum``                    ``reduce_scatter``
+    ``forward_post``    ``all_reduce``        ``all_gather``                    ``reduce_scatter``
+    ``backward_post``   ``sum_gradient``      ``split``                         ``gather_sum``
+    ==================  ====================  ================================  ==================
     """
     match when, op:
         case "backward_post", "all_reduce":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from shardplan.functional import create_schedule
-from shardplan.specs import Mesh
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from shardplan.functional import create_schedule
+from shardplan.specs import Mesh
 
 LLAMA = {
     "hidden_size": 64,

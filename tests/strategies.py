@@ -6,6 +6,7 @@ from typing import get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
 from shardplan.specs import (
     Coordinate,
     FillCall,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from shardplan.functional import execute, plan_build
 from torch.nn.functional import cross_entropy
 
+from shardplan.functional import execute, plan_build
 from tests.models import MODELS, schedule
 
 NUM_STEPS = 10
@@ -39,8 +39,12 @@ def vocab_of(name):
 
 
 def local_tensors(module, tree):
+    """This rank's tensors; what ZeRO 3 has spread over the data ranks is gathered for the moment."""
+    import deepspeed
+
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {spec.path: state[spec.path].detach().clone() for spec in tree.values()}
+    with deepspeed.zero.GatheredParameters([p for p in module.parameters() if hasattr(p, "ds_id")]):
+        return {spec.path: state[spec.path].detach().clone() for spec in tree.values()}
 
 
 def put_together(plan, by_rank):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
 from shardplan.functional.resolve import Exchange
 from shardplan.specs import Mesh
 from shardplan.specs.steps import Broadcast, Generate, Scatter
-from torch import nn
-
 from tests.models import Plain, schedule
 from tests.ranks import results, run_ranks
 from tests.training import local_tensors, put_together

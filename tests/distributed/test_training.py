@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from shardplan.functional import execute, plan_build, predict
 from shardplan.specs import Mesh
-
 from tests.models import schedule
 from tests.ranks import results, run_ranks
 from tests.training import CLIP, put_together, train_alone, train_ranks

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
+
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.specs import Made, Mesh, ModuleValues, PlanError, Uninitialised
 from shardplan.specs.steps import Generate
-from torch import nn
 
 SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from shardplan.functional import create_schedule, plan_build
 from shardplan.specs import FillCall, Made, Mesh, PlanError, Shard, TensorCall
 from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
-from torch import nn
-
 from tests.models import llama, plain, split_llama
 
 

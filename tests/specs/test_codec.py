@@ -13,6 +13,7 @@ import pytest
 from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shardplan.specs import (
     Call,
     FillCall,
@@ -54,10 +55,9 @@ from shardplan.specs.steps import (
     VocabParallel,
     Wrap,
 )
-
 from tests.strategies import json_values, law, param_specs, plans, words
 
-TAGS = ("calm", "dark", "early", "fast", "green", "heavy")
+NAMES = ("calm", "dark", "early", "fast", "green", "heavy")
 CALLS = (
     ModuleCall("up", "_init_weights", "shapes.layers:Up._init_weights", owner="up"),
     TensorCall("up.weight", "train:fill"),
@@ -87,20 +87,20 @@ STEPS = (
 
 
 def example():
-    """A plan with a source of each kind and a step of each kind; its tags come in the order of a set."""
+    """A plan with a source of each kind and a step of each kind; its tags and its config come in the order of a set."""
     weight = ParamSpec(
         "up.weight",
         (8, 4),
         "bfloat16",
         shards=(Shard(0),),
         also_on=(1,),
-        tags=dict.fromkeys(set(TAGS), 1),
+        tags=dict.fromkeys(set(NAMES), 1),
         tie=("head.weight",),
         source=SOURCES[0],
         origin=Origin("colwise", "up", "train.py:12"),
     )
     others = (ParamSpec(f"s.{i}", (), "float32", source=source) for i, source in enumerate(SOURCES))
-    config = {"zero_optimization": {"stage": 1}, "betas": [0.9, 0.95]}
+    config = {"zero_optimization": {"stage": 1}, "betas": [0.9, 0.95], **dict.fromkeys(set(NAMES), 1)}
     return Plan(Mesh(2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7)
 
 
@@ -178,11 +178,11 @@ def test_origins_and_runtime_count_in_neither(plan):
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1", "2"])
-def test_the_fingerprint_is_the_same_in_every_process(hash_seed):
-    code = "from tests.specs.test_codec import example; print(example().fingerprint)"
+def test_fingerprint_and_listing_are_the_same_in_every_process(hash_seed):
+    code = "from tests.specs.test_codec import example; print(example().fingerprint, example())"
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == example().fingerprint
+    assert done.stdout == f"{example().fingerprint} {example()}\n"
 
 
 def test_a_saved_plan_reads_like_the_records():
@@ -206,7 +206,7 @@ def test_a_saved_plan_reads_like_the_records():
             "its schema version is None, and this shardplan reads 1\n      Plan again with this version, or load it with",
         ),
         ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 1"),
-        ('{"schema_version": 1}', r"required field missing @ plan\.mesh; .* @ plan\.tree; required .* @ plan\.steps"),
+        ('{"schema_version": 1}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
     ],
 )
 def test_what_is_no_plan_of_this_version_is_refused(text, error):
@@ -231,7 +231,7 @@ def damaged(*where, value):
             damaged("fingerprint", value="0" * 64),
             f"its fingerprint says '{'0' * 64}', its contents '{example().fingerprint}'",
         ),
-        (damaged("seed", value="seven"), r"invalid value for type, expected int @ plan\.seed"),
+        (damaged("seed", value="seven"), r"expected int.* @ plan\.seed"),
         (damaged("mesh", value=None), r"expected Mesh @ plan\.mesh"),
         (damaged("mesh", "tensor", value=0), r"@ plan\.mesh"),
         (damaged("config", value=[]), r"@ plan\.config"),

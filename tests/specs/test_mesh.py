@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shardplan.specs import MESH_AXES, Coordinate, Mesh
 
+from shardplan.specs import MESH_AXES, Coordinate, Mesh
 from tests.strategies import NEIGHBOURS, coordinates, law, meshes
 
 

@@ -12,10 +12,10 @@ from attrs import evolve
 from attrs.exceptions import FrozenInstanceError
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from shardplan.specs import MESH_AXES, FillCall, Made, Mesh, Origin, ParamSpec, Shard
 from shardplan.specs.dtypes import human_bytes, is_known, num_bytes, short_name
 from shardplan.specs.param import index_shape
-
 from tests.strategies import coordinates, law, meshes, param_specs
 
 WEIGHT = ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from shardplan.specs.pattern import closest, compile_pattern
 
+from shardplan.specs.pattern import closest, compile_pattern
 from tests.strategies import law, paths
 
 

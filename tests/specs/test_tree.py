@@ -6,10 +6,10 @@ import pytest
 from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Problem, Shard, SpecTree
 from shardplan.specs.plan import misfits
 from shardplan.specs.steps import Generate, Place, Tie
-
 from tests.strategies import law, meshes, paths, trees
 
 TIED = ParamSpec("embed.weight", (8, 4), "float32", tie=("head.weight",))

@@ -1,0 +1,136 @@
+"""What the audit says of a plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from shardplan.functional import audit, create_schedule, plan_build, predict
+from shardplan.specs import Mesh
+from tests.models import llama, schedule
+
+
+def findings(sch):
+    return [(f.severity, f.path, f.cause) for f in audit(plan_build(sch)).findings]
+
+
+def perceptron(mesh):
+    with torch.device("meta"):
+        return create_schedule(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)), mesh)
+
+
+def test_shares_are_the_bytes_of_local_shapes():
+    mesh = Mesh(data=4, tensor=2)
+    plan = plan_build(schedule("llama", mesh))
+    report = audit(plan)
+    assert [(share.stage, share.tensor) for share in report.shares] == [(0, 0), (0, 1)]
+    for share in report.shares:
+        receipt = predict(plan, share.tensor)
+        assert share.parameter_bytes + share.buffer_bytes == receipt.held_bytes
+        assert share.peak_bytes == receipt.peak_bytes
+    whole = sum(spec.num_bytes for spec in plan.tree.values() if not spec.shards)
+    assert {share.replicated_bytes for share in report.shares} == {whole}
+    assert sum(size for *_, size in report.replicated) == whole
+    assert report.replicated[0][2] == max(size for *_, size in report.replicated)
+
+
+def test_every_rank_is_like_the_distinct_ones_that_are_looked_at():
+    mesh = Mesh(data=3, tensor=4)
+    plan = plan_build(schedule("llama", mesh))
+    peaks = {share.tensor: share.peak_bytes for share in audit(plan).shares}
+    for rank in range(mesh.num_ranks):
+        assert predict(plan, rank).peak_bytes <= peaks[mesh.coordinate(rank).tensor]
+
+
+def test_traffic_is_that_of_the_first_rank():
+    plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)))
+    traffic = {(row.op, row.mesh_axes): (row.num_calls, row.num_bytes) for row in audit(plan).traffic}
+    split = sum(spec.num_bytes for spec in plan.tree.values() if spec.shards) // 2
+    whole = sum(spec.num_bytes for spec in plan.tree.values() if not spec.shards)
+    assert traffic == {
+        ("all_gather", ()): (2, 256),
+        ("scatter", ("tensor",)): (1, split),
+        ("broadcast", ("data",)): (1, split),
+        ("broadcast", ("data", "tensor")): (1, whole),
+    }
+
+
+def test_broadcast_sends_the_whole():
+    plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)), strategy="broadcast")
+    traffic = {(row.op, row.mesh_axes): row.num_bytes for row in audit(plan).traffic}
+    assert traffic["broadcast", ("data", "tensor")] == sum(spec.num_bytes for spec in plan.tree.values())
+
+
+def test_a_sound_plan_is_ok_and_prints():
+    report = audit(plan_build(schedule("llama", Mesh(tensor=2))))
+    assert report.ok
+    text = str(report)
+    assert text.splitlines()[-1] == "ok      yes"
+    assert "scatter" in text
+
+
+def test_a_split_that_nothing_joins_again_is_an_error():
+    report = audit(plan_build(perceptron(Mesh(tensor=2)).at["0"].colwise()))
+    assert not report.ok
+    assert [finding.path for finding in report.findings] == ["0.weight", "0.bias"]
+    assert (
+        "f32[32@tensor, 8] is split (512 B a rank), and no synchronisation follows in the model" in report.findings[0].cause
+    )
+    assert ".sync('forward_post', 'all_gather', axis=-1), or .rowwise() on what follows" in report.findings[0].fix
+    assert str(report).endswith("ok      no: execute refuses this plan")
+
+
+def test_a_split_is_joined_by_a_later_sum_or_its_own_gather():
+    sch = perceptron(Mesh(tensor=2))
+    assert not findings(sch.at["0"].colwise().at["2"].rowwise())
+    assert not findings(sch.at["0"].colwise(gather_output=True))
+    before = findings(sch.at["0"].colwise().at["2"].sync("forward_pre", "all_gather", axis=-1))
+    assert [severity for severity, _, _ in before] == ["warning"]
+    assert not findings(sch.at["0"].colwise().at[""].sync("forward_post", "all_gather", axis=-1))
+
+
+def test_a_sum_before_it_or_in_another_layer_joins_nothing():
+    sch = perceptron(Mesh(tensor=2))
+    assert ("error", "2.weight") in [
+        f[:2] for f in findings(sch.at["2"].colwise().at["0"].sync("forward_post", "all_reduce"))
+    ]
+    split = create_schedule(llama(), Mesh(tensor=2)).at["model.layers.*.mlp.up_proj"].colwise()
+    other = split.at["model.layers.1.mlp.down_proj"].rowwise()
+    assert [path for _, path, _ in findings(other)] == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_rows_that_nobody_sums_are_an_error():
+    sch = perceptron(Mesh(tensor=2)).at["2"].shard("weight", axis=1)
+    report = audit(plan_build(sch))
+    assert report.findings[0].fix == "sch.at['2'].sync('forward_post', 'all_reduce')"
+
+
+def test_a_split_output_that_is_meant_can_be_said():
+    sch = perceptron(Mesh(tensor=2)).at["2"].colwise().sync("forward_post", lambda output, group: output)
+    assert not findings(sch)
+
+
+def test_a_sum_over_ranks_that_hold_the_same_is_a_warning():
+    sch = perceptron(Mesh(tensor=2))
+    for when, op, axis, what in (
+        ("forward_post", "all_reduce", None, "output"),
+        ("backward_post", "all_reduce", None, "input's gradient"),
+        ("forward_pre", "all_gather", -1, "input's gradient"),
+    ):
+        ((severity, path, cause),) = findings(sch.at["0"].sync(when, op, axis))
+        assert (severity, path) == ("warning", "0")
+        assert f"sums its {what} over 2 ranks that hold the same tensors, so that it counts 2 times" in cause
+    assert not findings(sch.at["1"].sync("forward_post", "all_reduce"))
+
+
+def test_gradients_that_nothing_averages_are_a_warning():
+    assert [severity for severity, _, _ in findings(schedule("plain", Mesh(data=2)))] == ["warning"]
+    assert "nothing averages gradients" in findings(schedule("plain", Mesh(data=2)))[0][2]
+    assert audit(plan_build(schedule("plain", Mesh(data=2)))).ok
+
+
+def test_one_rank_has_nothing_to_say():
+    report = audit(plan_build(schedule("llama")))
+    assert report.findings == ()
+    assert report.traffic == ()
+    assert report.replicated == ()

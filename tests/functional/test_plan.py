@@ -1,0 +1,207 @@
+"""Planning is pure, and refuses what would hurt."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from shardplan.functional import create_schedule, plan_build
+from shardplan.specs import Mesh, PlanError, dumps, loads
+from shardplan.specs.steps import MakeGroups, Sync, Tie, Wrap
+from tests.models import llama, plain, schedule, split_llama, split_plain
+
+TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
+CONFIG = {"train_batch_size": 4, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
+
+
+def refusal(sch, **options):
+    with pytest.raises(PlanError) as caught:
+        plan_build(sch, **options)
+    return str(caught.value)
+
+
+def test_planning_twice_gives_the_same_plan():
+    plans = [plan_build(schedule("llama", Mesh(data=2, tensor=2)), target="deepspeed", config=CONFIG) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    assert plans[0].fingerprint != plan_build(schedule("llama", Mesh(data=2, tensor=2))).fingerprint
+
+
+def test_every_process_plans_alike():
+    code = (
+        "from tests.models import schedule; from shardplan.functional import plan_build; from shardplan.specs import Mesh;"
+        "print(plan_build(schedule('plain', Mesh(tensor=2))).fingerprint)"
+    )
+    prints = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert prints == {plan_build(schedule("plain", Mesh(tensor=2))).fingerprint + "\n"}
+
+
+def test_planning_starts_no_process_group_and_no_device():
+    code = (
+        "import torch; from tests.models import schedule; from shardplan.functional import plan_build, audit;"
+        "from shardplan.specs import Mesh; import sys;"
+        "print(audit(plan_build(schedule('plain', Mesh(data=64, tensor=8)), target='deepspeed',"
+        "config={'train_batch_size': 64, 'gradient_clipping': 1.0})).ok);"
+        "assert not torch.distributed.is_initialized(); assert not torch.cuda.is_initialized();"
+        "assert 'deepspeed' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_saved_plan_is_the_plan():
+    plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)), target="deepspeed", config=CONFIG)
+    loaded = loads(dumps(plan))
+    assert loaded == plan
+    assert loaded.runtime.model is None
+    assert loaded.config["zero_optimization"]["stage"] == 1
+
+
+def test_a_lambda_runs_but_is_not_saved():
+    sch = schedule("plain").at["blocks.0.norm.weight"].init(lambda weight: weight.fill_(2))
+    assert "test_plan:" in plan_build(sch).callables[0]
+    with pytest.raises(PlanError, match=r"<lambda>: a lambda, closure or other nameless function runs, but cannot be saved"):
+        dumps(plan_build(sch))
+
+
+def test_steps_that_mean_nothing_on_a_mesh_are_left_out():
+    steps = plan_build(schedule("llama", Mesh())).steps
+    assert not [step for step in steps if isinstance(step, (Sync, MakeGroups))]
+    assert steps[-1] == Wrap(None)
+
+
+def test_groups_are_those_that_are_needed():
+    def groups(mesh, **options):
+        return [step.over for step in plan_build(schedule("llama", mesh), **options).steps if isinstance(step, MakeGroups)]
+
+    assert groups(Mesh(tensor=2)) == [(("tensor",),)]
+    assert groups(Mesh(data=2, tensor=2)) == [(("data",), ("data", "tensor"), ("tensor",))]
+    assert groups(Mesh(data=2)) == [(("data",),)]
+    assert groups(Mesh(tensor=2), target="deepspeed", config=CONFIG) == [(("data",), ("tensor",))]
+
+
+def test_ties_are_steps():
+    assert plan_build(schedule("plain")).ties == (Tie(0, "embed.weight", ("head.weight",)),)
+
+
+def test_a_forward_pass_at_local_shapes_accepts_what_fits():
+    assert plan_build(schedule("llama", Mesh(tensor=4)), example_inputs=TOKENS)
+    assert plan_build(schedule("plain", Mesh(tensor=2)), example_inputs={"ids": TOKENS["input_ids"]})
+
+
+def test_a_forward_pass_at_local_shapes_rejects_what_does_not_meet():
+    sch = create_schedule(llama(), Mesh(tensor=2)).at["model.layers.*.mlp.{gate,up}_proj"].colwise()
+    message = refusal(sch, example_inputs=TOKENS)
+    assert "model.layers.0.mlp.down_proj: a forward pass at local shapes stops in this Linear: RuntimeError: " in message
+    assert "add a .sync" in message
+
+
+def test_a_forward_pass_names_the_split_tensors_around_it():
+    sch = create_schedule(plain(), Mesh(tensor=2)).at["blocks.1.norm.weight"].shard(axis=0)
+    message = refusal(sch, example_inputs={"ids": TOKENS["input_ids"]})
+    assert "blocks.1.norm: a forward pass at local shapes stops in this LayerNorm with weight f32[16@tensor]" in message
+
+
+def test_a_bias_that_a_forward_of_its_own_would_add_on_every_rank_is_refused():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    sch = create_schedule(Scaled(4, 4, device="meta"), Mesh(tensor=2)).at[""].rowwise()
+    assert "Scaled has a forward of its own, so that it would be added 2 times" in refusal(sch)
+
+
+def test_an_unknown_target_lists_the_known():
+    assert "target: 'deepsped' is unknown\n      There are None, deepspeed; the closest is deepspeed" in refusal(
+        schedule("plain"), target="deepsped"
+    )
+
+
+def test_a_config_needs_a_target():
+    assert "config: it is given, and there is no target to read it" in refusal(schedule("plain"), config=CONFIG)
+
+
+def test_stages_without_a_cut_are_refused():
+    assert "the mesh has pipe=2, and nothing is cut" in refusal(schedule("plain", Mesh(pipe=2, tensor=2)))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "config", "text"),
+    [
+        (Mesh(), None, "config: DeepSpeed needs its configuration"),
+        (Mesh(), "ds.json", "config: it is plain JSON values by name, not 'ds.json'"),
+        (Mesh(), {"gradient_clipping": 1.0}, "it has neither train_batch_size nor train_micro_batch_size_per_gpu"),
+        (Mesh(), {**CONFIG, "train_batch_size": "auto"}, "config.train_batch_size: it is a positive integer, not 'auto'"),
+        (
+            Mesh(data=4),
+            {**CONFIG, "train_batch_size": 6},
+            "6 is no multiple of micro batch 1 x accumulation steps 1 x data 4 = 4\n      Write 8",
+        ),
+        (
+            Mesh(data=2),
+            {**CONFIG, "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1},
+            "8 is not micro batch 2 x accumulation steps 1 x data 2 = 4\n      Write 4",
+        ),
+        (Mesh(), {"train_batch_size": 4}, "config.gradient_clipping: it is not written"),
+        (Mesh(), {**CONFIG, "zero_optimization": {"stage": 4}}, "config.zero_optimization.stage: it is 0, 1, 2 or 3, not 4"),
+        (
+            Mesh(tensor=2),
+            {**CONFIG, "zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+            "ZeRO 0 with bf16, tensor=2 and gradient clipping computes a wrong norm, silently",
+        ),
+        (
+            Mesh(),
+            {**CONFIG, "zero_optimization": {"stage": 0}, "fp16": {"enabled": True}},
+            "ZeRO 0 with fp16 neither scales the loss nor unscales gradients, silently",
+        ),
+        (
+            Mesh(),
+            {**CONFIG, "zero_optimization": {}, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}},
+            "ZeRO 0 with bf16 and AdamW takes one optimizer step too many, silently",
+        ),
+        (
+            Mesh(pipe=2),
+            {**CONFIG, "zero_optimization": {"stage": 0}},
+            "ZeRO 0 in fp32 with pipe=2 and gradient clipping computes a wrong norm, silently",
+        ),
+        (Mesh(), {**CONFIG, "optimizer": {"type": "SGD"}}, "ZeRO 1 refuses SGD at launch unless it is told otherwise"),
+        (
+            Mesh(),
+            {**CONFIG, "x": {"y": [torch.float32]}},
+            "config.x.y[0]: a plan holds plain JSON values, and this is a dtype",
+        ),
+    ],
+)
+def test_what_deepspeed_refuses_or_gets_wrong_is_refused_in_the_plan(mesh, config, text):
+    assert text in refusal(split_plain(plain(), mesh), target="deepspeed", config=config)
+
+
+@pytest.mark.parametrize("values", [{"x": object()}, {"x": [torch.ones(1)]}])
+def test_plans_hold_plain_values(values):
+    sch = create_schedule(llama(), Mesh())
+    assert "a plan holds plain values" in refusal(sch.at["model.norm"].tag(**values))
+    assert "a plan holds plain values" in refusal(sch.at["lm_head"].set(in_features=values["x"]))
+
+
+def test_a_tensor_is_no_attribute_to_set():
+    assert "its 'weight' is no plain attribute" in refusal(create_schedule(llama(), Mesh()).at["lm_head"].set(weight=1))
+
+
+def test_the_design_example_is_split_as_it_says():
+    plan = plan_build(split_llama(llama(), Mesh(data=2, tensor=4)), example_inputs=TOKENS)
+    assert plan.tree["model.layers.0.self_attn.k_proj.weight"].local_shape(plan.mesh.coordinate(5)) == (8, 64)
