@@ -10,15 +10,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .agreement import ExecutionError
-from .audit import audit, predict
-from .build import build, consolidate_model, init_target_engine
-from .device_mesh import from_device_mesh, to_device_mesh
-from .execute import Built, execute
-from .plan import plan_build
-from .resolve import resolve
-from .schedule import Schedule, create_schedule
-
 if TYPE_CHECKING:
     from .agreement import ExecutionError as ExecutionError
     from .audit import audit as audit

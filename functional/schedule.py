@@ -109,6 +109,8 @@ class Schedule:
         Args:
             value: A number that fills them, or a function that is called with each whole tensor and writes it in place.
         """
+        if isinstance(value, float) and not is_plain(value):
+            return self._wrong(Problem(self._pattern(), f"a plan holds finite numbers, not {value}", "Fill by a function"))
         if isinstance(value, (bool, int, float)):
             return self._edit(
                 "init", self._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),)))
@@ -123,10 +125,14 @@ class Schedule:
         """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
         sch = self._or_unmatched(modules=True)
         modules = self._modules()
-        for module in modules:
-            for name, value in attributes.items():
-                if problem := _wrong_attribute(module, self._module(module), name, value):
-                    sch = sch._wrong(problem)
+        problems = [
+            problem
+            for module in modules
+            for name, value in attributes.items()
+            if (problem := _wrong_attribute(module, self._module(module), name, value))
+        ]
+        if problems:
+            return evolve(sch, problems=(*sch.problems, *problems))
         return sch._with_layout(SetAttributes(module.path, attributes) for module in modules)
 
     def shard(self, name: str | None = None, *, axis: int, mesh_axis: MeshAxis = "tensor") -> Schedule:

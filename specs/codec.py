@@ -9,6 +9,7 @@ import cattrs
 from cattrs.gen import make_dict_unstructure_fn, override
 from cattrs.preconf.json import make_converter
 from cattrs.strategies import configure_tagged_union
+from cattrs.v import format_exception
 from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
@@ -59,10 +60,8 @@ def loads(text: str) -> Plan:
         raise PlanError([Problem("plan", cause, "Plan again with this version, or load it with the one that wrote it")])
     try:
         plan = _WITH_ORIGINS.structure(data, Plan)
-    except PlanError as error:
-        raise PlanError([Problem("plan", "it is damaged", "Plan again"), *error.problems]) from None
-    except (cattrs.BaseValidationError, ValueError, TypeError, KeyError) as error:
-        raise PlanError([_damage("; ".join(cattrs.transform_error(error, path="plan")))]) from None
+    except cattrs.BaseValidationError as error:
+        raise PlanError([_damage("; ".join(cattrs.transform_error(error, path="plan", format_exception=_format)))]) from None
     if data.get("fingerprint") != plan.fingerprint:
         raise PlanError([_damage(f"its fingerprint says {data.get('fingerprint')!r}, its contents {plan.fingerprint!r}")])
     return plan
@@ -70,7 +69,7 @@ def loads(text: str) -> Plan:
 
 def canonical_json(plan: Plan) -> str:
     """Return the one JSON text of a plan: sorted keys, no spaces, no origins, no runtime."""
-    return json.dumps(_CANONICAL.unstructure(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(_equal_as_one(_CANONICAL.unstructure(plan)), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def is_nameless(name: str) -> bool:
@@ -103,6 +102,33 @@ def _converter(*, origins: bool) -> cattrs.Converter:
     )
     converter.register_unstructure_hook(Plan, make_dict_unstructure_fn(Plan, converter, runtime=override(omit=True)))
     return converter
+
+
+def _format(error: BaseException, cls: type | None) -> str:
+    match error:
+        case PlanError(problems=problems):
+            return "; ".join(
+                f"{'  '.join(filter(None, (problem.path, problem.type)))}: {problem.cause}" for problem in problems
+            )
+        case ValueError() | KeyError():
+            return f"{format_exception(error, cls)} ({error})"
+        case _:
+            return format_exception(error, cls)
+
+
+def _equal_as_one(value: Any) -> Any:
+    """Write numbers that are equal in one way: 1 for 1.0 and True."""
+    match value:
+        case dict():
+            return {key: _equal_as_one(item) for key, item in cast("dict[str, Any]", value).items()}
+        case list():
+            return [_equal_as_one(item) for item in cast("list[Any]", value)]
+        case bool():
+            return int(value)
+        case float() if value.is_integer():
+            return int(value)
+        case _:
+            return value
 
 
 def _expect(value: object, kind: type) -> Any:

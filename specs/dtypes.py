@@ -60,6 +60,6 @@ def human_bytes(count: float) -> str:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
         count /= _KIB
-        if count < _KIB:
+        if round(count, 1) < _KIB:
             return f"{count:.1f} {unit}"
     return f"{count / _KIB:.1f} TiB"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .steps import Step
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?:(?<=\.)|^)(?:0|[1-9][0-9]*)(?=\.|$)")
 
 
 def listing(plan: Plan) -> str:
@@ -53,7 +53,7 @@ def fold(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[s
     families: dict[tuple[str, tuple[str, ...]], list[tuple[int, ...]]] = {}
     for path, cells in rows:
         numbers = tuple(int(number) for number in _NUMBER.findall(path))
-        families.setdefault((_NUMBER.sub("{}", path), cells), []).append(numbers)
+        families.setdefault((_NUMBER.sub("{}", path.replace("{", "{{").replace("}", "}}")), cells), []).append(numbers)
     folded: list[tuple[str, tuple[str, ...]]] = []
     for (template, cells), members in families.items():
         folded += [(template.format(*names), cells) for names in _ranges(members)]
@@ -96,6 +96,7 @@ def _notes(spec: ParamSpec) -> tuple[str, ...]:
     notes = [spec.kind.replace("_", " ")] if spec.kind != "parameter" else []
     notes += ["frozen"] if spec.kind == "parameter" and not spec.requires_grad else []
     notes += [f"= {', '.join(spec.tie)}"] if spec.tie else []
+    notes += [f"also on stage {', '.join(map(str, spec.also_on))}"] if spec.also_on else []
     notes += [f"{name}={value!r}" for name, value in spec.tags.items()]
     return (", ".join(notes),)
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Literal, overload
 
 from attrs import field, fields_dict, frozen
-from attrs.validators import ge, instance_of
+from attrs.validators import ge
+
+from .plain import check_integer
 
 MeshAxis = Literal["pipe", "data", "tensor"]
 """A named dimension of the mesh."""
@@ -16,7 +18,7 @@ MESH_AXES: tuple[MeshAxis, ...] = ("pipe", "data", "tensor")
 
 
 def _size() -> int:
-    return field(default=1, validator=[instance_of(int), ge(1)])
+    return field(default=1, validator=[check_integer, ge(1)])
 
 
 @frozen
@@ -72,6 +74,9 @@ class Mesh:
 
     def rank(self, coordinate: Coordinate) -> int:
         """Return the rank that stands at ``coordinate``: the inverse of :meth:`coordinate`."""
+        if coordinate.mesh != self:
+            msg = f"{coordinate} stands on {coordinate.mesh}, not on {self}"
+            raise ValueError(msg)
         return (coordinate.pipe * self.data + coordinate.data) * self.tensor + coordinate.tensor
 
     def groups(self, *mesh_axes: MeshAxis) -> Groups:
@@ -90,6 +95,9 @@ class Mesh:
         >>> Mesh(pipe=2, data=2, tensor=4).stage(1)
         range(8, 16)
         """
+        if not 0 <= stage < self.pipe:
+            msg = f"stage {stage} is not on {self}"
+            raise IndexError(msg)
         return self.groups("data", "tensor")[stage]
 
     def _num(self, mesh_axis: MeshAxis) -> int:
@@ -139,6 +147,9 @@ class Coordinate:
 
     def index(self, mesh_axis: MeshAxis) -> int:
         """Return the place along one mesh axis, 0 to its size less one."""
+        if mesh_axis not in MESH_AXES:
+            msg = f"mesh axis {mesh_axis!r} is unknown; there are {', '.join(MESH_AXES)}"
+            raise ValueError(msg)
         return getattr(self, mesh_axis)
 
     def group(self, *mesh_axes: MeshAxis) -> range:
@@ -156,7 +167,7 @@ class Groups(Sequence[range]):
     """All groups along some mesh axes, as a sequence that computes its members when asked.
 
     >>> Mesh(pipe=4, data=256, tensor=16).groups("data")[17]
-    range(4097, 8177, 16)
+    range(4097, 8178, 16)
     >>> len(Mesh(pipe=4, data=256, tensor=16).groups("data"))
     64
     """
@@ -184,6 +195,9 @@ class Groups(Sequence[range]):
 
     def of(self, rank: int) -> range:
         """Return the group that ``rank`` belongs to."""
+        if not 0 <= rank < self.num_ranks:
+            msg = f"rank {rank} is in no group of {self.num_ranks} ranks"
+            raise IndexError(msg)
         block, offset = divmod(rank, self.size * self.stride)
         return self[block * self.stride + offset % self.stride]
 

@@ -11,6 +11,7 @@ from frozendict import deepfreeze, frozendict
 
 from .dtypes import is_known, num_bytes, short_name
 from .mesh import MESH_AXES, MeshAxis
+from .plain import check_integer, check_plain
 from .source import Source, Unknown
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Shard:
         mesh_axis: Mesh axis whose ranks share it, ``data`` or ``tensor``.
     """
 
-    axis: int = field(validator=[instance_of(int), ge(0)])
+    axis: int = field(validator=[check_integer, ge(0)])
     mesh_axis: MeshAxis = field(default="tensor", validator=in_(MESH_AXES))
 
     def interval(self, size: int, coordinate: Coordinate) -> tuple[int, int]:
@@ -109,14 +110,14 @@ class ParamSpec:
     """
 
     path: str = field(validator=instance_of(str))
-    orig_shape: tuple[int, ...] = field(converter=tuple, validator=deep_iterable([instance_of(int), ge(0)]))
+    orig_shape: tuple[int, ...] = field(converter=tuple, validator=deep_iterable([check_integer, ge(0)]))
     dtype: str
     kind: Kind = field(default="parameter", validator=in_(("parameter", "buffer", "non_persistent_buffer")))
-    shards: tuple[Shard, ...] = field(default=(), converter=tuple)
-    stage: int = field(default=0, validator=[instance_of(int), ge(0)])
-    also_on: tuple[int, ...] = field(default=(), converter=tuple)
-    tags: frozendict[str, Any] = field(factory=frozendict, converter=_freeze_tags)
-    tie: tuple[str, ...] = field(default=(), converter=tuple)
+    shards: tuple[Shard, ...] = field(default=(), converter=tuple, validator=deep_iterable(instance_of(Shard)))
+    stage: int = field(default=0, validator=[check_integer, ge(0)])
+    also_on: tuple[int, ...] = field(default=(), converter=tuple, validator=deep_iterable([check_integer, ge(0)]))
+    tags: frozendict[str, Any] = field(factory=frozendict, converter=_freeze_tags, validator=check_plain)
+    tie: tuple[str, ...] = field(default=(), validator=deep_iterable(instance_of(str), instance_of(tuple)))
     requires_grad: bool = True
     source: Source = field(factory=Unknown)
     origin: Origin | None = field(default=None, eq=False)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_TOKEN = re.compile(r"\*\*\.|\*\*|\*|\?|\[!?[^\]]+\]|\{|\}|,|[^*?\[\]{},]+|.")
+_TOKEN = re.compile(r"(?:(?<=[.{,])|^)\*\*\.|\*\*|\*|\?|\[!?[^\]!][^\]]*\]|\{|\}|,|[^*?\[\]{},]+|.")
 _NUM_CLOSEST = 3
 
 
 @lru_cache(maxsize=1024)
-def compile_pattern(pattern: str) -> re.Pattern[str]:  # noqa: C901  one case a token
+def compile_pattern(pattern: str) -> re.Pattern[str]:  # noqa: C901, PLR0912  one case a token
     """Return the regular expression that matches the paths selected by ``pattern``.
 
     ``**.`` stands for any number of names, none included; ``?`` for one character of a name.
@@ -54,13 +54,19 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:  # noqa: C901  one case a 
                 msg = f"pattern {pattern!r}: {token!r} has no partner"
                 raise ValueError(msg)
             case _ if token.startswith("["):
-                parts.append("[" + re.sub(r"^!", "^", token[1:-1]).replace("\\", r"\\") + "]")
+                negated, inside = ("^", token[2:-1]) if token.startswith("[!") else ("", token[1:-1])
+                escaped = "".join(f"\\{c}" if c in "\\^[&~|" else c for c in inside).replace("--", r"-\-")
+                parts.append(rf"(?!\.)[{negated}{escaped}]")
             case _:
                 parts.append(re.escape(token))
     if depth:
         msg = f"pattern {pattern!r}: '{{' is not closed"
         raise ValueError(msg)
-    return re.compile("".join(parts))
+    try:
+        return re.compile("".join(parts))
+    except re.error as error:
+        msg = f"pattern {pattern!r}: {error}"
+        raise ValueError(msg) from None
 
 
 def closest(pattern: str, paths: Iterable[str]) -> list[str]:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
 from attrs import field, frozen
 from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
 from .mesh import Mesh
+from .plain import check_plain
 from .source import FillCall, ModuleCall, TensorCall
-from .steps import Agree, Generate, MakeGroups, SetAttributes, Step, Sync, SyncOp, Tie, Wrap
+from .steps import (
+    AddBiasAfterSync,
+    Agree,
+    Allocate,
+    Broadcast,
+    Generate,
+    MakeGroups,
+    Place,
+    Scatter,
+    SetAttributes,
+    Slice,
+    Step,
+    Sync,
+    SyncOp,
+    TakeShard,
+    TakeWhole,
+    Tie,
+    VocabParallel,
+    Wrap,
+)
 from .tree import SpecTree
 
 SCHEMA_VERSION = 1
@@ -49,13 +69,13 @@ class Plan:
     tree: SpecTree
     steps: tuple[Step, ...] = field(converter=tuple)
     target: str | None = None
-    config: frozendict[str, Any] | None = field(default=None, converter=deepfreeze)
+    config: frozendict[str, Any] | None = field(default=None, converter=deepfreeze, validator=check_plain)
     seed: int = 0
     schema_version: int = SCHEMA_VERSION
     runtime: Runtime = field(factory=Runtime, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        problems = [*misfits(self.mesh, self.tree), *_strangers(self.tree, self.steps)]
+        problems = [*misfits(self.mesh, self.tree), *_strangers(self.mesh, self.tree, self.steps)]
         if problems:
             raise PlanError(problems)
 
@@ -112,28 +132,40 @@ def misfits(mesh: Mesh, tree: SpecTree) -> list[Problem]:
                     f"axis {shard.axis} has {size} entries, mesh axis {shard.mesh_axis!r} has {num},"
                     f" and {num} does not divide {size}"
                 )
-                fix = f"Pad the axis to {-(-size // num) * num}, or split it over a number of ranks that divides {size}"
+                fix = f"Pad the axis to {-(-size // num) * num}"
                 divisors = [str(n) for n in range(2, num) if size % n == 0]
-                problems.append(
-                    Problem(spec.path, cause, fix + (f" ({', '.join(divisors)})" if divisors else ""), spec.type)
-                )
+                fix += f", or split it over {' or '.join(divisors)} ranks" if divisors else ""
+                problems.append(Problem(spec.path, cause, fix, spec.type))
             if shard.mesh_axis == "pipe":
                 problems.append(Problem(spec.path, "a tensor is not split over 'pipe'", "Split over 'tensor'", spec.type))
     return problems
 
 
-def _strangers(tree: SpecTree, steps: tuple[Step, ...]) -> list[Problem]:
+def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Problem]:
+    """Return what steps name that is not there: stages, tensors."""
     problems: list[Problem] = []
     for step in steps:
         match step:
-            case Agree() | MakeGroups() | SetAttributes() | Sync() | Wrap():
-                named: tuple[str, ...] = ()
+            case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync() | Wrap():
+                continue
             case Generate(paths=paths, scratch=scratch):
                 named = (*paths, *scratch)
             case Tie(path=path, aliases=aliases):
                 named = (path, *aliases)
+            case (
+                TakeWhole(paths=paths)
+                | TakeShard(paths=paths)
+                | Allocate(paths=paths)
+                | Scatter(paths=paths)
+                | Broadcast(paths=paths)
+                | Slice(paths=paths)
+                | Place(paths=paths)
+            ):
+                named = paths
             case _:
-                named = getattr(step, "paths", ())
+                assert_never(step)
         name = type(step).__name__
         problems += [Problem(path, f"a {name} step names it, but no tensor has it") for path in named if path not in tree]
+        if not 0 <= step.stage < mesh.pipe:
+            problems.append(Problem("", f"a {name} step is for stage {step.stage}, which is not on {mesh}"))
     return problems

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from attrs import frozen
+from attrs import field, frozen
+
+from .plain import check_plain
 
 CodeKind = Literal["init_weights", "_init_weights", "reset_parameters", "_reset_parameters"]
 """Who owns a piece of init code: the user's callable, a Hugging Face model, or the module itself (two spellings)."""
@@ -46,7 +48,7 @@ class FillCall:
     """Set every element of one tensor to a number."""
 
     path: str
-    value: bool | int | float
+    value: bool | int | float = field(validator=check_plain)
 
     def __str__(self) -> str:
         return f"fill({self.value})"

@@ -12,6 +12,7 @@ from attrs import field, frozen
 from frozendict import deepfreeze, frozendict
 
 from .mesh import MeshAxis
+from .plain import check_plain
 from .source import Call
 
 When = Literal["forward_pre", "forward_post", "backward_post"]
@@ -130,7 +131,7 @@ class SetAttributes:
     """A module's attributes take their local values."""
 
     module: str
-    values: frozendict[str, Any] = field(converter=deepfreeze)
+    values: frozendict[str, Any] = field(converter=deepfreeze, validator=check_plain)
 
 
 @frozen

@@ -134,9 +134,12 @@ def test_every_kind_of_step_source_and_call_survives_json():
     assert again == example()
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
-def test_a_fill_with_infinity_survives_json(value):
-    assert loads(dumps(filled(value))) == filled(value)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_numbers_that_json_has_not_are_refused_where_they_are_written(value):
+    with pytest.raises(ValueError, match="value: a plan holds plain, finite JSON values, not"):
+        filled(value)
+    with pytest.raises(ValueError, match="config: a plan holds plain, finite JSON values, not"):
+        evolve(example(), config={"clip": value})
 
 
 @law

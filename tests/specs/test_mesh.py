@@ -120,7 +120,14 @@ def test_a_mesh_of_16384_ranks_lists_nothing():
     ("make", "error", "text"),
     [
         (lambda: Mesh(pipe=0), ValueError, "'pipe' must be >= 1: 0"),
-        (lambda: Mesh(data=1.5), TypeError, r"'data' must be <class 'int'> \(got 1\.5"),
+        (lambda: Mesh(pipe=True), TypeError, "pipe is an integer, not True"),
+        (
+            lambda: Mesh(tensor=2).rank(Mesh(data=4).coordinate(3)),
+            ValueError,
+            "stands on mesh pipe=1 data=4 tensor=1, not on",
+        ),
+        (lambda: Mesh(pipe=2).stage(7), IndexError, "stage 7 is not on mesh pipe=2 data=1 tensor=1"),
+        (lambda: Mesh(data=1.5), TypeError, "data is an integer, not 1.5"),
         (
             lambda: Mesh(tensor=2).coordinate(2),
             IndexError,

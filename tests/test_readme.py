@@ -1,0 +1,112 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from shardplan.functional import Schedule
+from shardplan.specs import PlanError
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def blocks(language):
+    return [text for name, text in BLOCKS if name == language]
+
+
+def torchrun(num_ranks, script, folder):
+    """Run a script as a user does; kill all of its processes if it takes too long."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_ranks),
+        str(script),
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=200)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+    assert process.returncode == 0, err[-4000:]
+    return out
+
+
+def test_the_demo_prints_what_the_first_screen_shows():
+    shown = blocks("text")[0].split("\n", 1)[1]
+    shown_start, shown_losses = shown.split("step  split   alone\n")
+    out = torchrun(2, ROOT / "examples" / "train_llama.py", ROOT)
+    start, losses = out.split("step  split   alone\n")
+    *_, receipt = start.strip().splitlines()
+    *shown_lines, shown_receipt = shown_start.strip().splitlines()
+    assert shown_receipt.rpartition(",")[0] == receipt.rpartition(",")[0]  # all but the seconds
+    remaining = start.splitlines()
+    for line in shown_lines:  # the listing is shortened by lines of dots
+        if line.strip() != "...":
+            assert line in remaining, line
+            remaining = remaining[remaining.index(line) + 1 :]
+    rows = [[float(cell) for cell in line.split()] for line in losses.splitlines()]
+    shown_rows = [[float(cell) for cell in line.split()] for line in shown_losses.splitlines()]
+    assert len(rows) == len(shown_rows) == 10
+    for (_, split, alone), (_, shown_split, _) in zip(rows, shown_rows, strict=True):
+        assert split == pytest.approx(alone, rel=1e-4)
+        assert split == pytest.approx(shown_split, rel=1e-2)
+    assert rows[-1][1] < rows[0][1]
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    LlamaConfig(**sizes).save_pretrained(tmp_path / "path" / "to" / "llama")
+    script = tmp_path / "train.py"
+    script.write_text(blocks("python")[1])
+    out = torchrun(4, script, tmp_path)
+    assert out.splitlines()[-1] == blocks("text")[1].strip()
+
+
+def test_the_errors_read_as_they_are_shown():
+    names = {}
+    exec("from shardplan.functional import create_schedule, plan_build; from shardplan.specs import Mesh", names)
+    with pytest.raises(PlanError) as caught:
+        exec(blocks("python")[2], names)
+    assert f"PlanError: {caught.value}" == blocks("text")[2].strip()
+
+
+def test_every_verb_is_in_the_table():
+    verbs = {name for name, value in vars(Schedule).items() if inspect.isfunction(value) and not name.startswith("_")}
+    named = set(re.findall(r"^\| `\.(\w+)\(", README, flags=re.MULTILINE))
+    assert named == verbs
+
+
+def test_python_blocks_fit_a_screen():
+    for block in blocks("python"):
+        assert all(len(line) <= 140 for line in textwrap.dedent(block).splitlines())
