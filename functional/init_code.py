@@ -95,8 +95,7 @@ def find_units(
             covered = (path for path in needed - winner.keys() if views.get(path, -1) >= tree[path].num_elements)
             winner |= dict.fromkeys(covered, owner)
     writers: dict[str, list[tuple[Owner, Traced]]] = {}
-    lowest_first: list[Owner] = list(reversed(_OWNERS))
-    calls = [(owner, one) for owner in lowest_first for one in traced.get(owner, [])]
+    calls: list[tuple[Owner, Traced]] = [(owner, one) for owner in reversed(_OWNERS) for one in traced.get(owner, [])]
     for owner, one in calls:
         for path, touch in one.touched.items():
             if touch.writes:

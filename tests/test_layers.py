@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -145,3 +146,18 @@ def test_a_contract_can_fail(copy, name):
     assert status == 1
     assert [other for other in CONTRACTS if f"{other} BROKEN" in said] == [name]
     assert chain in said
+
+
+EFFECTFUL = {"agreement.py", "device_mesh.py", "effects.py", "execute.py", "sync.py"}  # sync.py makes operators, for later
+
+
+def imports_distributed(path):
+    tree = ast.parse(path.read_text())
+    named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    named += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return any(name.startswith("torch.distributed") for name in named)
+
+
+def test_only_the_effectful_side_imports_torch_distributed():
+    files = [*(ROOT / "specs").glob("*.py"), *(ROOT / "functional").glob("*.py")]
+    assert {path.name for path in files if imports_distributed(path)} == EFFECTFUL
