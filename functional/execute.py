@@ -17,6 +17,7 @@ from torch import nn
 
 from ..specs.errors import PlanError, Problem
 from ..specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised
+from ..specs.steps import MakeGroups
 from .audit import audit
 from .callables import find
 from .dialects import find_dialect
@@ -116,7 +117,7 @@ def stand(plan: Plan) -> tuple[Coordinate, Exception | None]:
     """Return where this process stands, and what is wrong with the world; then the place is a stand-in."""
     num_ranks = plan.mesh.num_ranks
     if not dist.is_initialized():
-        if num_ranks == 1 and plan.target is None:
+        if num_ranks == 1 and not any(isinstance(step, MakeGroups) for step in plan.steps):
             return plan.mesh.coordinate(0), None
         whose = f"{_ranks(num_ranks)}{f' of {plan.target}' if plan.target else ''}"
         cause = f"the plan is for {whose}, and there is no process group"

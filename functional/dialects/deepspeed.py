@@ -35,7 +35,7 @@ class DeepSpeedDialect:
         return [*_not_json("config", config), *_batch(mesh, config), *_clipping(config), *_zero(mesh, config)]
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
-        return (("data",), ("tensor",)) if mesh.num_ranks > 1 else ()
+        return (("data",), ("tensor",))
 
     def wrap(
         self,
@@ -67,7 +67,7 @@ class DeepSpeedDialect:
             model_parameters=trained,
             optimizer=optimizer(trained) if optimizer else None,
             config=_thawed(plan.config),
-            mpu=MeshUnit(plan.mesh, groups) if groups else None,
+            mpu=MeshUnit(plan.mesh, groups),
             dist_init_required=False,
         )
         return Wrapped(engine, made, frozendict(dataloader=dataloader, lr_scheduler=scheduler))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import types
 
@@ -187,3 +189,27 @@ def test_a_llama_computes_what_transformers_computes_from_the_same_weights():
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(module(ids).logits, reference(ids).logits)
+
+
+def test_a_terminal_shows_a_bar():
+    code = (
+        "from tests.models import schedule; from shardplan.functional import execute, plan_build;"
+        "execute(plan_build(schedule('plain')), device='cpu')"
+    )
+    terminal, end = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=end, env=environment) as process:
+        os.close(end)
+        shown = b""
+        while chunk := _read(terminal):
+            shown += chunk
+        assert process.wait(timeout=60) == 0
+    os.close(terminal)
+    assert b"executing the plan" in shown
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # what Linux says at the end of a terminal
+        return b""
