@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .agreement import agree
 from .dialects import find_dialect
+from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
 from .generators import derive_seed, own_generators
 from .init_code import run_call
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.steps import LayoutStep
-    from .dialects.wrapped import Wrapped
     from .resolve import Alias, Exchange, Make, OpenGroups, Piece
 
 
@@ -154,7 +154,7 @@ class TorchEffects:
     def hand(self, plan: Plan) -> None:
         dialect, _ = find_dialect(plan.target)
         assert dialect is not None, "the opening agreement checks it"
-        self.wrapped = dialect.wrap(self.module, plan, self.groups, self.optimizer, self.loss_fn)
+        self.wrapped = dialect.wrap(Handover(self.module, plan, self.groups, self.optimizer, self.loss_fn))
 
     def _own(self, tensor: Tensor) -> Tensor:
         self.ledger.allocate(tensor.nbytes)

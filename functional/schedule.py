@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
-from torch import Tensor, nn
+from torch import nn
 
 from ..specs.errors import Problem
-from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
-from ..specs.param import Origin, ParamSpec, Shard
+from ..specs.mesh import Mesh, MeshAxis
+from ..specs.param import Origin, ParamSpec
 from ..specs.pattern import closest, compile_pattern
 from ..specs.plain import is_plain
 from ..specs.plan import Runtime
@@ -20,6 +20,7 @@ from ..specs.source import FillCall, Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
 from .callables import register
 from .skeleton import ModuleSpec, read_modules, read_tensors
+from .verb_checks import sharded, wrong_attribute, wrong_sync
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -37,7 +38,7 @@ def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
         mesh: The ranks that it will be split over.
 
     >>> import torch
-    >>> from torch import Tensor, nn
+    >>> from torch import nn
     >>> from shardplan.specs import Mesh
     >>> with torch.device("meta"):
     ...     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -129,7 +130,7 @@ class Schedule:
             problem
             for module in modules
             for name, value in attributes.items()
-            if (problem := _wrong_attribute(module, self._module(module), name, value))
+            if (problem := wrong_attribute(module, self._module(module), name, value))
         ]
         if problems:
             return evolve(sch, problems=(*sch.problems, *problems))
@@ -170,7 +171,7 @@ class Schedule:
             mesh_axis: Mesh axis along which it communicates.
         """
         sch = self._or_unmatched(modules=True)
-        if problem := _wrong_sync(self._pattern(), when, op, axis, mesh_axis):
+        if problem := wrong_sync(self._pattern(), when, op, axis, mesh_axis):
             return sch._wrong(problem)
         if callable(op):
             name, callables = register(self.runtime.callables, op)
@@ -316,7 +317,7 @@ class Schedule:
 
     def _split(self, verb: str, specs: Iterable[ParamSpec], axis: int, mesh_axis: MeshAxis) -> Schedule:
         origin = Origin(verb, self._pattern(), _caller())
-        outcomes = {spec.path: _sharded(spec, axis, mesh_axis, origin) for spec in specs}
+        outcomes = {spec.path: sharded(spec, axis, mesh_axis, origin) for spec in specs}
         problems = (outcome for outcome in outcomes.values() if isinstance(outcome, Problem))
         changed = {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, ParamSpec)}
         return evolve(self, tree=self.tree.replace(changed), problems=(*self.problems, *problems))
@@ -335,60 +336,6 @@ class At:
             problem = Problem(pattern, str(error), "Close it, or write ? for a bracket that belongs to a name")
             return evolve(self.schedule, problems=(*self.schedule.problems, problem), pattern=pattern)
         return evolve(self.schedule, pattern=pattern)
-
-
-def _sharded(spec: ParamSpec, axis: int, mesh_axis: MeshAxis, origin: Origin) -> ParamSpec | Problem:
-    rank = len(spec.orig_shape)
-    if not -rank <= axis < rank:
-        return Problem(
-            spec.path, f"it has no axis {axis}", f"Its axes are 0 to {rank - 1}" if rank else "It is a scalar", spec.type
-        )
-    if mesh_axis not in MESH_AXES:
-        return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", f"There are {', '.join(MESH_AXES)}", spec.type)
-    shard = Shard(axis % rank, mesh_axis)
-    if shard in spec.shards:
-        return spec
-    if spec.shards:
-        first = spec.shards[0]
-        cause = (
-            f"it is split twice: along axis {first.axis} over {first.mesh_axis!r} ({spec.origin}),"
-            f" and along axis {shard.axis} over {shard.mesh_axis!r} ({origin})"
-        )
-        tied = f" It is one tensor with {', '.join(spec.tie)}." if spec.tie else ""
-        return Problem(spec.path, cause, f"Keep one of them.{tied}", spec.type)
-    return spec.shard(shard, origin)
-
-
-def _wrong_sync(pattern: str, when: object, op: object, axis: int | None, mesh_axis: object) -> Problem | None:
-    if when not in get_args(When):
-        return Problem(pattern, f"a sync cannot stand at {when!r}", f"It stands at {', '.join(get_args(When))}")
-    if not callable(op) and op not in get_args(SyncOp):
-        return Problem(
-            pattern, f"sync operator {op!r} is unknown", f"There are {', '.join(get_args(SyncOp))}, or a function"
-        )
-    if op in ("all_gather", "reduce_scatter") and axis is None:
-        return Problem(pattern, f"{op} needs the axis of the activation", f'.sync({when!r}, "{op}", axis=-1)')
-    if op == "all_reduce" and axis is not None:
-        return Problem(pattern, f"all_reduce has no axis, and axis={axis} was given", f'.sync({when!r}, "all_reduce")')
-    if mesh_axis not in ("data", "tensor"):
-        return Problem(pattern, f"a sync cannot run along mesh axis {mesh_axis!r}", "It runs along data or tensor")
-    return None
-
-
-def _wrong_attribute(module: ModuleSpec, found: nn.Module, name: str, value: object) -> Problem | None:
-    if not hasattr(found, name):
-        near = closest(name, (attribute for attribute in vars(found) if not attribute.startswith("_")))
-        return Problem(
-            module.path, f"it has no attribute {name!r} to set", f"The closest are {', '.join(near)}" if near else ""
-        )
-    if isinstance(getattr(found, name), (Tensor, nn.Module)):
-        return Problem(module.path, f"its {name!r} is no plain attribute", "Tensors are split by .shard")
-    if not is_plain(value):
-        cause = f"a plan holds plain values, and {name}={value!r} is a {type(value).__name__}"
-        return Problem(
-            module.path, cause, "Numbers, strings, booleans, None, and lists and dictionaries of them can be saved"
-        )
-    return None
 
 
 def _join(module: str, name: str) -> str:

@@ -10,14 +10,11 @@ from ...specs.pattern import closest
 from .plain import PlainDialect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import nn
+    from collections.abc import Mapping
 
     from ...specs.mesh import Mesh, MeshAxis
-    from ...specs.plan import Plan
     from ...specs.tree import SpecTree
-    from .wrapped import Wrapped
+    from .handover import Handover, Wrapped
 
 ENTRY_POINTS = "shardplan.dialects"
 """Entry point group under which a package offers a dialect: a class without arguments."""
@@ -34,14 +31,7 @@ class Dialect(Protocol):
         """Return the sets of mesh axes along which the runtime needs process groups."""
         ...
 
-    def wrap(
-        self,
-        module: nn.Module,
-        plan: Plan,
-        groups: Mapping[tuple[MeshAxis, ...], Any],
-        optimizer: Callable[..., Any] | None,
-        loss_fn: Callable[..., Any] | None,
-    ) -> Wrapped:
+    def wrap(self, handover: Handover) -> Wrapped:
         """Hand a filled module to the runtime."""
         ...
 

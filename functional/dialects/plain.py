@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...specs.errors import Problem
-from .wrapped import Wrapped
+from .handover import Handover, Wrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import nn
+    from collections.abc import Mapping
 
     from ...specs.mesh import Mesh, MeshAxis
-    from ...specs.plan import Plan
     from ...specs.tree import SpecTree
 
 
@@ -28,13 +25,5 @@ class PlainDialect:
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
         return ()
 
-    def wrap(
-        self,
-        module: nn.Module,
-        plan: Plan,
-        groups: Mapping[tuple[MeshAxis, ...], Any],
-        optimizer: Callable[..., Any] | None,
-        loss_fn: Callable[..., Any] | None,
-    ) -> Wrapped:
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        return Wrapped(module, optimizer(trained) if optimizer else None)
+    def wrap(self, handover: Handover) -> Wrapped:
+        return Wrapped(handover.module, handover.make_optimizer())

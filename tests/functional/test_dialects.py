@@ -11,7 +11,7 @@ from shardplan.specs import PlanError
 from tests.models import schedule
 
 OTHER = """
-from shardplan.functional.dialects.wrapped import Wrapped
+from shardplan.functional.dialects.handover import Wrapped
 from shardplan.specs import Problem
 
 
@@ -22,8 +22,9 @@ class Shouting:
     def groups(self, mesh):
         return ()
 
-    def wrap(self, module, plan, groups, optimizer, loss_fn):
-        return Wrapped(model=(plan.config["word"].upper(), module), optimizer=None, extras={"volume": 11})
+    def wrap(self, handover):
+        word = handover.plan.config["word"]
+        return Wrapped(model=(word.upper(), handover.module), optimizer=None, extras={"volume": 11})
 """
 
 

@@ -1,0 +1,97 @@
+"""What DeepSpeed would refuse at launch, and what it gets wrong without a word: said while planning. Pure.
+
+Each refusal was seen with DeepSpeed 0.19.8, by training beside a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...specs.errors import Problem
+
+if TYPE_CHECKING:
+    from ...specs.mesh import Mesh
+
+_MAX_ZERO_STAGE = 3
+_FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
+
+
+def check_config(mesh: Mesh, config: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with a DeepSpeed configuration on a mesh."""
+    return [*_not_json("config", config), *_batch(mesh, config), *_clipping(config), *_zero(mesh, config)]
+
+
+def _not_json(path: str, value: Any) -> Iterator[Problem]:
+    match value:
+        case Mapping():
+            for name, item in value.items():
+                yield from _not_json(f"{path}.{name}", item)
+        case list() | tuple():
+            for place, item in enumerate(value):
+                yield from _not_json(f"{path}[{place}]", item)
+        case str() | bool() | int() | float() | None:
+            pass
+        case _:
+            yield Problem(path, f"a plan holds plain JSON values, and this is a {type(value).__name__}", "Write its value")
+
+
+def _batch(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (config.get(name) for name in names)
+    for name, value in zip(names, (total, micro, steps), strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            yield Problem(f"config.{name}", f"it is a positive integer, not {value!r}", "'auto' is not for DeepSpeed itself")
+            return
+    if total is None and micro is None:
+        yield Problem("config", "it has neither train_batch_size nor train_micro_batch_size_per_gpu", "Write one of them")
+    elif total is not None:
+        per_step = (micro or 1) * (steps or 1) * mesh.data
+        exact = micro is not None and steps is not None
+        if (total != per_step) if exact else total % per_step:
+            relation = "is not" if exact else "is no multiple of"
+            cause = (
+                f"{total} {relation} micro batch {micro or 1} x accumulation steps {steps or 1} x data {mesh.data}"
+                f" = {per_step}"
+            )
+            fix = f"Write {per_step if exact else max(1, round(total / per_step)) * per_step}, or leave it out"
+            yield Problem("config.train_batch_size", cause, fix)
+
+
+def _clipping(config: Mapping[str, Any]) -> Iterator[Problem]:
+    if "gradient_clipping" not in config:
+        cause = "it is not written, and DeepSpeed 0.19 then clips at 1.0 without a word"
+        yield Problem("config.gradient_clipping", cause, 'Write "gradient_clipping": 1.0, or 0.0 for none')
+
+
+def _zero(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= _MAX_ZERO_STAGE:
+        yield Problem("config.zero_optimization.stage", f"it is 0, 1, 2 or 3, not {stage!r}", _FIX_ZERO)
+        return
+    half = next((name for name in ("bf16", "fp16") if _enabled(config, name)), None)
+    clips = bool(config.get("gradient_clipping", 1.0))
+    optimizer = config.get("optimizer")
+    optimizer_type = str(optimizer.get("type", "")) if isinstance(optimizer, Mapping) else ""
+    where = "config.zero_optimization.stage"
+    if stage == 0:
+        if half and mesh.tensor > 1 and clips:
+            cause = f"ZeRO 0 with {half}, tensor={mesh.tensor} and gradient clipping computes a wrong norm, silently"
+            yield Problem(where, cause, _FIX_ZERO)
+        if half == "fp16":
+            yield Problem(where, "ZeRO 0 with fp16 neither scales the loss nor unscales gradients, silently", _FIX_ZERO)
+        elif half and optimizer_type.lower() in ("adam", "adamw"):
+            cause = f"ZeRO 0 with {half} and {optimizer_type} takes one optimizer step too many, silently"
+            yield Problem(where, cause, _FIX_ZERO)
+        if not half and mesh.pipe > 1 and clips:
+            cause = f"ZeRO 0 in fp32 with pipe={mesh.pipe} and gradient clipping computes a wrong norm, silently"
+            yield Problem(where, cause, _FIX_ZERO)
+    elif optimizer_type.lower() == "sgd" and not config.get("zero_allow_untested_optimizer"):
+        cause = f"ZeRO {stage} refuses SGD at launch unless it is told otherwise"
+        yield Problem("config.zero_allow_untested_optimizer", cause, 'Write "zero_allow_untested_optimizer": true')
+
+
+def _enabled(config: Mapping[str, Any], name: str) -> bool:
+    section = config.get(name, {})
+    return bool(section.get("enabled", False)) if isinstance(section, Mapping) else bool(section)
