@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from ..specs.codec import canonical_json
 from ..specs.mesh import MESH_AXES
 from .dry import AGREEMENT_BYTES
 
@@ -48,18 +50,15 @@ def agree(plan: Plan, error: Exception | None, device: torch.device) -> None:
 def _words(plan: Plan, error: Exception | None) -> list[int]:
     digest = bytes.fromhex(plan.fingerprint)
     whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
-    parts = [
-        _digest(repr(plan.tree.specs)),
-        _digest(repr(plan.steps)),
-        _digest(f"{plan.target} {plan.config}"),
-    ]
+    contents = json.loads(canonical_json(plan))
+    parts = [_digest(contents["tree"]), _digest(contents["steps"]), _digest([contents["target"], contents["config"]])]
     sizes = [plan.mesh.num(mesh_axis) for mesh_axis in MESH_AXES]
     words = [int(error is not None), *sizes, plan.seed % 2**63, *parts, *whole]
     return words + [0] * (_NUM_WORDS - len(words))
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+def _digest(content: Any) -> int:
+    return int.from_bytes(blake2b(json.dumps(content).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _difference(table: list[list[int]], rank: int) -> str:

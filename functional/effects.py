@@ -79,17 +79,17 @@ class TorchEffects:
                     self.groups[mesh_axes] = group
 
     def make(self, work: Make, seed: int) -> Sequence[Tensor]:
-        paths = [piece.path for piece in work.pieces]
-        placeholders = {piece.path: get_tensor(self.module, piece.path) for piece in (*work.pieces, *work.scratch)}
+        lent = [*work.paths, *(path for piece in work.scratch for path in piece.spec.paths)]
+        placeholders = {path: get_tensor(self.module, path) for path in lent}
         try:
-            for piece in work.pieces:
-                self._lend(piece, self.empty(piece.shape, piece.spec.dtype))
+            for path, piece in zip(work.paths, work.pieces, strict=True):
+                self._lend((path,), self.empty(piece.shape, piece.spec.dtype))
             for piece in work.scratch:
-                self._lend(piece, self.take(piece))
-            with torch.no_grad(), own_generators(derive_seed(seed, paths[0]), self.device):
+                self._lend(piece.spec.paths, self.take(piece))
+            with torch.no_grad(), own_generators(derive_seed(seed, work.pieces[0].path), self.device):
                 for call in work.calls:
                     run_call(self.module, call, self.callables)
-            made = [self._made(piece) for piece in work.pieces]
+            made = [self._made(path, piece) for path, piece in zip(work.paths, work.pieces, strict=True)]
         finally:
             for path, placeholder in placeholders.items():
                 put_tensor(self.module, path, placeholder)
@@ -140,8 +140,9 @@ class TorchEffects:
         self.ledger.place(get_tensor(self.module, spec.path).untyped_storage().nbytes())
 
     def alias(self, work: Alias) -> None:
+        first = get_tensor(self.module, work.spec.path)
         for path in work.aliases:
-            put_tensor(self.module, path, get_tensor(self.module, work.spec.path))
+            put_tensor(self.module, path, _as(get_tensor(self.module, path), first))
 
     def change(self, step: LayoutStep) -> None:
         groups: dict[MeshAxis, SyncGroup] = {
@@ -160,11 +161,12 @@ class TorchEffects:
         self.ledger.allocate(tensor.nbytes)
         return tensor
 
-    def _lend(self, piece: Piece, tensor: Tensor) -> None:
-        put_tensor(self.module, piece.path, like(get_tensor(self.module, piece.path), tensor))
+    def _lend(self, paths: Sequence[str], tensor: Tensor) -> None:
+        for path in paths:
+            put_tensor(self.module, path, like(get_tensor(self.module, path), tensor))
 
-    def _made(self, piece: Piece) -> Tensor:
-        tensor = get_tensor(self.module, piece.path).detach()
+    def _made(self, path: str, piece: Piece) -> Tensor:
+        tensor = get_tensor(self.module, path).detach()
         if tuple(tensor.shape) != piece.shape or tensor.dtype != getattr(torch, piece.spec.dtype):
             msg = f"{piece.spec}: its init code left a tensor of shape {list(tensor.shape)} and dtype {tensor.dtype}"
             raise ValueError(msg)
@@ -174,6 +176,13 @@ class TorchEffects:
 
     def _note(self, op: str, message: Tensor, exchange: Exchange) -> None:
         self.ledger.call(op, exchange.mesh_axes, exchange.group, message.nbytes)
+
+
+def _as(old: Tensor, first: Tensor) -> Tensor:
+    """Return a tied tensor as what stood there before: the same parameter, or a buffer that shares its memory."""
+    if isinstance(old, nn.Parameter) == isinstance(first, nn.Parameter):
+        return first
+    return like(old, first.detach())
 
 
 def _bytes(message: Tensor) -> Tensor:

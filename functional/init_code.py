@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import networkx as nx
 import torch
 from attrs import frozen
 from torch import nn
@@ -22,7 +23,7 @@ from ..specs.errors import Problem
 from ..specs.source import Call, FillCall, Made, ModuleCall, TensorCall, Unknown
 from .callables import find
 from .generators import own_generators
-from .module_copy import copy_module, get_tensor
+from .module_copy import copy_module, get_tensor, like, put_tensor
 from .recorder import DependsOnValuesError, Recorder, Touch
 from .skeleton import named_tensors
 
@@ -49,7 +50,8 @@ class Unit:
     """Tensors that are made together, because the same calls touch them.
 
     Args:
-        paths: The tensors, in the order of the tree.
+        paths: The tensors, in the order of the tree, each under the path at which the calls write it: a tied tensor is made
+            where code writes it first, as if it were tied afterwards.
         calls: The calls, in order; the last write wins.
         scratch: Tensors that the calls touch, but whose values come from elsewhere.
     """
@@ -83,19 +85,8 @@ def find_units(
         init_weights: Name of the user's init code, if any.
     """
     needed = {spec.path for spec in tree.values() if isinstance(spec.source, Unknown)}
-    tracer = _Tracer(model, tree, callables)
-    traced: dict[Owner, list[Traced]] = {}
-    winner: dict[str, Owner] = {}
-    problems: list[Problem] = []
-    for owner in _OWNERS:
-        if needed - winner.keys():
-            traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
-            problems += wrong
-            views = _views(traced[owner])
-            covered = (path for path in needed - winner.keys() if views.get(path, -1) >= tree[path].num_elements)
-            winner |= dict.fromkeys(covered, owner)
+    calls, winner, problems = _winners(model, tree, callables, init_weights, needed)
     writers: dict[str, list[tuple[Owner, Traced]]] = {}
-    calls: list[tuple[Owner, Traced]] = [(owner, one) for owner in reversed(_OWNERS) for one in traced.get(owner, [])]
     for owner, one in calls:
         for path, touch in one.touched.items():
             if touch.writes:
@@ -103,17 +94,37 @@ def find_units(
     makers: dict[str, list[Traced]] = {}
     for spec in tree.values():
         if spec.path in winner:
-            wins = _OWNERS.index(winner[spec.path])
-            makers[spec.path] = [one for owner, one in writers[spec.path] if _OWNERS.index(owner) <= wins]
+            wins, path = winner[spec.path]
+            makers[path] = [one for owner, one in writers[path] if _OWNERS.index(owner) <= _OWNERS.index(wins)]
         elif isinstance(spec.source, Made):
             makers[spec.path] = [Traced(spec.source.calls[0], {spec.path: Touch(writes=True)})]
     if not problems:  # else the code that failed may be what would have written the rest
-        unwritten = [path for path in tree if path in needed and path not in makers]
+        unwritten = [path for path in tree if path in needed and path not in winner]
         problems = [_nobody(tree, path, [one for _, one in writers.get(path, [])]) for path in unwritten]
     overrides = [ones[0] for ones in makers.values() if not isinstance(ones[0].call, ModuleCall)]
     order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides])}
-    sources = {path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
+    sources = {tree[path].path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
     return _units(tree, makers, order), sources, problems
+
+
+def _winners(
+    model: nn.Module, tree: SpecTree, callables: Mapping[str, Any], init_weights: str | None, needed: set[str]
+) -> tuple[list[tuple[Owner, Traced]], dict[str, tuple[Owner, str]], list[Problem]]:
+    """Return all calls in the order in which they would run, and whose code gives each tensor its values, at which path."""
+    tracer = _Tracer(model, tree, callables)
+    traced: dict[Owner, list[Traced]] = {}
+    winner: dict[str, tuple[Owner, str]] = {}
+    problems: list[Problem] = []
+    for owner in _OWNERS:
+        if needed - winner.keys():
+            traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
+            problems += wrong
+            views = _views(traced[owner])
+            for spec in tree.values():
+                covered = [path for path in spec.paths if views.get(path, -1) >= spec.num_elements]
+                if covered and spec.path in needed:
+                    winner.setdefault(spec.path, (owner, covered[0]))
+    return [(owner, one) for owner in reversed(_OWNERS) for one in traced.get(owner, [])], winner, problems
 
 
 def run_call(model: nn.Module, call: Call, callables: Mapping[str, Any]) -> None:
@@ -198,11 +209,25 @@ class _Tracer:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self._model = copy_module(model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"), keep_scripted=True)
+            self._untie(tree)
         self._tree = tree
-        self._names: dict[int, str] = {}
+        self._names: dict[int, str] = {}  # the first path of each place that holds a tensor, by the tensor's storage
+        self._places: dict[str, str] = {}  # the same, by any path of the place
+        self._alive: list[object] = []
         for path, _, tensor in named_tensors(self._model):
             if path in tree:
-                self._names.setdefault(_storage(tensor), tree[path].path)
+                self._places[path] = self._names.setdefault(_storage(tensor), path)
+
+    def _untie(self, tree: SpecTree) -> None:
+        """Give every place a tensor of its own: a model's init code runs before its ties are made."""
+        for spec in tree.values():
+            seen = {id(self._model.get_submodule(spec.module))}
+            for path in spec.tie:
+                owner = self._model.get_submodule(path.rpartition(".")[0])
+                if id(owner) not in seen or path.rpartition(".")[2] != spec.path.rpartition(".")[2]:
+                    old = get_tensor(self._model, path)
+                    put_tensor(self._model, path, like(old, torch.empty_like(old)))
+                seen.add(id(owner))
 
     def trace(self, calls: Iterator[ModuleCall]) -> tuple[list[Traced], list[Problem]]:
         """Return what each call does, leaving out those that write nothing."""
@@ -212,7 +237,7 @@ class _Tracer:
             for call in calls:
                 recorder = Recorder(self._names)
                 module = self._model.get_submodule(call.module)
-                before = {name: _storage(t) for name, _, t in named_tensors(module)}
+                before = {name: tensor.untyped_storage() for name, _, tensor in named_tensors(module)}
                 opaque = False
                 try:
                     with recorder:
@@ -229,21 +254,24 @@ class _Tracer:
                     traced.append(Traced(call, recorder.touched))
         return traced, problems
 
-    def _note_rebound(self, path: str, module: nn.Module, before: dict[str, int], touched: dict[str, Touch]) -> None:
+    def _note_rebound(
+        self, path: str, module: nn.Module, before: dict[str, torch.UntypedStorage], touched: dict[str, Touch]
+    ) -> None:
         """Notice code that puts another tensor in place (``weight.data = ...``) instead of writing into it."""
         for name, _, tensor in named_tensors(module):
-            if before.get(name) != _storage(tensor) and (full := f"{path}.{name}".lstrip(".")) in self._tree:
-                known = self._tree[full].path
-                touched[known] = Touch(writes=True, overwritten={"rebound": self._tree[known].num_elements})
-                self._names[_storage(tensor)] = known
+            place = self._places.get(f"{path}.{name}" if path else name)
+            if place is None or (name in before and before[name]._cdata == _storage(tensor)):  # noqa: SLF001
+                continue
+            touched[place] = Touch(writes=True, overwritten={"rebound": self._tree[place].num_elements})
+            self._names[_storage(tensor)] = place
+            self._alive.append(before.get(name))  # else its identity would be given to another storage
 
     def _note_all(self, path: str, module: nn.Module, touched: dict[str, Touch]) -> None:
         """Take it that code which cannot be followed to its end writes all tensors that its module holds."""
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001
-            full = f"{path}.{name}".lstrip(".")
-            if tensor is not None and full in self._tree:
-                spec = self._tree[full]
-                touched[spec.path] = Touch(reads=True, writes=True, overwritten={"opaque": spec.num_elements})
+        for name in (*module._parameters, *module._buffers):  # noqa: SLF001
+            place = self._places.get(f"{path}.{name}" if path else name)
+            if place is not None:
+                touched[place] = Touch(reads=True, writes=True, overwritten={"opaque": self._tree[place].num_elements})
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -277,30 +305,15 @@ def _nobody(tree: SpecTree, path: str, writers: Sequence[Traced]) -> Problem:
 def _units(tree: SpecTree, makers: Mapping[str, Sequence[Traced]], order: Mapping[int, int]) -> list[Unit]:
     """Join calls that touch a common tensor, and list the tensors of each such unit."""
     calls = {id(one): one for ones in makers.values() for one in ones}
-    parent = {key: key for key in calls}
-
-    def root(key: int) -> int:
-        while parent[key] != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
-    first: dict[str, int] = {}
+    touches: nx.Graph[int | str] = nx.Graph()
     for key, one in calls.items():
-        for path in one.touched:
-            if path in makers:
-                parent[root(key)] = root(first.setdefault(path, key))
-    members: dict[int, list[Traced]] = {}
-    for key in sorted(calls, key=order.__getitem__):
-        members.setdefault(root(key), []).append(calls[key])
+        touches.add_edges_from((key, path) for path in one.touched if path in makers)
+    made = {tree[path].path for path in makers}
     place = {spec.path: number for number, spec in enumerate(tree.values())}
     units: list[Unit] = []
-    for ones in members.values():
-        touched = sorted({path for one in ones for path in one.touched}, key=place.__getitem__)
-        units.append(
-            Unit(
-                paths=tuple(path for path in touched if path in makers),
-                calls=tuple(one.call for one in ones),
-                scratch=tuple(path for path in touched if path not in makers),
-            )
-        )
-    return sorted((unit for unit in units if unit.paths), key=lambda unit: place[unit.paths[0]])
+    for members in nx.connected_components(touches):
+        ones = [calls[key] for key in sorted((key for key in members if isinstance(key, int)), key=order.__getitem__)]
+        paths = sorted((path for path in members if isinstance(path, str)), key=lambda path: place[tree[path].path])
+        others = {tree[path].path for one in ones for path in one.touched} - made
+        units.append(Unit(tuple(paths), tuple(one.call for one in ones), tuple(sorted(others, key=place.__getitem__))))
+    return sorted(units, key=lambda unit: place[tree[unit.paths[0]].path])

@@ -114,12 +114,17 @@ def _function(value: Any) -> Any:
 
 
 def _held_modules(value: Any, modules: dict[int, str]) -> Iterator[str]:
-    """Modules that a function refers to by its closure or defaults: where deepcopy does not follow."""
+    """Modules that a function refers to by its closure, globals or defaults: where deepcopy does not follow."""
     function = _function(value)
     if not isinstance(function, FunctionType):
         return
-    enclosed = inspect.getclosurevars(function).nonlocals.values()
-    for item in (*enclosed, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+    names = inspect.getclosurevars(function)
+    for item in (
+        *names.nonlocals.values(),
+        *names.globals.values(),
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+    ):
         for candidate in item if isinstance(item, (list, tuple)) else [item]:
             owner = candidate.__self__ if isinstance(candidate, MethodType) else candidate
             if id(owner) in modules:

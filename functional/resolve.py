@@ -86,8 +86,9 @@ class OpenGroups:
 
 @frozen
 class Make:
-    """Allocate whole tensors, run the calls on them in order, keep some."""
+    """Allocate whole tensors, lend them to the module at ``paths``, run the calls in order, keep them."""
 
+    paths: tuple[str, ...]
     pieces: tuple[Piece, ...]
     scratch: tuple[Piece, ...]
     calls: tuple[Call, ...]
@@ -190,7 +191,7 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
         case Generate(paths=paths, calls=calls, scratch=scratch):
             if not coordinate.is_first("data", "tensor"):
                 return Nothing()
-            return Make(_whole(tree, paths), _whole(tree, scratch), calls)
+            return Make(paths, _whole(tree, paths), _whole(tree, scratch), calls)
         case TakeWhole(paths=paths):
             return Take(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
         case TakeShard(paths=paths):

@@ -36,8 +36,10 @@ def route(
     """
     road = _Road(mesh.coordinate(mesh.stage(stage).start), stage, strategy)
     for unit, specs in units:
-        paths = tuple(spec.path for spec in specs)
-        yield TakeWhole(stage, paths) if unit is None else Generate(stage, paths, unit.calls, unit.scratch)
+        if unit is None:
+            yield TakeWhole(stage, tuple(spec.path for spec in specs))
+        else:
+            yield Generate(stage, unit.paths, unit.calls, unit.scratch)
         for spec in specs:
             yield from road.add(spec)
     yield from road.flush()

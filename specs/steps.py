@@ -42,7 +42,7 @@ class Generate:
 
     Args:
         stage: Pipeline stage.
-        paths: Tensors that are kept.
+        paths: Tensors that are kept, each under the path at which the code writes it.
         calls: The code, in order. Its generator is keyed by (seed, first path).
         scratch: Other tensors that the code touches: lent to it whole, then dropped.
     """

@@ -12,7 +12,7 @@ from torch import nn
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.specs import Mesh
 from tests.models import MODELS, schedule
-from tests.ranks import run_ranks
+from tests.ranks import results, run_ranks
 
 TENSOR_2 = Mesh(tensor=2)
 
@@ -130,6 +130,20 @@ def with_other_plan(rank, what):
 def test_another_plan_on_one_rank_is_an_error_on_every_rank(what, text):
     for error in errors(with_other_plan, 2, what):
         assert error == f"ExecutionError: the ranks do not have the same plan: {text}"
+
+
+def from_another_line(rank):
+    sch = create_schedule(nn.Linear(4, 4, device="meta"), TENSOR_2).at[""]
+    lines = [
+        lambda: sch.colwise(gather_output=True),
+        lambda: sch.colwise(gather_output=True),
+    ]
+    sch = lines[rank]()
+    return execute(plan_build(sch), device="cpu").receipt.rank
+
+
+def test_a_plan_from_another_line_of_code_is_the_same_plan():
+    assert results(run_ranks(from_another_line, 2)) == [0, 1]
 
 
 def for_mesh(rank, mesh):

@@ -304,3 +304,69 @@ def test_recurrent_modules_compute_with_their_new_parameters():
     _, module = build(lambda: nn.LSTM(4, 8, 2))
     assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
     assert module(torch.ones(3, 4))[0].shape == (3, 8)
+
+
+class Tied(nn.Module):
+    """A tensor under two paths, whose modules would give it different values."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+        self.second.weight = self.first.weight
+
+
+def test_a_tied_tensor_is_made_where_it_stands_first():
+    plan, module = build(lambda: Tied(nn.Embedding(64, 64), nn.Linear(64, 64, bias=False)))
+    assert plan.tree["first.weight"].source.calls[0].code.endswith("Embedding.reset_parameters")
+    assert len(plan.tree["first.weight"].source.calls) == 1
+    assert module.first.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert module.second.weight is module.first.weight
+
+
+def test_a_tied_tensor_is_made_where_code_writes_it():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(64, 64))
+
+    plan, module = build(lambda: Tied(Bare(), nn.Linear(64, 64, bias=False)))
+    assert [step.paths for step in plan.steps if isinstance(step, Generate)] == [("second.weight",)]
+    assert 0.12 < module.first.weight.abs().max() <= 0.125
+    assert module.second.weight is module.first.weight
+
+
+def test_a_shared_module_is_made_once():
+    def make():
+        block = nn.Linear(8, 8)
+        return nn.ModuleList([block, block])
+
+    plan, module = build(make)
+    assert plan.tree["0.weight"].tie == ("1.weight",)
+    assert module[0] is module[1]
+    assert 0 < module[1].weight.abs().max() <= 8**-0.5
+
+
+def test_a_buffer_that_shares_a_parameters_memory_stays_a_buffer():
+    def make():
+        model = nn.Linear(4, 4)
+        model.register_buffer("same", model.weight.detach())
+        return model
+
+    _, module = build(make)
+    assert "same" in dict(module.named_buffers())
+    assert torch.equal(module.same, module.weight)
+    with torch.no_grad():
+        module.weight.zero_()
+    assert not module.same.any()
+
+
+def test_storages_that_come_and_go_are_not_taken_for_others():
+    def rebinds(module):
+        for _ in range(20):
+            module.weight.data = torch.zeros(64, 64)
+        scratch = [torch.zeros(64, 64) for _ in range(50)]
+        module.bias.copy_(sum(scratch)[0] + 4)
+
+    _, module = build(lambda: nn.Linear(64, 64), init_weights=rebinds)
+    assert torch.equal(module.weight, torch.zeros(64, 64))
+    assert torch.equal(module.bias, torch.full((64,), 4.0))
