@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from attrs import frozen
+
+from .fold import as_pattern, fold
+
+_HERE = "\0"  # stands for the path, which no path contains
 
 
 @frozen
@@ -24,13 +28,11 @@ class Problem:
     type: str = ""
 
     def __str__(self) -> str:
-        head = "  ".join(part for part in (self.path or "(model)", self.type) if part)
-        body = f"  {head}: {self.cause}"
-        return f"{body}\n      {self.fix}" if self.fix else body
+        return "\n".join(_lines([self]))
 
 
 class PlanError(ValueError):
-    """Everything that keeps a schedule from becoming a plan, or a plan from being executed.
+    """Everything that keeps a schedule from becoming a plan, or a plan from being executed; repeated layers folded.
 
     >>> raise PlanError([Problem("lm_head.weight", "nobody initialises it", "Give it values: .init(0.0)")])
     Traceback (most recent call last):
@@ -43,5 +45,18 @@ class PlanError(ValueError):
         self.problems = tuple(dict.fromkeys(problems))
         assert self.problems, "an error needs a problem"
         count = len(self.problems)
-        title = f"{count} problem{'s' if count > 1 else ''}"
-        super().__init__("\n".join([title, *map(str, self.problems)]))
+        super().__init__("\n".join([f"{count} problem{'s' if count > 1 else ''}", *_lines(self.problems)]))
+
+
+def _lines(problems: Iterable[Problem]) -> Iterator[str]:
+    """Write problems; those that differ only in the number of a layer once."""
+    rows = [(p.path, (p.type, _without(p.path, p.cause), _without(p.path, p.fix))) for p in problems]
+    for path, (type_, cause, fix) in fold(rows):
+        head = "  ".join(part for part in (path or "(model)", type_) if part)
+        yield f"  {head}: {cause.replace(_HERE, path)}"
+        if fix:
+            yield f"      {fix.replace(_HERE, as_pattern(path))}"
+
+
+def _without(path: str, text: str) -> str:
+    return text.replace(f"{path!r}", f"'{_HERE}'") if path else text

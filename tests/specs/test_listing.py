@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shardplan.functional import plan_build
 from shardplan.specs import FillCall, Made, Mesh, ModuleValues, ParamSpec, Plan, Shard, SpecTree, TensorCall
-from shardplan.specs.listing import fold
+from shardplan.specs.fold import fold
 from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
 from tests.models import llama, split_llama
 from tests.strategies import law, paths, plans, words

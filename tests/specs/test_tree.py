@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from attrs import evolve
 from hypothesis import given
@@ -139,8 +141,13 @@ def test_a_step_names_only_tensors_that_are_there(step, text):
         Plan(Mesh(), SpecTree([TIED]), [step])
 
 
+def named(path):
+    """A path without numbers: nothing of it is folded."""
+    return re.sub(r"[0-9]", "n", path)
+
+
 @law
-@given(st.lists(st.builds(Problem, paths, st.sampled_from(["cause", "other"])), min_size=1, max_size=5))
+@given(st.lists(st.builds(Problem, paths.map(named), st.sampled_from(["cause", "other"])), min_size=1, max_size=5))
 def test_an_error_tells_each_problem_once_in_order(problems):
     error = PlanError([*problems, *problems])
     assert error.problems == tuple(dict.fromkeys(problems))
@@ -152,3 +159,17 @@ def test_an_error_tells_each_problem_once_in_order(problems):
 def test_a_problem_shows_path_type_cause_and_fix():
     assert str(Problem("w", "it is odd", "Make it even", "f32[3]")) == "  w  f32[3]: it is odd\n      Make it even"
     assert str(Problem("", "it is empty")) == "  (model): it is empty"
+
+
+def test_problems_of_repeated_layers_are_told_once_with_a_pattern_that_mends_all():
+    def problem(layer):
+        path = f"layers.{layer}.gain"
+        return Problem(path, "nobody writes it", f"sch.at[{path!r}].init(0.0)", "f32[3]")
+
+    error = PlanError([problem(layer) for layer in range(32)])
+    assert len(error.problems) == 32
+    assert str(error).splitlines() == [
+        "32 problems",
+        "  layers.{0..31}.gain  f32[3]: nobody writes it",
+        "      sch.at['layers.*.gain'].init(0.0)",
+    ]
