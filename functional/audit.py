@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..specs.dtypes import human_bytes
 from ..specs.mesh import Coordinate
+from ..specs.plan import Plan
 from ..specs.report import Finding, Report, Share, Traffic
 from ..specs.steps import Sync, VocabParallel
 from .dry import DryEffects
@@ -14,7 +15,6 @@ from .interpret import interpret
 
 if TYPE_CHECKING:
     from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
     from ..specs.receipt import Receipt
 
 
@@ -26,6 +26,9 @@ def audit(plan: Plan) -> Report:
     >>> report.ok, report.shares[0].parameter_bytes
     (True, 64)
     """
+    if not isinstance(plan, Plan):
+        msg = f"audit takes a plan, not a {type(plan).__name__}: audit(plan_build(schedule))"
+        raise TypeError(msg)
     mesh = plan.mesh
     distinct = {
         (stage, data, tensor): predict(plan, mesh.rank(Coordinate(pipe=stage, data=data, tensor=tensor, mesh=mesh)))

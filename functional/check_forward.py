@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ def check_forward(
     """Return what goes wrong in a forward pass of the first rank: nothing, or the module where it stopped."""
     if not isinstance(example_inputs, Mapping):
         return [Problem("example_inputs", "they are tensors by the names of the model's arguments", "{'input_ids': tensor}")]
+    try:
+        inspect.signature(model.forward).bind(**example_inputs)
+    except TypeError as error:
+        fix = f"forward takes {inspect.signature(model.forward)}"
+        return [Problem("example_inputs", f"the model cannot be called with them: {error}", fix)]
     first = mesh.coordinate(0)
     shapes = {id(tensor): tree[path].local_shape(first) for path, _, tensor in named_tensors(model) if path in tree}
     open_modules: list[str] = []

@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from attrs import field, frozen
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
 from ..specs.errors import PlanError, Problem
-from ..specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised
+from ..specs.plan import Plan
 from ..specs.steps import MakeGroups
 from .audit import audit
 from .callables import find
+from .compare_model import differences
 from .dialects import find_dialect
 from .effects import TorchEffects
 from .interpret import Effects, interpret
 from .module_copy import copy_module
-from .skeleton import read_tensors
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
-    from ..specs.plan import Plan
     from ..specs.receipt import Receipt
     from ..specs.steps import Step
 
@@ -94,6 +94,9 @@ def execute(
     (torch.Size([2, 4]), 2)
     """
     start = time.monotonic()
+    if not isinstance(plan, Plan):
+        msg = f"execute takes a plan, not a {type(plan).__name__}: execute(plan_build(schedule))"
+        raise TypeError(msg)
     if effects is not None:
         interpret(plan, plan.mesh.coordinate(effects.rank), effects)
         return Built(None, None, None, {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
@@ -154,46 +157,9 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
     if model is None:
         problems.append(Problem("", "a plan that was loaded carries no model", "execute(plan, model)"))
     else:
-        problems += _differences(plan, model)
+        problems += differences(plan, model)
     if problems:
         raise PlanError(problems)
-
-
-def _differences(plan: Plan, model: nn.Module) -> Iterator[Problem]:
-    """Compare a model with the planned one: paths, shapes, dtypes, ties, and whether values are there."""
-    tree, problems = read_tensors(model)
-    yield from problems
-    for spec in plan.tree.values():
-        found = tree.get(spec.path)
-        if found is None:
-            yield Problem(spec.path, "the plan has this tensor, and the model has not", "Build the planned model", spec.type)
-            continue
-        planned = (spec.path, spec.orig_shape, spec.dtype, spec.kind, spec.tie, spec.requires_grad)
-        given = (found.path, found.orig_shape, found.dtype, found.kind, found.tie, found.requires_grad)
-        names = ("path", "shape", "dtype", "kind", "tied paths", "requires_grad")
-        wrong = [f"{n} {b!r} instead of {a!r}" for n, a, b in zip(names, planned, given, strict=True) if a != b]
-        if wrong:
-            yield Problem(spec.path, f"the model is not the planned one: {'; '.join(wrong)}", "Plan again", spec.type)
-        has_values = isinstance(found.source, ModuleValues)
-        if isinstance(spec.source, (ModuleValues, OwnValues)) and not has_values:
-            yield Problem(
-                spec.path,
-                "its planned source is the module's own values, and it is on meta",
-                "Load them, or plan again",
-                spec.type,
-            )
-        if isinstance(spec.source, Uninitialised) and has_values:
-            yield Problem(spec.path, "it is planned without values, and the model has values", "Plan again", spec.type)
-        if isinstance(spec.source, Made) and has_values and all(isinstance(c, ModuleCall) for c in spec.source.calls):
-            yield Problem(
-                spec.path,
-                "init code is planned to make it, and the model has values that would be lost",
-                "Plan again",
-                spec.type,
-            )
-    for path in tree:
-        if path not in plan.tree:
-            yield Problem(path, "the model has this tensor, and the plan has not", "Plan again", tree[path].type)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -210,8 +176,6 @@ def _bar(plan: Plan, *, shown: bool) -> Iterator[Callable[[Step], None]]:
     if not (shown and sys.stderr.isatty()):
         yield lambda _: None
         return
-    from rich.console import Console
-
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("executing the plan", total=len(plan.steps))
         yield lambda _: progress.advance(task)

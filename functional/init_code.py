@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
@@ -85,7 +85,8 @@ def find_units(
         init_weights: Name of the user's init code, if any.
     """
     needed = {spec.path for spec in tree.values() if isinstance(spec.source, Unknown)}
-    calls, winner, problems = _winners(model, tree, callables, init_weights, needed)
+    tracer = _Tracer(model, tree, callables)
+    calls, winner, problems = _winners(model, tree, tracer, init_weights, needed)
     writers: dict[str, list[tuple[Owner, Traced]]] = {}
     for owner, one in calls:
         for path, touch in one.touched.items():
@@ -96,22 +97,21 @@ def find_units(
         if spec.path in winner:
             wins, path = winner[spec.path]
             makers[path] = [one for owner, one in writers[path] if _OWNERS.index(owner) <= _OWNERS.index(wins)]
-        elif isinstance(spec.source, Made):
-            makers[spec.path] = [Traced(spec.source.calls[0], {spec.path: Touch(writes=True)})]
+    overrides, idle = _overrides(tree, tracer)
+    makers |= {path: [one] for path, one in overrides.items()}
+    problems += idle
     if not problems:  # else the code that failed may be what would have written the rest
         unwritten = [path for path in tree if path in needed and path not in winner]
         problems = [_nobody(tree, path, [one for _, one in writers.get(path, [])]) for path in unwritten]
-    overrides = [ones[0] for ones in makers.values() if not isinstance(ones[0].call, ModuleCall)]
-    order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides])}
+    order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides.values()])}
     sources = {tree[path].path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
     return _units(tree, makers, order), sources, problems
 
 
 def _winners(
-    model: nn.Module, tree: SpecTree, callables: Mapping[str, Any], init_weights: str | None, needed: set[str]
+    model: nn.Module, tree: SpecTree, tracer: _Tracer, init_weights: str | None, needed: set[str]
 ) -> tuple[list[tuple[Owner, Traced]], dict[str, tuple[Owner, str]], list[Problem]]:
     """Return all calls in the order in which they would run, and whose code gives each tensor its values, at which path."""
-    tracer = _Tracer(model, tree, callables)
     traced: dict[Owner, list[Traced]] = {}
     winner: dict[str, tuple[Owner, str]] = {}
     problems: list[Problem] = []
@@ -125,6 +125,26 @@ def _winners(
                 if covered and spec.path in needed:
                     winner.setdefault(spec.path, (owner, covered[0]))
     return [(owner, one) for owner in reversed(_OWNERS) for one in traced.get(owner, [])], winner, problems
+
+
+def _overrides(tree: SpecTree, tracer: _Tracer) -> tuple[dict[str, Traced], list[Problem]]:
+    """Return the calls of ``.init``, by the path that each gives values, and those that do not."""
+    asked = [(spec, spec.source.calls[0]) for spec in tree.values() if isinstance(spec.source, Made)]
+    traced, problems = tracer.trace(call for _, call in asked if isinstance(call, TensorCall))
+    functions = {one.call.path: one for one in traced if isinstance(one.call, TensorCall)}
+    overrides: dict[str, Traced] = {}
+    for spec, call in asked:
+        if isinstance(call, FillCall):
+            overrides[spec.path] = Traced(call, {spec.path: Touch(writes=True)})
+            continue
+        num = _views([functions[spec.path]]).get(spec.path, 0) if spec.path in functions else 0
+        if num >= spec.num_elements:
+            overrides[spec.path] = functions[spec.path]
+        elif not problems:
+            cause = f"its function {call} gives values to {num} of its {spec.num_elements} elements"
+            fix = "Write the tensor that it is given, in place: tensor.fill_(1), torch.nn.init.normal_(tensor)"
+            problems.append(Problem(spec.path, cause, fix, spec.type))
+    return overrides, problems
 
 
 def run_call(model: nn.Module, call: Call, callables: Mapping[str, Any]) -> None:
@@ -229,14 +249,15 @@ class _Tracer:
                     put_tensor(self._model, path, like(old, torch.empty_like(old)))
                 seen.add(id(owner))
 
-    def trace(self, calls: Iterator[ModuleCall]) -> tuple[list[Traced], list[Problem]]:
+    def trace(self, calls: Iterable[ModuleCall | TensorCall]) -> tuple[list[Traced], list[Problem]]:
         """Return what each call does, leaving out those that write nothing."""
         traced: list[Traced] = []
         problems: list[Problem] = []
         with self._mode, torch.no_grad(), own_generators(0):
             for call in calls:
                 recorder = Recorder(self._names)
-                module = self._model.get_submodule(call.module)
+                path = call.module if isinstance(call, ModuleCall) else call.path.rpartition(".")[0]
+                module = self._model.get_submodule(path)
                 before = {name: tensor.untyped_storage() for name, _, tensor in named_tensors(module)}
                 opaque = False
                 try:
@@ -245,11 +266,12 @@ class _Tracer:
                 except Exception as error:  # noqa: BLE001  it is the user's code, and what it raises is reported
                     opaque = isinstance(error, _FAKE_ERRORS) or bool(_FAKE_WORDS.search(str(error)))
                     if not opaque:
-                        cause = f"its init code {call.code} raises {type(error).__name__}: {error}"
-                        problems.append(Problem(call.module, cause, "Mend the code, or give values with .init(...)"))
-                self._note_rebound(call.module, module, before, recorder.touched)
+                        cause = f"its init code {call} raises {type(error).__name__}: {error}"
+                        at = call.module if isinstance(call, ModuleCall) else call.path
+                        problems.append(Problem(at, cause, "Mend the code, or give values with .init(...)"))
+                self._note_rebound(path, module, before, recorder.touched)
                 if opaque:
-                    self._note_all(call.module, module, recorder.touched)
+                    self._note_all(call, module, recorder.touched)
                 if any(touch.writes for touch in recorder.touched.values()):
                     traced.append(Traced(call, recorder.touched))
         return traced, problems
@@ -266,12 +288,15 @@ class _Tracer:
             self._names[_storage(tensor)] = place
             self._alive.append(before.get(name))  # else its identity would be given to another storage
 
-    def _note_all(self, path: str, module: nn.Module, touched: dict[str, Touch]) -> None:
-        """Take it that code which cannot be followed to its end writes all tensors that its module holds."""
-        for name in (*module._parameters, *module._buffers):  # noqa: SLF001
-            place = self._places.get(f"{path}.{name}" if path else name)
-            if place is not None:
-                touched[place] = Touch(reads=True, writes=True, overwritten={"opaque": self._tree[place].num_elements})
+    def _note_all(self, call: ModuleCall | TensorCall, module: nn.Module, touched: dict[str, Touch]) -> None:
+        """Take it that code which cannot be followed to its end writes its tensor, or all that its module holds."""
+        if isinstance(call, TensorCall):
+            paths = [call.path]
+        else:
+            names = (*module._parameters, *module._buffers)  # noqa: SLF001
+            paths = [f"{call.module}.{name}" if call.module else name for name in names]
+        for place in (self._places[path] for path in paths if path in self._places):
+            touched[place] = Touch(reads=True, writes=True, overwritten={"opaque": self._tree[place].num_elements})
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -33,12 +33,12 @@ from .check_forward import check_forward
 from .dialects import find_dialect
 from .init_code import Unit, find_units
 from .route import Strategy, local_only, route
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..specs.tree import SpecTree
-    from .schedule import Schedule
 
 
 def plan_build(
@@ -78,6 +78,9 @@ def plan_build(
     >>> plan.tree["0.weight"].local_shape(plan.mesh.coordinate(1))
     (16, 8)
     """
+    if not isinstance(sch, Schedule):
+        msg = f"plan_build takes a schedule, not a {type(sch).__name__}: plan_build(create_schedule(model, mesh))"
+        raise TypeError(msg)
     model: nn.Module = sch.runtime.model
     problems = [*sch.problems, *misfits(sch.mesh, sch.tree), *_wrong_arguments(sch.mesh, strategy, seed, init_weights)]
     problems += _wrong_scripted(model, sch.tree)
@@ -86,11 +89,8 @@ def plan_build(
     if callable(init_weights):
         code, callables = register(runtime.callables, init_weights)
         runtime = evolve(runtime, callables=callables)
-    tree, units = sch.tree.map(_without_elements), []
-    if init_weights is False:
-        tree = tree.map(_without_init)
-        units = [Unit((s.path,), s.source.calls, ()) for s in tree.values() if isinstance(s.source, Made)]
-    elif not problems:
+    tree, units = sch.tree.map(_without_elements if init_weights else _without_init), []
+    if not problems:
         units, sources, unwritten = find_units(model, tree, runtime.callables, code)
         problems += unwritten
         tree = tree.map(lambda spec: evolve(spec, source=sources.get(spec.path, spec.source)))
@@ -124,17 +124,16 @@ def _wrong_arguments(mesh: Mesh, strategy: object, seed: object, init_weights: o
 
 
 def _wrong_scripted(model: nn.Module, tree: SpecTree) -> Iterator[Problem]:
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                spec = tree[f"{path}.{name}".lstrip(".")]
-                if spec.shards:
-                    yield Problem(
-                        spec.path, "it belongs to a scripted module, whose code cannot be split", "Leave it whole", spec.type
-                    )
-                if isinstance(spec.source, (Unknown, Made)):
-                    cause = "it belongs to a scripted module, which keeps the values it came with"
-                    yield Problem(spec.path, cause, "Script the module on the CPU, with its values in place", spec.type)
+    scripted = [f"{path}." if path else "" for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    for spec in tree.values():
+        if not any(path.startswith(prefix) for path in spec.paths for prefix in scripted):
+            continue
+        if spec.shards:
+            cause = "it belongs to a scripted module, whose code cannot be split"
+            yield Problem(spec.path, cause, "Leave it whole", spec.type)
+        if isinstance(spec.source, (Unknown, Made)):
+            cause = "it belongs to a scripted module, which keeps the values it came with"
+            yield Problem(spec.path, cause, "Script the module on the CPU, with its values in place", spec.type)
 
 
 def _without_elements(spec: ParamSpec) -> ParamSpec:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
+from attrs.validators import instance_of
 from torch import nn
 
 from ..specs.errors import Problem
@@ -50,6 +51,9 @@ def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
     2.weight  f32[8, 32@tensor]
     2.bias  f32[8]
     """
+    if not isinstance(model, nn.Module):
+        msg = f"a schedule is made for a torch.nn.Module, not for {type(model).__name__} {model!r}"
+        raise TypeError(msg)
     tree, problems = read_tensors(model)
     return Schedule(mesh=mesh, tree=tree, modules=read_modules(model), problems=problems, runtime=Runtime(model=model))
 
@@ -71,7 +75,7 @@ class Schedule:
         runtime: Model and callables; outside equality.
     """
 
-    mesh: Mesh
+    mesh: Mesh = field(validator=instance_of(Mesh))
     tree: SpecTree = field(repr=False)
     modules: tuple[ModuleSpec, ...] = field(repr=False)
     layout: tuple[LayoutStep, ...] = field(default=(), repr=False)
@@ -116,6 +120,9 @@ class Schedule:
             return self._edit(
                 "init", self._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),)))
             )
+        if not callable(value):
+            fix = "nn.init.ones_, or a function of your own with def"
+            return self._wrong(Problem(self._pattern(), f".init takes a number or a function, not {value!r}", fix))
         name, callables = register(self.runtime.callables, value)
         sch = evolve(self, runtime=evolve(self.runtime, callables=callables))
         return sch._edit(
@@ -330,6 +337,9 @@ class At:
     schedule: Schedule
 
     def __getitem__(self, pattern: str) -> Schedule:
+        if not isinstance(pattern, str):
+            msg = f"sch.at[pattern] takes one string, not {pattern!r}; several names are written {{a,b}}"
+            raise TypeError(msg)
         try:
             compile_pattern(pattern)
         except ValueError as error:

@@ -43,6 +43,6 @@ def find_dialect(target: str | None) -> tuple[Dialect | None, list[Problem]]:
     known = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if target in known:
         return known[target].load()(), []
-    near = closest(target, known)
+    near = closest(str(target), known)
     fix = f"There are None, {', '.join(sorted(known))}" + (f"; the closest is {near[0]}" if near else "")
     return None, [Problem("target", f"{target!r} is unknown", fix)]

@@ -95,11 +95,14 @@ def test_a_function_that_is_gone_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda m: setattr(m.blocks[0], "up", nn.Linear(16, 32, device="meta")), r"shape \(32, 16\) instead of \(64, 16\)"),
+        (
+            lambda m: setattr(m.blocks[0], "up", nn.Linear(16, 32, device="meta")),
+            r"orig_shape \(32, 16\) instead of \(64, 16\)",
+        ),
         (lambda m: m.blocks[0].up.to(torch.bfloat16), "dtype 'bfloat16' instead of 'float32'"),
         (
             lambda m: setattr(m.head, "weight", nn.Parameter(torch.empty(64, 16, device="meta"))),
-            r"tied paths \(\) instead of",
+            r"tie \(\) instead of",
         ),
         (lambda m: m.blocks[0].gain.requires_grad_(True), "requires_grad True instead of False"),
         (lambda m: setattr(m.blocks[0], "up", None), r"blocks.0.up.weight  f32\[64@tensor, 16\]: the plan has this tensor"),

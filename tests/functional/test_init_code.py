@@ -370,3 +370,27 @@ def test_storages_that_come_and_go_are_not_taken_for_others():
     _, module = build(lambda: nn.Linear(64, 64), init_weights=rebinds)
     assert torch.equal(module.weight, torch.zeros(64, 64))
     assert torch.equal(module.bias, torch.full((64,), 4.0))
+
+
+@pytest.mark.parametrize(("function", "num"), [(torch.zeros_like, 0), (lambda weight: weight[0].zero_(), 4)])
+def test_a_function_that_does_not_write_its_tensor_is_an_error(function, num):
+    with pytest.raises(PlanError, match=rf"weight  f32\[4, 4\]: its function .* gives values to {num} of its 16 elements"):
+        build(lambda: nn.Linear(4, 4), lambda sch: sch.at["weight"].init(function))
+
+
+def test_a_function_that_raises_is_named():
+    def broken(tensor):
+        msg = "out of ideas"
+        raise ValueError(msg)
+
+    with pytest.raises(PlanError, match=r"weight: its init code .*broken raises ValueError: out of ideas"):
+        build(lambda: nn.Linear(4, 4), lambda sch: sch.at["weight"].init(broken))
+
+
+def test_a_function_that_cannot_be_followed_is_taken_to_write_its_tensor():
+    def by_numpy(tensor):
+        tensor.copy_(torch.from_numpy(np.ones(tensor.numpy().shape, dtype=np.float32)))
+
+    _, module = build(lambda: nn.Linear(4, 4), lambda sch: sch.at["weight"].init(by_numpy))
+    assert torch.equal(module.weight, torch.ones(4, 4))
+    assert module.bias.abs().max() <= 0.5

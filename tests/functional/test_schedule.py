@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardplan.functional import create_schedule, plan_build
+from shardplan.functional import audit, create_schedule, execute, plan_build
 from shardplan.specs import FillCall, Made, Mesh, PlanError, Shard, TensorCall
 from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
 from tests.models import llama, plain, split_llama
@@ -165,6 +165,11 @@ def test_the_same_split_twice_is_no_problem(sch):
             "it has no attribute 'out_feature' to set\n      The closest are out_features",
         ),
         (lambda s: s.at["0.[weight"].tag(x=1), "pattern '0.[weight': '[' has no partner"),
+        (lambda s: s.at["0"].init("zeros"), "0: .init takes a number or a function, not 'zeros'"),
+        (lambda s: s.at["0"].init(None), "0: .init takes a number or a function, not None"),
+        (lambda s: s.at["0"].init(float("nan")), "0: a plan holds finite numbers, not nan"),
+        (lambda s: s.at["0.weight"].shard(axis="x"), "0.weight  f32[32, 8]: it has no axis 'x'"),
+        (lambda s: s.at["0"].sync("forward_post", "all_gather", "x"), "the axis of an activation is an integer, not 'x'"),
         (lambda s: s.at["{0,2"].colwise(), "pattern '{0,2': '{' is not closed"),
     ],
 )
@@ -245,3 +250,24 @@ def test_split_llama_is_what_the_design_shows():
     sch = split_llama(llama(), Mesh(tensor=4))
     assert not sch.problems
     assert str(sch.tree["model.layers.1.mlp.down_proj.weight"]) == "model.layers.1.mlp.down_proj.weight  f32[64, 96@tensor]"
+
+
+def test_what_is_no_model_mesh_pattern_schedule_or_plan_is_refused_at_the_door(sch):
+    with pytest.raises(TypeError, match=r"a schedule is made for a torch.nn.Module, not for str 'x'"):
+        create_schedule("x", Mesh())
+    with pytest.raises(TypeError, match="'mesh' must be"):
+        create_schedule(perceptron(), {"tensor": 2})
+    with pytest.raises(TypeError, match=r"takes one string, not \('0', '2'\); several names are written {a,b}"):
+        sch.at["0", "2"]
+    with pytest.raises(TypeError, match=r"plan_build takes a schedule, not a Sequential: plan_build\(create_schedule"):
+        plan_build(perceptron())
+    with pytest.raises(TypeError, match=r"execute takes a plan, not a Schedule: execute\(plan_build"):
+        execute(sch)
+    with pytest.raises(TypeError, match=r"audit takes a plan, not a Schedule: audit\(plan_build"):
+        audit(sch)
+
+
+def test_inputs_under_other_names_are_refused_with_the_signature(sch):
+    message = problem_of(sch, example_inputs={"x": torch.ones(1, 8)})
+    assert "example_inputs: the model cannot be called with them: missing a required argument: 'input'" in message
+    assert "forward takes (input)" in message
