@@ -44,8 +44,14 @@ def check_forward(
     first = mesh.coordinate(0)
     shapes = {id(tensor): tree[path].local_shape(first) for path, _, tensor in named_tensors(model) if path in tree}
     open_modules: list[str] = []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), own_generators(0), Recorder({}):
-        local = copy_module(model, lambda t: torch.empty(shapes[id(t)], dtype=t.dtype, device="cpu"), keep_scripted=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
+
+    local = copy_module(model, fake, for_planning=True)
+    with mode, torch.no_grad(), own_generators(0), Recorder({}):
         groups: dict[MeshAxis, SyncGroup] = {mesh_axis: SyncGroup("", mesh.num(mesh_axis), 0) for mesh_axis in MESH_AXES}
         for step in layout:
             apply_layout(local, step, Local(first, groups, callables))

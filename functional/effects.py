@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from attrs import Factory, define
 from torch import Tensor, nn
 
+from ..specs.source import FillCall, ModuleCall
 from .agreement import agree
 from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
@@ -18,15 +20,16 @@ from .generators import derive_seed, own_generators
 from .init_code import run_call
 from .layout import Local, apply_layout
 from .ledger import Ledger
-from .module_copy import get_tensor, like, put_tensor
+from .module_copy import get_tensor, like, module_of, put_tensor, tied
 from .sync import SyncGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ..specs.mesh import Coordinate, MeshAxis
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
+    from ..specs.source import Call
     from ..specs.steps import LayoutStep
     from .resolve import Alias, Exchange, Make, OpenGroups, Piece
 
@@ -79,26 +82,34 @@ class TorchEffects:
                     self.groups[mesh_axes] = group
 
     def make(self, work: Make, seed: int) -> Sequence[Tensor]:
-        lent = [*work.paths, *(path for piece in work.scratch for path in piece.spec.paths)]
+        lent = [path for piece in (*work.pieces, *work.scratch) for path in piece.spec.paths]
         placeholders = {path: get_tensor(self.module, path) for path in lent}
+        is_opaque = any(not isinstance(call, FillCall) and call.opaque for call in work.calls)
         try:
-            for path, piece in zip(work.paths, work.pieces, strict=True):
-                self._lend((path,), self.empty(piece.shape, piece.spec.dtype))
+            for piece in work.pieces:
+                whole = self.empty(piece.shape, piece.spec.dtype)
+                self._lend(piece, whole.fill_(torch.nan) if is_opaque and whole.is_floating_point() else whole)
             for piece in work.scratch:
-                self._lend(piece.spec.paths, self.take(piece))
+                self._lend(piece, self.take(piece))
             with torch.no_grad(), own_generators(derive_seed(seed, work.pieces[0].path), self.device):
                 for call in work.calls:
-                    run_call(self.module, call, self.callables)
+                    with self._untied(work, call, placeholders):
+                        run_call(self.module, call, self.callables)
             made = [self._made(path, piece) for path, piece in zip(work.paths, work.pieces, strict=True)]
         finally:
             for path, placeholder in placeholders.items():
                 put_tensor(self.module, path, placeholder)
         for piece in work.scratch:
             self.ledger.free(piece.num_bytes)
+        for piece, tensor in zip(work.pieces, made if is_opaque else [], strict=False):
+            if tensor.is_floating_point() and torch.isnan(tensor).any():
+                msg = f"{piece.spec}: its init code gave no values to {int(torch.isnan(tensor).sum())} of its elements"
+                raise ValueError(msg)
         return made
 
     def take(self, piece: Piece) -> Tensor:
-        return self._own(_part(get_tensor(self.original, piece.path).detach(), piece).to(self.device, copy=True))
+        part = _part(get_tensor(self.original, piece.path).detach(), piece)
+        return self.empty(piece.shape, piece.spec.dtype).copy_(part)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return self._own(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device))
@@ -142,7 +153,7 @@ class TorchEffects:
     def alias(self, work: Alias) -> None:
         first = get_tensor(self.module, work.spec.path)
         for path in work.aliases:
-            put_tensor(self.module, path, _as(get_tensor(self.module, path), first))
+            put_tensor(self.module, path, tied(get_tensor(self.module, path), first))
 
     def change(self, step: LayoutStep) -> None:
         groups: dict[MeshAxis, SyncGroup] = {
@@ -161,9 +172,26 @@ class TorchEffects:
         self.ledger.allocate(tensor.nbytes)
         return tensor
 
-    def _lend(self, paths: Sequence[str], tensor: Tensor) -> None:
-        for path in paths:
-            put_tensor(self.module, path, like(get_tensor(self.module, path), tensor))
+    def _lend(self, piece: Piece, tensor: Tensor) -> None:
+        first = like(get_tensor(self.module, piece.path), tensor)
+        for path in piece.spec.paths:
+            put_tensor(self.module, path, tied(get_tensor(self.module, path), first))
+
+    @contextmanager
+    def _untied(self, work: Make, call: Call, placeholders: Mapping[str, Tensor]) -> Iterator[None]:
+        """Hide a tied tensor from the code of a module that holds it at another path than it is made at."""
+        hidden: dict[str, Tensor] = {}
+        caller = call.module if isinstance(call, ModuleCall) else None
+        for made_at, piece in zip(work.paths, work.pieces, strict=True):
+            home = self.module.get_submodule(module_of(made_at))
+            for path in piece.spec.tie and piece.spec.paths:
+                holder = self.module.get_submodule(module_of(path))
+                if module_of(path) == caller and holder is not home:
+                    hidden[path] = get_tensor(self.module, path)
+                    put_tensor(self.module, path, placeholders[path])
+        yield
+        for path, tensor in hidden.items():
+            put_tensor(self.module, path, tensor)
 
     def _made(self, path: str, piece: Piece) -> Tensor:
         tensor = get_tensor(self.module, path).detach()
@@ -176,13 +204,6 @@ class TorchEffects:
 
     def _note(self, op: str, message: Tensor, exchange: Exchange) -> None:
         self.ledger.call(op, exchange.mesh_axes, exchange.group, message.nbytes)
-
-
-def _as(old: Tensor, first: Tensor) -> Tensor:
-    """Return a tied tensor as what stood there before: the same parameter, or a buffer that shares its memory."""
-    if isinstance(old, nn.Parameter) == isinstance(first, nn.Parameter):
-        return first
-    return like(old, first.detach())
 
 
 def _bytes(message: Tensor) -> Tensor:

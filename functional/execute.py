@@ -105,7 +105,7 @@ def execute(
     try:
         chosen = _device(device)
         _refuse(plan, given, optimizer, loss_fn)
-        copied = copy_module(given, lambda tensor: torch.empty_like(tensor, device="meta"), keep_scripted=False)
+        copied = copy_module(given, lambda tensor: torch.empty_like(tensor, device="meta"), for_planning=False)
     except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
         error = error or refused
     real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn)

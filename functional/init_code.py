@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,9 +23,9 @@ from ..specs.errors import Problem
 from ..specs.source import Call, FillCall, Made, ModuleCall, TensorCall, Unknown
 from .callables import find
 from .generators import own_generators
-from .module_copy import copy_module, get_tensor, like, put_tensor
-from .recorder import DependsOnValuesError, Recorder, Touch
-from .skeleton import named_tensors
+from .module_copy import copy_module, get_tensor, like, module_of, put_tensor, tied
+from .recorder import DependsOnValuesError, Recorder, Touch, num_covered, whole_view
+from .skeleton import named_tensors, own_tensors
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -50,8 +50,7 @@ class Unit:
     """Tensors that are made together, because the same calls touch them.
 
     Args:
-        paths: The tensors, in the order of the tree, each under the path at which the calls write it: a tied tensor is made
-            where code writes it first, as if it were tied afterwards.
+        paths: The tensors, in the order of the tree, each under the path at which it is made.
         calls: The calls, in order; the last write wins.
         scratch: Tensors that the calls touch, but whose values come from elsewhere.
     """
@@ -63,10 +62,26 @@ class Unit:
 
 @frozen
 class Traced:
-    """One call, and what it does to which tensors."""
+    """One call, and what it does to which tensors.
 
-    call: Call
+    Args:
+        call: The call.
+        touched: What it does, by canonical path.
+        places: For tied tensors that the called module itself holds, the path at which it does: it runs before they are
+            tied, as in the module's constructor, and counts only if the tensor is made at that path.
+    """
+
+    call: ModuleCall | TensorCall | FillCall
     touched: Mapping[str, Touch]
+    places: Mapping[str, str]
+
+    def reaches(self, path: str, place: str) -> bool:
+        """Tell whether it touches a tensor that is made at ``place``."""
+        return path in self.touched and self.places.get(path, place) == place
+
+    def writes(self, path: str, place: str) -> bool:
+        """Tell whether it writes a tensor that is made at ``place``."""
+        return self.reaches(path, place) and self.touched[path].writes
 
 
 def find_units(
@@ -87,25 +102,25 @@ def find_units(
     needed = {spec.path for spec in tree.values() if isinstance(spec.source, Unknown)}
     tracer = _Tracer(model, tree, callables)
     calls, winner, problems = _winners(model, tree, tracer, init_weights, needed)
-    writers: dict[str, list[tuple[Owner, Traced]]] = {}
+    touching: dict[str, list[tuple[Owner, Traced]]] = {}
     for owner, one in calls:
-        for path, touch in one.touched.items():
-            if touch.writes:
-                writers.setdefault(path, []).append((owner, one))
+        for path in one.touched:
+            touching.setdefault(path, []).append((owner, one))
     makers: dict[str, list[Traced]] = {}
-    for spec in tree.values():
-        if spec.path in winner:
-            wins, path = winner[spec.path]
-            makers[path] = [one for owner, one in writers[path] if _OWNERS.index(owner) <= _OWNERS.index(wins)]
+    for path, (wins, place) in winner.items():
+        last = _OWNERS.index(wins)
+        makers[path] = [one for owner, one in touching[path] if one.writes(path, place) and _OWNERS.index(owner) <= last]
     overrides, idle = _overrides(tree, tracer)
     makers |= {path: [one] for path, one in overrides.items()}
     problems += idle
     if not problems:  # else the code that failed may be what would have written the rest
-        unwritten = [path for path in tree if path in needed and path not in winner]
-        problems = [_nobody(tree, path, [one for _, one in writers.get(path, [])]) for path in unwritten]
+        for path in (path for path in tree if path in needed and path not in winner):
+            writers = [one for _, one in touching.get(path, []) if one.touched[path].writes]
+            problems.append(_nobody(tree, path, writers))
     order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides.values()])}
-    sources = {tree[path].path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
-    return _units(tree, makers, order), sources, problems
+    sources = {path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
+    places = {path: place for path, (_, place) in winner.items()}
+    return _units(tree, makers, places, order), sources, problems
 
 
 def _winners(
@@ -116,15 +131,26 @@ def _winners(
     winner: dict[str, tuple[Owner, str]] = {}
     problems: list[Problem] = []
     for owner in _OWNERS:
-        if needed - winner.keys():
-            traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
-            problems += wrong
-            views = _views(traced[owner])
-            for spec in tree.values():
-                covered = [path for path in spec.paths if views.get(path, -1) >= spec.num_elements]
-                if covered and spec.path in needed:
-                    winner.setdefault(spec.path, (owner, covered[0]))
+        if not needed - winner.keys():
+            break
+        traced[owner], wrong = tracer.trace(_calls(model, owner, init_weights))
+        problems += wrong
+        writers: dict[str, list[Traced]] = {}
+        for one in traced[owner]:
+            for path in one.touched:
+                writers.setdefault(path, []).append(one)
+        for path in needed & writers.keys() - winner.keys():
+            covered = [place for place in tree[path].paths if _num_covered(tree, path, place, writers[path]) is None]
+            if covered:
+                winner[path] = owner, covered[0]
     return [(owner, one) for owner in reversed(_OWNERS) for one in traced.get(owner, [])], winner, problems
+
+
+def _num_covered(tree: SpecTree, path: str, place: str, calls: Iterable[Traced]) -> int | None:
+    """Return how many elements of a tensor that is made at ``place`` get values; None for all of them."""
+    views = [view for one in calls if one.writes(path, place) for view in one.touched[path].overwritten]
+    num = num_covered(views, tree[path].num_elements)
+    return None if views and num == tree[path].num_elements else num
 
 
 def _overrides(tree: SpecTree, tracer: _Tracer) -> tuple[dict[str, Traced], list[Problem]]:
@@ -135,11 +161,12 @@ def _overrides(tree: SpecTree, tracer: _Tracer) -> tuple[dict[str, Traced], list
     overrides: dict[str, Traced] = {}
     for spec, call in asked:
         if isinstance(call, FillCall):
-            overrides[spec.path] = Traced(call, {spec.path: Touch(writes=True)})
+            overrides[spec.path] = Traced(call, {spec.path: Touch(writes=True)}, {})
             continue
-        num = _views([functions[spec.path]]).get(spec.path, 0) if spec.path in functions else 0
-        if num >= spec.num_elements:
-            overrides[spec.path] = functions[spec.path]
+        tried = [functions[spec.path]] if spec.path in functions else []
+        num = _num_covered(tree, spec.path, spec.path, tried)
+        if num is None:
+            overrides[spec.path] = tried[0]
         elif not problems:
             cause = f"its function {call} gives values to {num} of its {spec.num_elements} elements"
             fix = "Write the tensor that it is given, in place: tensor.fill_(1), torch.nn.init.normal_(tensor)"
@@ -227,27 +254,17 @@ class _Tracer:
     def __init__(self, model: nn.Module, tree: SpecTree, callables: Mapping[str, Any]) -> None:
         self._callables = callables
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:
-            self._model = copy_module(model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"), keep_scripted=True)
-            self._untie(tree)
+        self._model = copy_module(model, self._fake, for_planning=True)
         self._tree = tree
-        self._names: dict[int, str] = {}  # the first path of each place that holds a tensor, by the tensor's storage
-        self._places: dict[str, str] = {}  # the same, by any path of the place
-        self._alive: list[object] = []
-        for path, _, tensor in named_tensors(self._model):
-            if path in tree:
-                self._places[path] = self._names.setdefault(_storage(tensor), path)
-
-    def _untie(self, tree: SpecTree) -> None:
-        """Give every place a tensor of its own: a model's init code runs before its ties are made."""
+        self._held: dict[str, list[tuple[str, str]]] = {}  # by module, the places of tied tensors, and what stands there
         for spec in tree.values():
-            seen = {id(self._model.get_submodule(spec.module))}
-            for path in spec.tie:
-                owner = self._model.get_submodule(path.rpartition(".")[0])
-                if id(owner) not in seen or path.rpartition(".")[2] != spec.path.rpartition(".")[2]:
-                    old = get_tensor(self._model, path)
-                    put_tensor(self._model, path, like(old, torch.empty_like(old)))
-                seen.add(id(owner))
+            owners = [self._model.get_submodule(module_of(path)) for path in spec.paths]
+            for path, owner in zip(spec.paths, owners, strict=True):
+                put_tensor(self._model, path, tied(get_tensor(self._model, path), get_tensor(self._model, spec.path)))
+                if owners.count(owner) == 1 and spec.tie:
+                    self._held.setdefault(module_of(path), []).append((path, spec.path))
+        self._names = {_storage(get_tensor(self._model, path)): path for path in tree}
+        self._alive: list[object] = []
 
     def trace(self, calls: Iterable[ModuleCall | TensorCall]) -> tuple[list[Traced], list[Problem]]:
         """Return what each call does, leaving out those that write nothing."""
@@ -255,90 +272,94 @@ class _Tracer:
         problems: list[Problem] = []
         with self._mode, torch.no_grad(), own_generators(0):
             for call in calls:
-                recorder = Recorder(self._names)
-                path = call.module if isinstance(call, ModuleCall) else call.path.rpartition(".")[0]
-                module = self._model.get_submodule(path)
-                before = {name: tensor.untyped_storage() for name, _, tensor in named_tensors(module)}
-                opaque = False
-                try:
-                    with recorder:
-                        run_call(self._model, call, self._callables)
-                except Exception as error:  # noqa: BLE001  it is the user's code, and what it raises is reported
-                    opaque = isinstance(error, _FAKE_ERRORS) or bool(_FAKE_WORDS.search(str(error)))
-                    if not opaque:
-                        cause = f"its init code {call} raises {type(error).__name__}: {error}"
-                        at = call.module if isinstance(call, ModuleCall) else call.path
-                        problems.append(Problem(at, cause, "Mend the code, or give values with .init(...)"))
-                self._note_rebound(path, module, before, recorder.touched)
-                if opaque:
-                    self._note_all(call, module, recorder.touched)
-                if any(touch.writes for touch in recorder.touched.values()):
-                    traced.append(Traced(call, recorder.touched))
+                held = self._held.get(call.module, []) if isinstance(call, ModuleCall) else []
+                before = {place: get_tensor(self._model, place) for place, _ in held}
+                self._untie(held)
+                outcome = self._run(call, {path: place for place, path in held})
+                for place, tensor in before.items():
+                    put_tensor(self._model, place, tensor)
+                if isinstance(outcome, Problem):
+                    problems.append(outcome)
+                elif any(touch.writes for touch in outcome.touched.values()):
+                    traced.append(outcome)
         return traced, problems
 
-    def _note_rebound(
-        self, path: str, module: nn.Module, before: dict[str, torch.UntypedStorage], touched: dict[str, Touch]
-    ) -> None:
-        """Notice code that puts another tensor in place (``weight.data = ...``) instead of writing into it."""
-        for name, _, tensor in named_tensors(module):
-            place = self._places.get(f"{path}.{name}" if path else name)
-            if place is None or (name in before and before[name]._cdata == _storage(tensor)):  # noqa: SLF001
-                continue
-            touched[place] = Touch(writes=True, overwritten={"rebound": self._tree[place].num_elements})
-            self._names[_storage(tensor)] = place
-            self._alive.append(before.get(name))  # else its identity would be given to another storage
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self._mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
-    def _note_all(self, call: ModuleCall | TensorCall, module: nn.Module, touched: dict[str, Touch]) -> None:
-        """Take it that code which cannot be followed to its end writes its tensor, or all that its module holds."""
-        if isinstance(call, TensorCall):
-            paths = [call.path]
-        else:
-            names = (*module._parameters, *module._buffers)  # noqa: SLF001
-            paths = [f"{call.module}.{name}" if call.module else name for name in names]
-        for place in (self._places[path] for path in paths if path in self._places):
-            touched[place] = Touch(reads=True, writes=True, overwritten={"opaque": self._tree[place].num_elements})
+    def _untie(self, held: Iterable[tuple[str, str]]) -> None:
+        for place, path in held:
+            if place != path:
+                old = get_tensor(self._model, place)
+                put_tensor(self._model, place, like(old, self._fake(old)))
+                self._name(get_tensor(self._model, place), path)
+
+    def _name(self, tensor: torch.Tensor, path: str) -> None:
+        self._names[_storage(tensor)] = path
+        self._alive.append(tensor.untyped_storage())  # else its identity would be given to another one
+
+    def _run(self, call: ModuleCall | TensorCall, places: Mapping[str, str]) -> Traced | Problem:
+        at = call.module if isinstance(call, ModuleCall) else call.path
+        path = at if isinstance(call, ModuleCall) else module_of(at)
+        module = self._model.get_submodule(path)
+        before = {name: tensor.untyped_storage() for name, _, tensor in named_tensors(module)}
+        recorder = Recorder(self._names)
+        opaque = False
+        try:
+            with recorder:
+                run_call(self._model, call, self._callables)
+        except Exception as error:  # noqa: BLE001  it is the user's code, and what it raises is reported
+            opaque = isinstance(error, _FAKE_ERRORS) or bool(_FAKE_WORDS.search(str(error)))
+            if not opaque:
+                cause = f"its init code {call} raises {type(error).__name__}: {error}"
+                return Problem(at, cause, "Mend the code, or give values with .init(...)")
+        touched = recorder.touched
+        for name, _, tensor in named_tensors(module):
+            full = f"{path}.{name}" if path else name
+            if full in self._tree and (name not in before or before[name]._cdata != _storage(tensor)):  # noqa: SLF001
+                known = self._tree[full]  # code has put another tensor in place: weight.data = ...
+                touched[known.path] = Touch(writes=True, overwritten={whole_view(known.orig_shape)})
+                self._name(tensor, known.path)
+        if opaque:  # it may have been about to write all that is there
+            named = [at] if isinstance(call, TensorCall) else [name for name, *_ in own_tensors(path, module)]
+            for known in (self._tree[name] for name in named if name in self._tree):
+                touched[known.path] = Touch(reads=True, writes=True, overwritten={whole_view(known.orig_shape)})
+        return Traced(evolve(call, opaque=opaque), touched, places)
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata  # noqa: SLF001  the only identity of a fake storage
 
 
-def _views(traced: Sequence[Traced]) -> dict[str, int]:
-    """Return how many elements of each tensor the calls give values, by the sizes of the distinct views that they write."""
-    views: dict[str, dict[object, int]] = {}
-    for one in traced:
-        for path, touch in one.touched.items():
-            if touch.writes:
-                views.setdefault(path, {}).update(touch.overwritten)
-    return {path: sum(sizes.values()) for path, sizes in views.items()}
-
-
 def _nobody(tree: SpecTree, path: str, writers: Sequence[Traced]) -> Problem:
     spec = tree[path]
     if writers:
-        num = _views(writers)[path]
+        num = max(_num_covered(tree, path, place, writers) or 0 for place in spec.paths)
         code = ", ".join(dict.fromkeys(str(one.call) for one in writers))
         cause = f"init code ({code}) gives values to {num} of its {spec.num_elements} elements"
     else:
         cause = "no init code writes it"
-    fix = f"Give it values: sch.at[{path!r}].init(0.0), or .init(function) that writes the tensor"
+    fix = f"Give it values: sch.at[{path!r}].init(function), which writes the tensor in place, or .init(number)"
     if spec.kind != "parameter":
         fix += "; or build its module on the CPU, and its values are kept"
     return Problem(path, cause, fix, spec.type)
 
 
-def _units(tree: SpecTree, makers: Mapping[str, Sequence[Traced]], order: Mapping[int, int]) -> list[Unit]:
+def _units(
+    tree: SpecTree, makers: Mapping[str, Sequence[Traced]], places: Mapping[str, str], order: Mapping[int, int]
+) -> list[Unit]:
     """Join calls that touch a common tensor, and list the tensors of each such unit."""
     calls = {id(one): one for ones in makers.values() for one in ones}
     touches: nx.Graph[int | str] = nx.Graph()
     for key, one in calls.items():
-        touches.add_edges_from((key, path) for path in one.touched if path in makers)
-    made = {tree[path].path for path in makers}
-    place = {spec.path: number for number, spec in enumerate(tree.values())}
+        touches.add_edges_from((key, p) for p in one.touched if p in makers and one.reaches(p, places.get(p, p)))
+    rank = {spec.path: number for number, spec in enumerate(tree.values())}
     units: list[Unit] = []
     for members in nx.connected_components(touches):
         ones = [calls[key] for key in sorted((key for key in members if isinstance(key, int)), key=order.__getitem__)]
-        paths = sorted((path for path in members if isinstance(path, str)), key=lambda path: place[tree[path].path])
-        others = {tree[path].path for one in ones for path in one.touched} - made
-        units.append(Unit(tuple(paths), tuple(one.call for one in ones), tuple(sorted(others, key=place.__getitem__))))
-    return sorted(units, key=lambda unit: place[tree[unit.paths[0]].path])
+        paths = sorted((path for path in members if isinstance(path, str)), key=rank.__getitem__)
+        others = sorted({path for one in ones for path in one.touched} - makers.keys(), key=rank.__getitem__)
+        made_at = tuple(places.get(path, path) for path in paths)
+        units.append(Unit(made_at, tuple(one.call for one in ones), tuple(others)))
+    return sorted(units, key=lambda unit: rank[tree[unit.paths[0]].path])

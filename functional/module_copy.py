@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FunctionType, MethodType
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..specs.errors import PlanError, Problem
+from .skeleton import named_tensors, tensors_in
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -26,40 +26,50 @@ _HOOKS = (
 )
 
 
-def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, keep_scripted: bool) -> nn.Module:
+def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_planning: bool) -> nn.Module:
     """Return a copy of a module in which every parameter and buffer is ``replace(tensor)``.
 
-    Scripted modules cannot be given other tensors: their copies share them (``keep_scripted``), or have copies of them.
-    Attributes that code has put on a parameter stay.
+    Attributes that code has put on a parameter stay. Scripted modules cannot be given other tensors.
 
     Args:
         model: What is copied; it is not changed.
         replace: Gives the new tensor; what it gives for a parameter becomes a parameter.
-        keep_scripted: Whether scripted modules stand in the copy themselves.
+        for_planning: Whether scripted modules and tensors in plain attributes stand in the copy themselves, as nobody will
+            write them; else the copy has copies of them.
 
     Raises:
         PlanError: If a hook or attribute is a function that holds on to a module of the original, which the copy would
-            then call, or if an attribute cannot be copied.
+            then call; if a tensor has a hook; or if something cannot be copied.
     """
-    modules = {id(module): path for path, module in model.named_modules()}
+    names = {id(module): path for path, module in model.named_modules()}
+    names |= {id(tensor): path for path, _, tensor in named_tensors(model)}
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
-    problems = [problem for path, module in model.named_modules() for problem in _closures(path, module, modules)]
+    problems = [problem for path, module in model.named_modules() for problem in _closures(path, module, names)]
+    problems += _hooked_tensors(model)
     if problems:
         raise PlanError(problems)
-    memo: dict[int, Any] = {id(module): module for module in scripted} if keep_scripted else {}
+    memo: dict[int, Any] = {}
+    if for_planning:
+        plain = [tensor for module in model.modules() for value in _attributes(module) for tensor in tensors_in(value)]
+        memo = {id(kept): kept for kept in (*scripted, *plain)}
     inside = {id(part) for module in scripted for part in module.modules()}
     for module in model.modules():
         if id(module) not in inside:
             for tensor in (*module._parameters.values(), *module._buffers.values()):  # noqa: SLF001
                 if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = _replacement(tensor, replace)
+                    memo[id(tensor)] = like(tensor, replace(tensor))
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         problems = list(_uncopyable(model, memo))
         if not problems:
             raise
         raise PlanError(problems) from error
+    shared = [path for path, module in copied.named_modules() if id(module) in names and id(module) not in inside]
+    if shared:
+        cause = "its copy is the module itself, so that the original would be filled"
+        raise PlanError([Problem(path, cause, "Let its __deepcopy__ give a new module") for path in shared])
+    return copied
 
 
 def put_tensor(model: nn.Module, path: str, tensor: Tensor) -> None:
@@ -76,6 +86,22 @@ def get_tensor(model: nn.Module, path: str) -> Tensor:
     return getattr(model.get_submodule(module_path), name)
 
 
+def module_of(path: str) -> str:
+    """Return the path of the module that holds a tensor.
+
+    >>> module_of("model.norm.weight")
+    'model.norm'
+    """
+    return path.rpartition(".")[0]
+
+
+def tied(old: Tensor, first: Tensor) -> Tensor:
+    """Return a tied tensor as what stood there before: the same parameter, or a buffer that shares its memory."""
+    if isinstance(old, nn.Parameter) == isinstance(first, nn.Parameter):
+        return first
+    return like(old, first.detach())
+
+
 def like(old: Tensor, new: Tensor) -> Tensor:
     """Return ``new`` as what ``old`` is: a parameter with its attributes and requires_grad, or a plain tensor."""
     if not isinstance(old, nn.Parameter):
@@ -87,22 +113,29 @@ def like(old: Tensor, new: Tensor) -> Tensor:
     return parameter
 
 
-def _replacement(tensor: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
-    return like(tensor, replace(tensor))
+def _attributes(module: nn.Module) -> list[Any]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")]
 
 
-def _closures(path: str, module: nn.Module, modules: dict[int, str]) -> Iterator[Problem]:
+def _hooked_tensors(model: nn.Module) -> Iterator[Problem]:
+    for path, _, tensor in named_tensors(model):
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):  # noqa: SLF001
+            cause = "the tensor has a hook, which would stay on the original"
+            yield Problem(path, cause, "Register it after execute, on the parameter of built.module")
+
+
+def _closures(path: str, module: nn.Module, names: dict[int, str]) -> Iterator[Problem]:
     if isinstance(module, torch.jit.ScriptModule):
         return
     for name, value in vars(module).items():
         functions = value.values() if name in _HOOKS else [value]
         for function in functions:
-            for held in _held_modules(function, modules):
+            for held in _held(function, names):
                 what = f"a hook in {name}" if name in _HOOKS else f"its attribute {name!r}"
                 label = getattr(_function(function), "__qualname__", repr(function))
-                cause = (
-                    f"{what}, {label}, holds on to the original module {held or '(the model)'!r}, which a copy would call"
-                )
+                cause = f"{what}, {label}, holds on to the original {held or 'model'!r}, which a copy would use"
                 fix = "Use the module that the hook is given, or make it a method of the module"
                 yield Problem(path, cause, fix)
 
@@ -113,24 +146,28 @@ def _function(value: Any) -> Any:
     return value
 
 
-def _held_modules(value: Any, modules: dict[int, str]) -> Iterator[str]:
-    """Modules that a function refers to by its closure, globals or defaults: where deepcopy does not follow."""
+def _held(value: Any, names: dict[int, str], depth: int = 4) -> Iterator[str]:
+    """Modules and tensors that a function refers to by its closure, globals or defaults: where deepcopy does not follow."""
     function = _function(value)
-    if not isinstance(function, FunctionType):
+    if not isinstance(function, FunctionType) or not depth:
         return
-    names = inspect.getclosurevars(function)
-    for item in (
-        *names.nonlocals.values(),
-        *names.globals.values(),
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-    ):
-        for candidate in item if isinstance(item, (list, tuple)) else [item]:
+    enclosed = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    used = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+    for item in (*enclosed, *used, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        candidates = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else [item]
+        for candidate in candidates:
             owner = candidate.__self__ if isinstance(candidate, MethodType) else candidate
-            if id(owner) in modules:
-                yield modules[id(owner)]
+            if id(owner) in names:
+                yield names[id(owner)]
             elif isinstance(candidate, FunctionType) and candidate is not function:
-                yield from _held_modules(candidate, modules)
+                yield from _held(candidate, names, depth - 1)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not _is_filled
+    except ValueError:  # a variable that is not assigned yet
+        return False
 
 
 def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[Problem]:

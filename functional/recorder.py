@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import Factory, define
 from torch import Tensor
@@ -25,6 +27,30 @@ class DependsOnValuesError(RuntimeError):
     """The code keeps asking fake tensors for values that they have not."""
 
 
+View = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""A part of a storage: offset, shape and stride, in elements."""
+
+
+def whole_view(shape: tuple[int, ...]) -> View:
+    """Return the view that is a whole contiguous tensor."""
+    return (0, shape, tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))))
+
+
+def num_covered(views: Iterable[View], num_elements: int) -> int:
+    """Return how many elements of a storage are in at least one of some views.
+
+    >>> num_covered([(0, (9,), (1,)), (0, (1,), (1,))], num_elements=10)
+    9
+    """
+    distinct = set(views)
+    if any(prod(shape) >= num_elements for _, shape, _ in distinct):
+        return num_elements
+    mask = np.zeros(num_elements, dtype=bool)
+    for offset, shape, stride in distinct:
+        np.lib.stride_tricks.as_strided(mask[offset:], shape, stride)[...] = True  # an element of the mask is one byte
+    return int(mask.sum())
+
+
 @define
 class Touch:
     """What was done to one tensor.
@@ -32,12 +58,12 @@ class Touch:
     Args:
         reads: Whether its values were asked for.
         writes: Whether it was written at all.
-        overwritten: Views of it that were written without looking, each with its number of elements.
+        overwritten: Views of it that were written without looking: offset, shape and stride, in elements.
     """
 
     reads: bool = False
     writes: bool = False
-    overwritten: dict[object, int] = Factory(dict)
+    overwritten: set[View] = Factory(set)
 
 
 class Recorder(TorchDispatchMode):
@@ -73,8 +99,7 @@ class Recorder(TorchDispatchMode):
                     continue
                 touch.writes = True
                 if overwrites:
-                    view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-                    touch.overwritten[view] = tensor.numel()
+                    touch.overwritten.add((tensor.storage_offset(), tuple(tensor.shape), tensor.stride()))
         return func(*args, **kwargs)
 
     def _name(self, value: Any) -> str | None:

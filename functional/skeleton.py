@@ -81,14 +81,19 @@ def read_tensors(model: nn.Module) -> tuple[SpecTree, list[Problem]]:
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
     """Iterate over all paths of parameters and buffers, aliases too, module by module, with what they are."""
     for module_path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{module_path}." if module_path else ""
-        for name, parameter in module._parameters.items():  # noqa: SLF001  named_parameters() hides aliases within a module
-            if parameter is not None:
-                yield prefix + name, "parameter", parameter
-        for name, buffer in module._buffers.items():  # noqa: SLF001
-            if buffer is not None:
-                transient = name in module._non_persistent_buffers_set  # noqa: SLF001
-                yield prefix + name, "non_persistent_buffer" if transient else "buffer", buffer
+        yield from own_tensors(module_path, module)
+
+
+def own_tensors(module_path: str, module: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
+    """Iterate over what one module holds itself, with what it is."""
+    prefix = f"{module_path}." if module_path else ""
+    for name, parameter in module._parameters.items():  # noqa: SLF001  named_parameters() hides aliases within a module
+        if parameter is not None:
+            yield prefix + name, "parameter", parameter
+    for name, buffer in module._buffers.items():  # noqa: SLF001
+        if buffer is not None:
+            transient = name in module._non_persistent_buffers_set  # noqa: SLF001
+            yield prefix + name, "non_persistent_buffer" if transient else "buffer", buffer
 
 
 def _identity(tensor: Tensor) -> object:
@@ -100,6 +105,9 @@ def _identity(tensor: Tensor) -> object:
 def _unplannable(path: str, tensor: Tensor) -> Problem | None:
     if is_lazy(tensor):
         return Problem(path, "it is lazy and has no shape yet", "Run one forward pass of the model on a small input first")
+    if isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter:
+        kind = type(tensor).__name__
+        return Problem(path, f"it is a {kind}, and a plan makes plain parameters", "Plan the model before it is converted")
     name = str(tensor.dtype).removeprefix("torch.")
     if not is_known(name) or tensor.layout != torch.strided:
         return Problem(path, f"a plan cannot hold a tensor of dtype {name} and layout {tensor.layout}", "Convert it first")
@@ -107,21 +115,30 @@ def _unplannable(path: str, tensor: Tensor) -> Problem | None:
 
 
 def _plain_attributes(model: nn.Module) -> Iterator[Problem]:
+    planned = {id(tensor): path for path, _, tensor in named_tensors(model)}
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
+            kept_twice = isinstance(module, nn.RNNBase) and name == "_flat_weights"  # which torch itself keeps right
+            if name in ("_parameters", "_buffers", "_modules") or kept_twice:
                 continue
-            for tensor in _tensors_in(value):
-                if tensor.is_meta and not isinstance(tensor, nn.Parameter):
+            at = f"{path}.{name}" if path else name
+            for tensor in tensors_in(value):
+                if id(tensor) in planned:
+                    cause = f"a plain attribute keeps {planned[id(tensor)]}, and would go on keeping the tensor of before"
+                    yield Problem(at, cause, "Look it up when it is needed, in a property")
+                    break
+                if tensor.is_meta:
                     cause = "a tensor on meta is kept as a plain attribute, so that nothing would ever give it values"
-                    fix = f"Use self.register_buffer({name!r}, ..., persistent=False), or make it on the CPU"
-                    yield Problem(f"{path}.{name}".lstrip("."), cause, fix)
+                    yield Problem(
+                        at, cause, f"Use self.register_buffer({name!r}, ..., persistent=False), or make it on the CPU"
+                    )
                     break
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in an attribute: itself, or the items of a list, tuple, set or dictionary."""
     match value:
         case Tensor():
             yield value

@@ -21,12 +21,14 @@ class ModuleCall:
         kind: Whose code it is.
         code: ``module:qualname`` of the code.
         owner: Path of the module whose method it is; the Hugging Face model for ``_init_weights``.
+        opaque: Whether it could not be followed to its end while planning; what it makes is checked when it runs.
     """
 
     module: str
     kind: CodeKind
     code: str
     owner: str = ""
+    opaque: bool = False
 
     def __str__(self) -> str:
         return self.code.partition(":")[2]
@@ -34,10 +36,14 @@ class ModuleCall:
 
 @frozen
 class TensorCall:
-    """Run a function of the user's on one whole tensor, which it fills in place: ``function(tensor)``."""
+    """Run a function of the user's on one whole tensor, which it fills in place: ``function(tensor)``.
+
+    ``opaque`` is that of ``ModuleCall``.
+    """
 
     path: str
     function: str
+    opaque: bool = False
 
     def __str__(self) -> str:
         return self.function.partition(":")[2]

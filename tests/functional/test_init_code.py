@@ -84,7 +84,7 @@ def test_calls_that_write_a_common_tensor_are_one_unit():
 
 def test_a_tensor_that_no_code_writes_is_an_error_with_its_mend():
     with pytest.raises(
-        PlanError, match=r"logit_scale  f32\[\]: no init code writes it\n.*sch.at\['logit_scale'\].init\(0.0\)"
+        PlanError, match=r"logit_scale  f32\[\]: no init code writes it\n.*sch.at\['logit_scale'\].init\(function\)"
     ):
         build(clip)
 
@@ -202,7 +202,7 @@ def test_code_that_depends_on_what_it_draws():
 
 def test_code_that_cannot_be_followed_is_taken_to_write_what_its_module_holds():
     def by_numpy(module):
-        module.weight.copy_(torch.from_numpy(module.weight.detach().numpy() * 0 + 2))
+        module.weight.copy_(torch.from_numpy(np.full_like(module.weight.detach().numpy(), 2)))
 
     _, module = build(lambda: nn.Linear(3, 3, bias=False), init_weights=by_numpy)
     assert torch.equal(module.weight, torch.full((3, 3), 2.0))
@@ -394,3 +394,142 @@ def test_a_function_that_cannot_be_followed_is_taken_to_write_its_tensor():
     _, module = build(lambda: nn.Linear(4, 4), lambda sch: sch.at["weight"].init(by_numpy))
     assert torch.equal(module.weight, torch.ones(4, 4))
     assert module.bias.abs().max() <= 0.5
+
+
+def test_code_of_a_parent_reaches_a_tied_tensor_by_any_path():
+    class Parent(Tied):
+        def __init__(self):
+            super().__init__(nn.Embedding(4, 4), nn.Linear(4, 4, bias=False))
+            self.third = nn.Parameter(torch.empty(4, 4))
+
+        def reset_parameters(self):
+            with torch.no_grad():
+                self.second.weight.fill_(3.0)
+                self.third.copy_(self.second.weight * 2)
+
+    _, module = build(Parent)
+    assert torch.equal(module.first.weight, torch.full((4, 4), 3.0))
+    assert torch.equal(module.third, torch.full((4, 4), 6.0))
+
+
+def test_the_own_code_of_the_other_place_still_makes_what_is_not_tied():
+    _, module = build(lambda: Tied(nn.Embedding(64, 64), nn.Linear(64, 64)))
+    assert module.first.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert 0.1 < module.second.bias.abs().max() <= 0.125
+
+
+def test_overlapping_writes_count_each_element_once():
+    def overlaps(module):
+        module.weight[:-1].normal_()
+        module.weight[0].zero_()
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(10, 3))
+
+    with pytest.raises(PlanError, match="gives values to 27 of its 30 elements"):
+        build(Bare, init_weights=overlaps)
+
+
+def test_what_opaque_code_leaves_without_values_is_an_error_when_it_runs():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.written, self.left = nn.Parameter(torch.empty(3)), nn.Parameter(torch.empty(4))
+
+    def by_numpy(module):
+        module.written.copy_(torch.from_numpy(np.ones(module.written.detach().numpy().shape, dtype=np.float32)))
+
+    with torch.device("meta"):
+        model = Bare()
+    plan = plan_build(create_schedule(model, Mesh()), init_weights=by_numpy)
+    with pytest.raises(ValueError, match=r"left  f32\[4\]: its init code gave no values to 4 of its elements"):
+        execute(plan, device="cpu")
+
+
+def test_a_view_of_something_larger_is_cut_loose():
+    def from_a_bank(module):
+        module.weight.data = torch.arange(32.0)[:16].view(4, 4)
+
+    _, module = build(lambda: nn.Linear(4, 4, bias=False), init_weights=from_a_bank)
+    assert torch.equal(module.weight, torch.arange(16.0).view(4, 4))
+    assert module.weight.untyped_storage().nbytes() == 64
+
+
+def test_plain_tensors_are_copied_with_their_values():
+    model = nn.Linear(4, 4, device="meta")
+    model.scale, model.table = torch.ones(4), {"shift": torch.full((4,), 2.0)}
+    plan = plan_build(create_schedule(model, Mesh()), example_inputs={"input": torch.empty(1, 4)})
+    module = execute(plan, device="cpu").module
+    assert torch.equal(module.scale, model.scale)
+    assert module.scale is not model.scale
+    assert torch.equal(module.table["shift"], model.table["shift"])
+
+
+def test_a_parameter_in_a_plain_attribute_is_refused():
+    model = nn.Linear(4, 4)
+    model.kept = [model.weight]
+    with pytest.raises(
+        PlanError, match="kept: a plain attribute keeps weight, and would go on keeping the tensor of before"
+    ):
+        plan_build(create_schedule(model, Mesh()))
+
+
+def test_values_with_strides_are_kept():
+    model = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    module = execute(plan_build(create_schedule(model, Mesh())), device="cpu").module
+    assert torch.equal(module.weight, model.weight)
+    assert module.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda m: m.weight.register_hook(lambda grad: grad),
+            "weight: the tensor has a hook, which would stay on the original",
+        ),
+        (lambda m: m.register_forward_hook(lambda *_: m.weight and None), "holds on to the original"),
+        (lambda m: m.register_forward_hook(lambda *_, d={"m": m}: d and None), "holds on to the original 'model'"),
+        (
+            lambda m: setattr(m, "weight", Special(torch.empty(4, 4))),
+            "weight: it is a Special, and a plan makes plain parameters",
+        ),
+    ],
+)
+def test_what_a_copy_would_lose_is_refused(change, text):
+    model = nn.Linear(4, 4)
+    change(model)
+    with pytest.raises(PlanError, match=text):
+        plan_build(create_schedule(model, Mesh()))
+
+
+class Special(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+def test_a_module_that_refuses_to_be_copied_is_not_filled_itself():
+    class Single(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(Single(4, 4, device="meta"))
+    with pytest.raises(PlanError, match="0: its copy is the module itself, so that the original would be filled"):
+        plan_build(create_schedule(model, Mesh()))
+    assert model[0].weight.is_meta
+
+
+def test_a_hook_with_a_variable_that_is_not_assigned_yet_is_no_obstacle():
+    def make():
+        def hook(*_):
+            return later
+
+        model = nn.Linear(4, 4)
+        model.register_forward_hook(hook)
+        if model.training:
+            return model
+        later = None
+        return later
+
+    build(make)
