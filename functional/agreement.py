@@ -24,7 +24,7 @@ class ExecutionError(RuntimeError):
     """What kept a plan from being carried out: the first error of any rank, raised on every rank."""
 
 
-def agree(plan: Plan, error: Exception | None, device: torch.device) -> None:
+def agree(plan: Plan, error: BaseException | None, device: torch.device) -> None:
     """Return if every rank has the same plan and no error; else raise the first rank's error on every rank.
 
     One ``all_gather`` of 128 bytes a rank; the text of an error takes one ``broadcast`` more.
@@ -47,7 +47,7 @@ def agree(plan: Plan, error: Exception | None, device: torch.device) -> None:
         raise ExecutionError(msg) from error
 
 
-def _words(plan: Plan, error: Exception | None) -> list[int]:
+def _words(plan: Plan, error: BaseException | None) -> list[int]:
     digest = bytes.fromhex(plan.fingerprint)
     whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
     contents = json.loads(canonical_json(plan))
@@ -73,12 +73,19 @@ def _difference(table: list[list[int]], rank: int) -> str:
     return f"rank {rank} differs from rank 0 in {' and '.join(found) or 'its contents'}"
 
 
-def _text(error: Exception | None, rank: int, device: torch.device) -> str:
+def _text(error: BaseException | None, rank: int, device: torch.device) -> str:
     """Return the failed rank's own words on every rank."""
     room = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device=device)
     if dist.get_rank() == rank:
         assert error is not None, "this rank said that it failed"
-        words = f"{type(error).__name__}: {error}".encode()[:_TEXT_BYTES]
+        words = f"{type(error).__name__}: {_said(error)}".encode()[:_TEXT_BYTES]
         room[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8).to(device)
     dist.broadcast(room, src=rank)
     return bytes(room.cpu().tolist()).rstrip(b"\0").decode(errors="replace")
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failed:  # noqa: BLE001  an error that cannot be printed must still reach the other ranks
+        return f"(its text cannot be made: {type(failed).__name__})"

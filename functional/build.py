@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from attrs import evolve
 
-from ..specs.steps import Agree, MakeGroups, Wrap
+from ..specs.steps import Agree, MakeGroups, MakeOptimizer, Wrap
 from .effects import TorchEffects
 from .execute import execute, stand
 from .interpret import interpret
 from .plan import plan_build
+from .skeleton import named_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import torch
     from torch import Tensor, nn
 
     from .route import Strategy
@@ -92,9 +93,9 @@ def init_target_engine(
         optimizer: Function from parameters to an optimizer.
     """
     plan = plan_build(sch, target=target, init_weights=False, config=config)
-    handing = evolve(plan, steps=[step for step in plan.steps if isinstance(step, (Agree, MakeGroups, Wrap))])
+    handing = evolve(plan, steps=[step for step in plan.steps if isinstance(step, (Agree, MakeGroups, MakeOptimizer, Wrap))])
     coordinate, error = stand(plan)
-    device = next(model.parameters()).device
+    device = next((tensor.device for _, _, tensor in named_tensors(model)), torch.device("cpu"))
     effects = TorchEffects(coordinate, device, model, model, plan.runtime.callables, optimizer)
     interpret(handing, coordinate, effects, error=error)
     assert effects.wrapped is not None, "every plan ends with a Wrap step"

@@ -34,7 +34,7 @@ class DryEffects:
     rank: int
     ledger: Ledger = Factory(Ledger)
 
-    def agree(self, plan: Plan, error: Exception | None) -> None:
+    def agree(self, plan: Plan, error: BaseException | None) -> None:
         if error is not None:
             raise error
         if plan.mesh.num_ranks > 1:
@@ -83,6 +83,9 @@ class DryEffects:
         pass
 
     def change(self, step: LayoutStep) -> None:
+        pass
+
+    def make_optimizer(self) -> None:
         pass
 
     def hand(self, plan: Plan) -> None:

@@ -48,6 +48,7 @@ class TorchEffects:
         loss_fn: Function for the dialect.
         ledger: What was allocated and sent.
         groups: Process groups of this rank by mesh axes.
+        made_optimizer: What ``optimizer`` gave.
         wrapped: What the dialect gave.
     """
 
@@ -60,6 +61,7 @@ class TorchEffects:
     loss_fn: Callable[..., Any] | None = None
     ledger: Ledger = Factory(Ledger)
     groups: dict[tuple[MeshAxis, ...], dist.ProcessGroup] = Factory(dict)
+    made_optimizer: Any = None
     wrapped: Wrapped | None = None
 
     @property
@@ -67,7 +69,7 @@ class TorchEffects:
         """The rank."""
         return self.coordinate.rank
 
-    def agree(self, plan: Plan, error: Exception | None) -> None:
+    def agree(self, plan: Plan, error: BaseException | None) -> None:
         agree(plan, error, self.device)
         if plan.mesh.num_ranks > 1:
             self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
@@ -163,10 +165,14 @@ class TorchEffects:
         }
         apply_layout(self.module, step, Local(self.coordinate, groups, self.callables))
 
+    def make_optimizer(self) -> None:
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.made_optimizer = self.optimizer(trained) if self.optimizer else None
+
     def hand(self, plan: Plan) -> None:
         dialect, _ = find_dialect(plan.target)
         assert dialect is not None, "the opening agreement checks it"
-        self.wrapped = dialect.wrap(Handover(self.module, plan, self.groups, self.optimizer, self.loss_fn))
+        self.wrapped = dialect.wrap(Handover(self.module, plan, self.groups, self.made_optimizer, self.loss_fn))
 
     def _own(self, tensor: Tensor) -> Tensor:
         self.ledger.allocate(tensor.nbytes)

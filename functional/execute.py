@@ -30,6 +30,7 @@ from .module_copy import copy_module
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
     from ..specs.receipt import Receipt
+    from ..specs.report import Report
     from ..specs.steps import Step
 
 _log = logging.getLogger("shardplan")
@@ -104,7 +105,9 @@ def execute(
     given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
     try:
         chosen = _device(device)
-        _refuse(plan, given, optimizer, loss_fn)
+        report = _refuse(plan, given, optimizer, loss_fn)
+        for finding in report.findings if coordinate.rank == 0 else ():
+            _log.warning("%s", finding)
         copied = copy_module(given, lambda tensor: torch.empty_like(tensor, device="meta"), for_planning=False)
     except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
         error = error or refused
@@ -116,7 +119,7 @@ def execute(
     return Built(real.wrapped.model, real.wrapped.optimizer, copied, real.wrapped.extras, receipt)
 
 
-def stand(plan: Plan) -> tuple[Coordinate, Exception | None]:
+def stand(plan: Plan) -> tuple[Coordinate, BaseException | None]:
     """Return where this process stands, and what is wrong with the world; then the place is a stand-in."""
     num_ranks = plan.mesh.num_ranks
     if not dist.is_initialized():
@@ -139,7 +142,7 @@ def _ranks(num: int) -> str:
     return f"{num} rank{'s' if num > 1 else ''}"
 
 
-def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> None:
+def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> Report:
     report = audit(plan)
     problems = [Problem(f.path, f.cause, f.fix) for f in report.findings if f.severity == "error"]
     _, unknown = find_dialect(plan.target)
@@ -154,12 +157,15 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
             find(name, plan.runtime.callables)
         except PlanError as error:
             problems += error.problems
-    if model is None:
+    if model is not None and not isinstance(model, nn.Module):
+        problems.append(Problem("model", f"it is a torch.nn.Module, not {model!r}", "execute(plan, model)"))
+    elif model is None:
         problems.append(Problem("", "a plan that was loaded carries no model", "execute(plan, model)"))
     else:
         problems += differences(plan, model)
     if problems:
         raise PlanError(problems)
+    return report
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -167,6 +173,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         chosen = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     else:
         chosen = torch.device(device)
+    if chosen.type == "meta":
+        raise PlanError([Problem("device", "nothing can be held on meta", "device='cpu', or a CUDA device")])
     _log.info("tensors go to %s", chosen)
     return chosen
 

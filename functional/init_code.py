@@ -198,14 +198,31 @@ def takes_path(function: Callable[..., Any]) -> bool:
     >>> takes_path(lambda module: None), takes_path(lambda module, path: None), takes_path(lambda module, std=0.02: None)
     (False, True, False)
     """
+    return len(names := _positional(function)) > 1 and names[1] in ("path", "name")
+
+
+def wrong_signature(function: Callable[..., Any]) -> str:
+    """Return the signature of the user's init code if it can be called neither as ``(module)`` nor ``(module, path)``.
+
+    >>> wrong_signature(lambda module, std: None), wrong_signature(lambda module, path: None)
+    ('(module, std)', '')
+    """
+    arguments = ("module", "path") if takes_path(function) else ("module",)
     try:
-        parameters = list(inspect.signature(function).parameters.values())
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return str(inspect.signature(function))
+    except ValueError:  # a builtin that does not tell
+        pass
+    return ""
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < 2:  # noqa: PLR2004
-        return False
-    return positional[1].default is inspect.Parameter.empty or positional[1].name in ("path", "name")
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _calls(model: nn.Module, owner: Owner, init_weights: str | None) -> Iterator[ModuleCall]:

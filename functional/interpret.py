@@ -13,7 +13,7 @@ from typing import ParamSpec as Arguments
 from attrs import Factory, define
 
 from ..specs.dtypes import num_bytes
-from ..specs.steps import Agree, LayoutStep
+from ..specs.steps import Agree, LayoutStep, MakeOptimizer
 from .resolve import (
     Alias,
     Change,
@@ -53,7 +53,7 @@ class Effects(Protocol[T]):
         """The rank that the effects are for."""
         ...
 
-    def agree(self, plan: Plan, error: Exception | None) -> None:
+    def agree(self, plan: Plan, error: BaseException | None) -> None:
         """Tell all ranks whether this one can go on; raise the first error of any rank on every rank."""
         ...
 
@@ -113,6 +113,10 @@ class Effects(Protocol[T]):
         """Change how a module computes."""
         ...
 
+    def make_optimizer(self) -> None:
+        """Make the user's optimizer."""
+        ...
+
     def hand(self, plan: Plan) -> None:
         """Hand the module to the plan's target."""
         ...
@@ -123,7 +127,7 @@ def interpret(
     coordinate: Coordinate,
     effects: Effects[T],
     *,
-    error: Exception | None = None,
+    error: BaseException | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> None:
     """Carry out all steps of a plan for the rank at ``coordinate``.
@@ -153,7 +157,7 @@ class _Run(Generic[T]):
 
     plan: Plan
     effects: Effects[T]
-    error: Exception | None
+    error: BaseException | None
     held: dict[str, T] = Factory(dict)
 
     def do(self, work: Work) -> None:
@@ -170,12 +174,12 @@ class _Run(Generic[T]):
                 self.scatter(work)
             case Hand():
                 self.effects.hand(self.plan)
-            case Make() | Take() | Reserve() | Cut() | Install() | Alias() | Change():
+            case Make() | Take() | Reserve() | Cut() | Install() | Alias() | Change() | MakeOptimizer():
                 self.attempt(self.do_alone, work)
             case _:
                 assert_never(work)
 
-    def do_alone(self, work: Make | Take | Reserve | Cut | Install | Alias | Change) -> None:
+    def do_alone(self, work: Make | Take | Reserve | Cut | Install | Alias | Change | MakeOptimizer) -> None:  # noqa: C901  one case a work
         """Work that no other rank waits for."""
         match work:
             case Make(pieces=pieces):
@@ -196,6 +200,8 @@ class _Run(Generic[T]):
                 self.effects.alias(work)
             case Change(step=step):
                 self.effects.change(step)
+            case MakeOptimizer():
+                self.effects.make_optimizer()
             case _:
                 assert_never(work)
 
@@ -271,7 +277,7 @@ class _Run(Generic[T]):
             return None
         try:
             return action(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  whatever fails here, the other ranks wait for the messages to come
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever fails here, others wait for the messages to come
             self.error = error
             self.held.clear()
             return None

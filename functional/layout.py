@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any, assert_never, get_args
@@ -47,13 +48,16 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:
             assert isinstance(module, nn.Linear), "the plan checks it"
             module.forward = MethodType(_without_bias, module)
             module.register_forward_hook(_add_bias)
+            _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
         case Sync(when=when, op=op, axis=axis, mesh_axis=mesh_axis):
             function = sync_function(when, op, axis) if op in get_args(SyncOp) else find(op, local.callables)
             hook = _Synchronise(function, local.groups[mesh_axis])
             if when == "forward_post":
                 module.register_forward_hook(hook.after)
+                _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
             else:
                 module.register_forward_pre_hook(hook.before, with_kwargs=True)
+                _before_those_of_the_user(module._forward_pre_hooks)  # noqa: SLF001
         case _:
             assert_never(step)
 
@@ -86,17 +90,25 @@ class _Synchronise:
         if isinstance(output, (tuple, list)):
             for place, value in enumerate(output):
                 if _is_activation(value):
-                    return type(output)((*output[:place], self.function(value, self.group), *output[place + 1 :]))
+                    parts = (*output[:place], self.function(value, self.group), *output[place + 1 :])
+                    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
         msg = f"{type(module).__name__} returned no floating-point tensor, and its output is to be synchronised"
         raise TypeError(msg)
+
+
+def _before_those_of_the_user(hooks: dict[int, Any]) -> None:
+    """Let the user's hooks see what the unsplit module would show them: they come after ours."""
+    for key, hook in list(hooks.items()):
+        if hook is not _add_bias and not isinstance(getattr(hook, "__self__", None), _Synchronise):
+            hooks[key] = hooks.pop(key)
 
 
 def _is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _without_bias(self: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, self.weight)
+def _without_bias(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  nn.Linear's name for it
+    return nn.functional.linear(input, self.weight)
 
 
 def _add_bias(module: nn.Linear, _: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -111,10 +123,23 @@ def _own_rows(module: nn.Embedding, first_row: int) -> None:
         module.padding_idx = local_padding if 0 <= local_padding < num_rows else None
     whole_forward = type(module).forward
 
-    def forward(self: nn.Embedding, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = first_argument(module)
+
+    def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:
+        ids = args[0] if args else kwargs[name]
         own = ids - first_row
         is_mine = (own >= 0) & (own < num_rows)
-        rows = whole_forward(self, torch.where(is_mine, own, 0), *args, **kwargs)
+        mine = torch.where(is_mine, own, 0)
+        rows = whole_forward(self, mine, *args[1:], **kwargs) if args else whole_forward(self, **{**kwargs, name: mine})
         return rows.masked_fill(~is_mine.unsqueeze(-1), 0)
 
     module.forward = MethodType(forward, module)
+
+
+def first_argument(module: nn.Module) -> str:
+    """Return the name of the first argument of a module's forward.
+
+    >>> first_argument(nn.Embedding(2, 2))
+    'input'
+    """
+    return next(iter(inspect.signature(module.forward).parameters), "")

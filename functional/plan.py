@@ -12,6 +12,7 @@ from torch import nn
 from ..specs.errors import PlanError, Problem
 from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
 from ..specs.param import ParamSpec
+from ..specs.plain import not_plain
 from ..specs.plan import Plan, misfits
 from ..specs.source import Made, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import (
@@ -20,6 +21,7 @@ from ..specs.steps import (
     Broadcast,
     LayoutStep,
     MakeGroups,
+    MakeOptimizer,
     Scatter,
     SetAttributes,
     Step,
@@ -31,7 +33,7 @@ from ..specs.steps import (
 from .callables import register
 from .check_forward import check_forward
 from .dialects import find_dialect
-from .init_code import Unit, find_units
+from .init_code import Unit, find_units, wrong_signature
 from .route import Strategy, local_only, route
 from .schedule import Schedule
 
@@ -82,7 +84,11 @@ def plan_build(
         msg = f"plan_build takes a schedule, not a {type(sch).__name__}: plan_build(create_schedule(model, mesh))"
         raise TypeError(msg)
     model: nn.Module = sch.runtime.model
-    problems = [*sch.problems, *misfits(sch.mesh, sch.tree), *_wrong_arguments(sch.mesh, strategy, seed, init_weights)]
+    problems = [
+        *sch.problems,
+        *misfits(sch.mesh, sch.tree),
+        *_wrong_arguments(sch.mesh, strategy, seed, init_weights, config),
+    ]
     problems += _wrong_scripted(model, sch.tree)
     runtime = sch.runtime
     code: str | None = None
@@ -106,18 +112,34 @@ def plan_build(
         raise PlanError(problems)
     moves = [*_moves(sch.mesh, tree, units, "scatter" if strategy == "auto" else strategy), *_ties(tree)]
     over = _groups([*moves, *layout], dialect.groups(sch.mesh))
-    steps = [Agree("opening"), *([MakeGroups(over)] if over else []), *moves, *layout, Agree("closing"), Wrap(target)]
+    steps = [
+        Agree("opening"),
+        *([MakeGroups(over)] if over else []),
+        *moves,
+        *layout,
+        MakeOptimizer(),
+        Agree("closing"),
+        Wrap(target),
+    ]
     return Plan(mesh=sch.mesh, tree=tree, steps=steps, target=target, config=config, seed=seed, runtime=runtime)
 
 
-def _wrong_arguments(mesh: Mesh, strategy: object, seed: object, init_weights: object) -> Iterator[Problem]:
+def _wrong_arguments(mesh: Mesh, strategy: object, seed: object, init_weights: object, config: object) -> Iterator[Problem]:
     strategies = ("auto", *get_args(Strategy))
     if strategy not in strategies:
         yield Problem("strategy", f"{strategy!r} is unknown", f"There are {', '.join(strategies)}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         yield Problem("seed", f"it is an integer, not {seed!r}", "seed=0")
-    if not isinstance(init_weights, bool) and not callable(init_weights):
-        yield Problem("init_weights", f"it is True, False or a function, not {init_weights!r}", "init_weights=True")
+    if not isinstance(init_weights, bool):
+        if not callable(init_weights):
+            yield Problem("init_weights", f"it is True, False or a function, not {init_weights!r}", "init_weights=True")
+        elif wrong := wrong_signature(init_weights):
+            yield Problem(
+                "init_weights", f"it is (module) or (module, path), not {wrong}", "Give the others by functools.partial"
+            )
+    for path, value in not_plain("config", config):
+        cause = f"a plan holds plain, finite JSON values with strings as keys, and this is {value!r}"
+        yield Problem(path, cause, "Write its value")
     if mesh.pipe > 1:
         cause = f"the mesh has pipe={mesh.pipe}, and nothing is cut: ranks past the first stage would hold nothing"
         yield Problem("", cause, f"Mesh(data={mesh.data * mesh.pipe}, tensor={mesh.tensor}) has as many ranks")

@@ -17,6 +17,7 @@ from ..specs.steps import (
     Generate,
     LayoutStep,
     MakeGroups,
+    MakeOptimizer,
     Place,
     Scatter,
     SetAttributes,
@@ -165,7 +166,9 @@ class Hand:
     target: str | None
 
 
-Work = Nothing | Agree | OpenGroups | Make | Take | Reserve | Exchange | Cut | Install | Alias | Change | Hand
+Work = (
+    Nothing | Agree | MakeOptimizer | OpenGroups | Make | Take | Reserve | Exchange | Cut | Install | Alias | Change | Hand
+)
 
 
 def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa: C901, PLR0911, PLR0912  one case a step
@@ -178,7 +181,7 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
     (range(0, 4), False, ((4, 6), (0, 4)))
     """
     match step:
-        case Agree():
+        case Agree() | MakeOptimizer():
             return step
         case Wrap(target=target):
             return Hand(target)

@@ -21,7 +21,7 @@ from ..specs.source import FillCall, Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
 from .callables import register
 from .skeleton import ModuleSpec, read_modules, read_tensors
-from .verb_checks import sharded, wrong_attribute, wrong_sync
+from .verb_checks import sharded, wrong_attribute, wrong_embedding, wrong_fill, wrong_sync
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -95,10 +95,10 @@ class Schedule:
     def expect(self, num: int) -> Schedule:
         """Say how many modules and tensors the pattern selects; another number is a problem."""
         found = len(self._modules()) + len(self._tensors())
-        if found in (0, num):
+        if found == 0 or (found == num and not isinstance(num, bool)):
             return self._or_unmatched()
         named = [m.path for m in self._modules()] + [s.path for s in self._tensors()]
-        cause = f"{num} expected, {found} selected: {', '.join(named[:3])}{', ...' if found > 3 else ''}"  # noqa: PLR2004
+        cause = f"{num!r} expected, {found} selected: {', '.join(named[:3])}{', ...' if found > 3 else ''}"  # noqa: PLR2004
         return self._wrong(Problem(self._pattern(), cause, f"Write .expect({found}) if that is meant, or mend the pattern"))
 
     def tag(self, **tags: object) -> Schedule:
@@ -117,8 +117,10 @@ class Schedule:
         if isinstance(value, float) and not is_plain(value):
             return self._wrong(Problem(self._pattern(), f"a plan holds finite numbers, not {value}", "Fill by a function"))
         if isinstance(value, (bool, int, float)):
-            return self._edit(
-                "init", self._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),)))
+            misfits = [wrong_fill(spec, value) for spec in self._tensors_below()]
+            sch = evolve(self, problems=(*self.problems, *(problem for problem in misfits if problem)))
+            return sch._edit(
+                "init", sch._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),)))
             )
         if not callable(value):
             fix = "nn.init.ones_, or a function of your own with def"
@@ -133,12 +135,19 @@ class Schedule:
         """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
         sch = self._or_unmatched(modules=True)
         modules = self._modules()
+        earlier = {(s.module, name): v for s in self.layout if isinstance(s, SetAttributes) for name, v in s.values.items()}
         problems = [
             problem
             for module in modules
             for name, value in attributes.items()
-            if (problem := wrong_attribute(module, self._module(module), name, value))
+            if (
+                problem := wrong_attribute(
+                    module, self._module(module), name, value, earlier.get((module.path, name), value)
+                )
+            )
         ]
+        if not attributes:
+            problems = [Problem(self._pattern(), ".set() names no attribute", ".set(num_heads=8)")]
         if problems:
             return evolve(sch, problems=(*sch.problems, *problems))
         return sch._with_layout(SetAttributes(module.path, attributes) for module in modules)
@@ -217,10 +226,8 @@ class Schedule:
         """
         sch, embeddings = self._of_kind(nn.Embedding, "vocab_parallel", ".colwise() for a head")
         for module in embeddings:
-            embedding = self._module(module)
-            if getattr(embedding, "max_norm", None) is not None or getattr(embedding, "scale_grad_by_freq", False):
-                cause = "max_norm and scale_grad_by_freq look at all rows, and each rank has some"
-                sch = sch._wrong(Problem(module.path, cause, "Leave it whole, or do without them"))
+            if problem := wrong_embedding(module, self._module(module)):
+                sch = sch._wrong(problem)
         sch = sch._split_named("vocab_parallel", embeddings, "weight", 0)
         sch = sch._with_layout(VocabParallel(module.path) for module in embeddings)
         return sch._with_syncs(embeddings, "forward_post", "all_reduce")._with_local(embeddings, "num_embeddings")
@@ -295,7 +302,12 @@ class Schedule:
     def _edit(self, verb: str, specs: Iterable[ParamSpec], change: Callable[[ParamSpec], ParamSpec]) -> Schedule:
         origin = Origin(verb, self._pattern(), _caller())
         changed = {s.path: change(s if s.origin else evolve(s, origin=origin)) for s in specs}
-        return evolve(self._or_unmatched(), tree=self.tree.replace(changed))
+        sch = self._or_unmatched()
+        if not changed and sch is self and not self._is_known_wrong():
+            sch = sch._wrong(
+                Problem(self._pattern(), f"no tensor is there for .{verb}()", "Select a module that holds some")
+            )
+        return evolve(sch, tree=self.tree.replace(changed))
 
     def _with_syncs(
         self, modules: Iterable[ModuleSpec], when: When, op: str, axis: int | None = None, mesh_axis: MeshAxis = "tensor"

@@ -12,6 +12,7 @@ from ..specs.param import Origin, ParamSpec, Shard
 from ..specs.pattern import closest
 from ..specs.plain import is_plain
 from ..specs.steps import SyncOp, When
+from .layout import first_argument
 
 if TYPE_CHECKING:
     from .skeleton import ModuleSpec
@@ -60,18 +61,45 @@ def wrong_sync(pattern: str, when: object, op: object, axis: object, mesh_axis: 
     return None
 
 
-def wrong_attribute(module: ModuleSpec, found: nn.Module, name: str, value: object) -> Problem | None:
+def wrong_attribute(module: ModuleSpec, found: nn.Module, name: str, value: object, earlier: object) -> Problem | None:
     """Return why an attribute of a module cannot be set to a value, if it cannot."""
     if not hasattr(found, name):
         near = closest(name, (attribute for attribute in vars(found) if not attribute.startswith("_")))
         fix = f"The closest are {', '.join(near)}" if near else ""
         return Problem(module.path, f"it has no attribute {name!r} to set", fix)
-    if isinstance(getattr(found, name), (Tensor, nn.Module)):
+    now = getattr(found, name)
+    if isinstance(now, (Tensor, nn.Module)) or callable(now):
         return Problem(module.path, f"its {name!r} is no plain attribute", "Tensors are split by .shard")
     if not is_plain(value):
         cause = f"a plan holds plain values, and {name}={value!r} is a {type(value).__name__}"
         fix = "Numbers, strings, booleans, None, and lists and dictionaries of them can be saved"
         return Problem(module.path, cause, fix)
+    if value != earlier:
+        return Problem(module.path, f"{name} is set twice, to {earlier!r} and to {value!r}", "Keep one of them")
+    if isinstance(now, (int, float)) and not isinstance(value, (int, float)):
+        return Problem(module.path, f"{name} is {now!r}, and would become {value!r}", "Give it a number")
+    return None
+
+
+def wrong_fill(spec: ParamSpec, value: float) -> Problem | None:
+    """Return why a tensor cannot be filled with a number, if its dtype has not that number."""
+    is_whole = spec.dtype.startswith(("int", "uint"))
+    bits = int(spec.dtype.lstrip("uint")) if is_whole else 0
+    low, high = (0, 2**bits) if spec.dtype.startswith("u") else (-(2**bits) // 2, 2**bits // 2)
+    if (is_whole and not (value == int(value) and low <= value < high)) or (spec.dtype == "bool" and value not in (0, 1)):
+        return Problem(spec.path, f"a {spec.dtype} cannot be {value!r}", "Fill it with a number that it can hold", spec.type)
+    return None
+
+
+def wrong_embedding(module: ModuleSpec, found: nn.Module) -> Problem | None:
+    """Return why the rows of an embedding cannot be split, if they cannot."""
+    if getattr(found, "max_norm", None) is not None or getattr(found, "scale_grad_by_freq", False):
+        cause = "max_norm and scale_grad_by_freq look at all rows, and each rank has some"
+        return Problem(module.path, cause, "Leave it whole, or do without them")
+    name = first_argument(found)
+    if name not in ("input", "input_ids", "ids"):
+        cause = f"the forward of {type(found).__name__} takes {name!r} first, and not the ids of rows"
+        return Problem(module.path, cause, "Leave it whole")
     return None
 
 

@@ -62,6 +62,8 @@ def loads(text: str) -> Plan:
         plan = _WITH_ORIGINS.structure(data, Plan)
     except cattrs.BaseValidationError as error:
         raise PlanError([_damage("; ".join(cattrs.transform_error(error, path="plan", format_exception=_format)))]) from None
+    if json.loads(json.dumps({**_WITH_ORIGINS.unstructure(plan), "fingerprint": data.get("fingerprint")})) != data:
+        raise PlanError([_damage("it has fields or values that no plan writes")])
     if data.get("fingerprint") != plan.fingerprint:
         raise PlanError([_damage(f"its fingerprint says {data.get('fingerprint')!r}, its contents {plan.fingerprint!r}")])
     return plan

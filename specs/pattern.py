@@ -63,7 +63,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:  # noqa: C901, PLR0912  on
         msg = f"pattern {pattern!r}: '{{' is not closed"
         raise ValueError(msg)
     try:
-        return re.compile("".join(parts))
+        return re.compile(("(?=.)" if pattern else "") + "".join(parts))
     except re.error as error:
         msg = f"pattern {pattern!r}: {error}"
         raise ValueError(msg) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,18 +16,31 @@ def is_plain(value: object) -> bool:
     >>> is_plain({"heads": [1, 2]}), is_plain({"heads": object()}), is_plain({1: 2})
     (True, False, False)
     """
+    return next(not_plain("", value), None) is None
+
+
+def not_plain(path: str, value: object) -> Iterator[tuple[str, object]]:
+    """Iterate over what JSON cannot hold in a value, with where it stands.
+
+    >>> list(not_plain("config", {"steps": [1, float("inf")]}))
+    [('config.steps[1]', inf)]
+    """
     match value:
         case None | bool() | int() | str():
-            return True
-        case float():
-            return isfinite(value)
+            pass
+        case float() if isfinite(value):
+            pass
         case list() | tuple():
-            return all(is_plain(item) for item in cast("list[Any]", value))
+            for place, item in enumerate(cast("list[Any]", value)):
+                yield from not_plain(f"{path}[{place}]", item)
         case Mapping():
-            items = cast("Mapping[Any, Any]", value).items()
-            return all(isinstance(key, str) and is_plain(item) for key, item in items)
+            for key, item in cast("Mapping[Any, Any]", value).items():
+                if isinstance(key, str):
+                    yield from not_plain(f"{path}.{key}", item)
+                else:
+                    yield path, key
         case _:
-            return False
+            yield path, value
 
 
 def check_plain(_: object, attribute: Attribute[Any], value: object) -> None:

@@ -20,6 +20,7 @@ from .steps import (
     Broadcast,
     Generate,
     MakeGroups,
+    MakeOptimizer,
     Place,
     Scatter,
     SetAttributes,
@@ -146,7 +147,9 @@ def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Prob
     problems: list[Problem] = []
     for step in steps:
         match step:
-            case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync() | Wrap():
+            case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
+                continue
+            case MakeOptimizer() | Wrap():
                 continue
             case Generate(paths=paths, scratch=scratch):
                 named = (*paths, *scratch)

@@ -172,6 +172,11 @@ class Sync:
 
 
 @frozen
+class MakeOptimizer:
+    """The user's function, if there is one, makes an optimizer over the trained parameters."""
+
+
+@frozen
 class Wrap:
     """The module is handed to the plan's target."""
 
@@ -197,5 +202,6 @@ Step = (
     | VocabParallel
     | AddBiasAfterSync
     | Sync
+    | MakeOptimizer
     | Wrap
 )

@@ -32,6 +32,7 @@ from shardplan.specs.steps import (
     Broadcast,
     Generate,
     MakeGroups,
+    MakeOptimizer,
     Place,
     Scatter,
     SetAttributes,
@@ -141,6 +142,7 @@ def steps(mesh, tree):
         st.builds(SetAttributes, paths, json_objects),
         *(st.builds(kind, paths) for kind in (VocabParallel, AddBiasAfterSync)),
         st.builds(Sync, paths, st.sampled_from(get_args(When)), op, st.none() | st.integers(-2, 2)),
+        st.just(MakeOptimizer()),
         st.builds(Wrap, st.none() | words),
     ]
     return st.one_of(*kinds, *([st.builds(Tie, stage, one, some)] if tree else []))

@@ -27,7 +27,12 @@ class DeepSpeedDialect:
             )
             fix = 'config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}'
             return [Problem("config", cause, fix)]
-        return check_config(mesh, config)
+        split = [
+            spec for spec in tree.values() if spec.kind == "parameter" and any(s.mesh_axis == "data" for s in spec.shards)
+        ]
+        cause = "it is split over 'data', over which DeepSpeed averages gradients as if its parts were copies"
+        fix = "Split it over 'tensor', or leave it to ZeRO 3"
+        return [*check_config(mesh, config), *(Problem(spec.path, cause, fix, spec.type) for spec in split if mesh.data > 1)]
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
         return (("data",), ("tensor",))
@@ -52,8 +57,8 @@ class DeepSpeedDialect:
         initialize: Any = deepspeed.initialize  # its annotation of model_parameters is wrong
         engine, made, dataloader, scheduler = initialize(
             model=module,
-            model_parameters=handover.trained,
-            optimizer=handover.make_optimizer(),
+            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+            optimizer=handover.optimizer,
             config=_thawed(plan.config),
             mpu=MeshUnit(plan.mesh, handover.groups),
             dist_init_required=False,

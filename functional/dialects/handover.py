@@ -20,24 +20,15 @@ class Handover:
         module: This rank's torch module.
         plan: The plan that it was filled by.
         groups: This rank's process group along each set of mesh axes that the dialect asked for.
-        optimizer: The user's function from parameters to an optimizer.
+        optimizer: The user's optimizer over the trained parameters; None if there is none.
         loss_fn: The user's loss, for a pipeline.
     """
 
     module: Any
     plan: Plan
     groups: Mapping[tuple[MeshAxis, ...], Any]
-    optimizer: Callable[..., Any] | None = None
+    optimizer: Any = None
     loss_fn: Callable[..., Any] | None = None
-
-    @property
-    def trained(self) -> list[Any]:
-        """The parameters that require gradients."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def make_optimizer(self) -> Any:
-        """Return the user's optimizer over the trained parameters; None if there is none."""
-        return self.optimizer(self.trained) if self.optimizer else None
 
 
 @frozen

@@ -26,4 +26,4 @@ class PlainDialect:
         return ()
 
     def wrap(self, handover: Handover) -> Wrapped:
-        return Wrapped(handover.module, handover.make_optimizer())
+        return Wrapped(handover.module, handover.optimizer)

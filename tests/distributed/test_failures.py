@@ -182,6 +182,59 @@ def test_a_plan_that_the_audit_refuses_is_not_executed():
         assert "0.weight: f32[4@tensor, 4] is split (32 B a rank), and no synchronisation follows in the model" in error
 
 
+def with_bad_optimizer(rank):
+    def optimizer(parameters):
+        if rank:
+            msg = "no such rule"
+            raise KeyError(msg)
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    execute(plan_build(schedule("plain", TENSOR_2)), device="cpu", optimizer=optimizer)
+
+
+def test_an_optimizer_that_raises_on_one_rank_ends_every_rank():
+    for error in errors(with_bad_optimizer, 2):
+        assert error == "ExecutionError: rank 1: KeyError: 'no such rule'"
+
+
+class UnprintableError(Exception):
+    def __str__(self):
+        return self.nothing
+
+
+def exits(module):
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.fill_(1)
+    if not isinstance(next(module.parameters()).detach(), torch._subclasses.FakeTensor):
+        raise SystemExit(4) if os.environ["RAISES"] == "exit" else UnprintableError
+
+
+def with_exit(rank, what):
+    os.environ["RAISES"] = what
+    execute(plan_build(schedule("plain", TENSOR_2), init_weights=exits), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("what", "text"), [("exit", "SystemExit: 4"), ("error", "UnprintableError: (its text cannot be made:")]
+)
+def test_whatever_is_raised_reaches_every_rank(what, text):
+    for error in errors(with_exit, 2, what):
+        assert error.startswith(f"ExecutionError: rank 0: {text}")
+
+
+def strided_values(rank):
+    model = nn.Linear(4, 8, bias=False)
+    model.weight = nn.Parameter(torch.arange(32.0).view(4, 8).t())
+    plan = plan_build(create_schedule(model, TENSOR_2).at[""].colwise(gather_output=True))
+    return execute(plan, device="cpu").module.weight.detach()
+
+
+def test_values_with_strides_travel():
+    whole = torch.arange(32.0).view(4, 8).t()
+    for rank, part in enumerate(results(run_ranks(strided_values, 2))):
+        assert torch.equal(part, whole[4 * rank : 4 * rank + 4])
+
+
 def with_bad_device(rank):
     execute(plan_build(schedule("plain", TENSOR_2)), device="cpu" if rank else "nonsense")
 

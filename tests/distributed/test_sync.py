@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -197,3 +199,50 @@ def test_a_split_vocabulary_looks_up_every_row_and_leaves_the_padding_alone():
     for rank, (ours, grad) in enumerate(results(run_ranks(padded, 2))):
         assert torch.equal(ours, out.detach())
         assert torch.equal(grad, alone.weight.grad[4 * rank : 4 * rank + 4])
+
+
+class Outputs(NamedTuple):
+    hidden: torch.Tensor
+    extra: str
+
+
+class Named(nn.Module):
+    """Arguments by name, a named tuple as output, hooks of the user's on both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4, device="meta")
+        self.block = NamedBlock()
+
+    def forward(self, ids):
+        return self.block(self.embed(input=ids)).hidden
+
+
+class NamedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 8, device="meta")
+        self.down = nn.Linear(8, 4, device="meta")
+        self.down.register_forward_hook(lambda module, args, output: output.relu())
+
+    def forward(self, x):
+        return Outputs(self.down(input=self.up(input=x)), "kept")
+
+
+def run_named(rank):
+    sch = create_schedule(Named(), Mesh(tensor=2)).at["embed"].vocab_parallel()
+    sch = sch.at["block.up"].shard("weight", axis=0).shard("bias", axis=0).set(out_features=4)
+    sch = sch.at["block.down"].rowwise().at["block"].sync("forward_post", kept)
+    plan = plan_build(sch, example_inputs={"ids": torch.arange(8)})
+    return execute(plan, device="cpu").module(torch.arange(8)).detach()
+
+
+def kept(tensor, group):
+    """A synchronisation that leaves its tensor as it is."""
+    return tensor
+
+
+def test_names_named_tuples_and_hooks_of_the_user():
+    alone = execute(plan_build(create_schedule(Named(), Mesh())), device="cpu").module(torch.arange(8)).detach()
+    for ours in results(run_ranks(run_named, 2)):
+        torch.testing.assert_close(ours, alone)

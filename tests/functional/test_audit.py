@@ -7,7 +7,7 @@ from torch import nn
 
 from shardplan.functional import audit, create_schedule, plan_build, predict
 from shardplan.specs import Mesh
-from tests.models import llama, schedule
+from tests.models import llama, plain, schedule
 
 
 def findings(sch):
@@ -91,9 +91,9 @@ def test_a_split_is_joined_by_a_later_sum_or_its_own_gather():
 
 def test_a_sum_before_it_or_in_another_layer_joins_nothing():
     sch = perceptron(Mesh(tensor=2))
-    assert ("error", "2.weight") in [
-        f[:2] for f in findings(sch.at["2"].colwise().at["0"].sync("forward_post", "all_reduce"))
-    ]
+    before = findings(sch.at["2"].colwise().at["0"].sync("forward_post", "all_reduce"))
+    assert [finding[:2] for finding in before] == [("warning", "2.weight"), ("warning", "2.bias"), ("warning", "0")]
+    assert "going by the order in which modules are registered" in before[0][2]
     split = create_schedule(llama(), Mesh(tensor=2)).at["model.layers.*.mlp.up_proj"].colwise()
     other = split.at["model.layers.1.mlp.down_proj"].rowwise()
     assert [path for _, path, _ in findings(other)] == ["model.layers.0.mlp.up_proj.weight"]
@@ -134,3 +134,26 @@ def test_one_rank_has_nothing_to_say():
     assert report.findings == ()
     assert report.traffic == ()
     assert report.replicated == ()
+
+
+def test_a_whole_bias_beside_a_split_weight_is_an_error():
+    sch = perceptron(Mesh(tensor=2)).at["0"].colwise()
+    around = sch.at["2"].shard("weight", axis=1).at[""].sync("forward_post", "all_reduce")
+    ((severity, path, cause),) = findings(around)
+    assert (severity, path) == ("error", "2.bias")
+    assert "f32[8] is whole beside f32[8, 32@tensor]: each of 2 ranks adds it, and a sum counts it 2 times" in cause
+
+
+def test_every_place_of_a_tied_tensor_must_be_joined():
+    sch = create_schedule(plain(), Mesh(tensor=2)).at["embed"].vocab_parallel()
+    assert ("error", "embed.weight") in [finding[:2] for finding in findings(sch)]
+    assert not findings(sch.at["head"].colwise(gather_output=True))
+
+
+def test_a_split_over_data_must_be_joined_over_data():
+    sch = (
+        perceptron(Mesh(data=2)).at["2.weight"].shard(axis=1, mesh_axis="data").at["2.bias"].shard(axis=0, mesh_axis="data")
+    )
+    assert [finding[:2] for finding in findings(sch)][:2] == [("error", "2.weight"), ("error", "2.bias")]
+    joined = sch.at["2"].sync("forward_post", "all_gather", -1, mesh_axis="data")
+    assert [severity for severity, _, _ in findings(joined)] == ["warning"]

@@ -130,6 +130,10 @@ def test_wrong_arguments_are_named():
     plan = plan_build(schedule("plain"))
     with pytest.raises(PlanError, match=r"optimizer: it is a function from parameters to an optimizer, not a list"):
         execute(plan, optimizer=[])
+    with pytest.raises(PlanError, match="device: nothing can be held on meta"):
+        execute(plan, device="meta")
+    with pytest.raises(PlanError, match=r"model: it is a torch\.nn\.Module, not 3"):
+        execute(plan, 3)
     with pytest.raises(PlanError, match=r"loss_fn: it is for a pipeline, and this plan has one stage"):
         execute(plan, loss_fn=nn.MSELoss())
 
@@ -216,3 +220,18 @@ def _read(terminal):
         return os.read(terminal, 4096)
     except OSError:  # what Linux says at the end of a terminal
         return b""
+
+
+def test_damage_that_would_be_read_as_something_else_is_refused():
+    text = dumps(plan_build(schedule("plain")))
+    for one, other in (('"seed": 0', '"seed": 0.4'), ('"tensor": 1', '"tensor": "1"'), ('"seed": 0', '"seed": 0, "sed": 1')):
+        with pytest.raises(PlanError, match="it is damaged"):
+            loads(text.replace(one, other, 1))
+
+
+def test_a_row_split_of_one_tensor_sends_views():
+    sch = (
+        create_schedule(nn.Linear(4096, 4096, bias=False, device="meta"), Mesh(tensor=2)).at[""].colwise(gather_output=True)
+    )
+    whole = 4 * 4096 * 4096
+    assert predict(plan_build(sch), 0).peak_bytes == whole + whole // 2

@@ -183,12 +183,32 @@ def test_stages_without_a_cut_are_refused():
         (
             Mesh(),
             {**CONFIG, "x": {"y": [torch.float32]}},
-            "config.x.y[0]: a plan holds plain JSON values, and this is a dtype",
+            "config.x.y[0]: a plan holds plain, finite JSON values with strings as keys, and this is torch.float32",
         ),
     ],
 )
 def test_what_deepspeed_refuses_or_gets_wrong_is_refused_in_the_plan(mesh, config, text):
     assert text in refusal(split_plain(plain(), mesh), target="deepspeed", config=config)
+
+
+def test_parameters_split_over_data_are_not_for_deepspeed():
+    sch = split_plain(plain(), Mesh(data=2)).at["blocks.0.norm.weight"].shard(axis=0, mesh_axis="data")
+    assert "blocks.0.norm.weight  f32[16@data]: it is split over 'data', over which DeepSpeed averages" in refusal(
+        sch, target="deepspeed", config=CONFIG
+    )
+
+
+@pytest.mark.parametrize("config", [{1: 2}, {"x": float("nan")}])
+def test_a_config_that_json_cannot_hold_is_refused_with_its_place(config):
+    assert "a plan holds plain, finite JSON values with strings as keys" in refusal(
+        schedule("plain"), target="deepspeed", config={**CONFIG, **config}
+    )
+
+
+def test_init_code_with_other_arguments_is_refused():
+    assert "init_weights: it is (module) or (module, path), not (module, std)" in refusal(
+        schedule("plain"), init_weights=lambda module, std: None
+    )
 
 
 @pytest.mark.parametrize("values", [{"x": object()}, {"x": [torch.ones(1)]}])

@@ -170,6 +170,13 @@ def test_the_same_split_twice_is_no_problem(sch):
         (lambda s: s.at["0"].init(float("nan")), "0: a plan holds finite numbers, not nan"),
         (lambda s: s.at["0.weight"].shard(axis="x"), "0.weight  f32[32, 8]: it has no axis 'x'"),
         (lambda s: s.at["0"].sync("forward_post", "all_gather", "x"), "the axis of an activation is an integer, not 'x'"),
+        (lambda s: s.at["0"].expect("2"), "'2' expected, 1 selected: 0"),
+        (lambda s: s.at["1"].init(0.0), "1: no tensor is there for .init()"),
+        (lambda s: s.at["1"].tag(x=1), "1: no tensor is there for .tag()"),
+        (lambda s: s.at["0"].set(), "0: .set() names no attribute"),
+        (lambda s: s.at["0"].set(forward=3), "its 'forward' is no plain attribute"),
+        (lambda s: s.at["0"].set(out_features="x"), "out_features is 32, and would become 'x'"),
+        (lambda s: s.at["0"].colwise().set(out_features=5), "out_features is set twice, to 16 and to 5"),
         (lambda s: s.at["{0,2"].colwise(), "pattern '{0,2': '{' is not closed"),
     ],
 )
@@ -273,3 +280,26 @@ def test_inputs_under_other_names_are_refused_with_the_signature(sch):
     message = problem_of(sch, example_inputs={"x": torch.ones(1, 8)})
     assert "example_inputs: the model cannot be called with them: missing a required argument: 'input'" in message
     assert "forward takes (input)" in message
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.int64, 0.5), (torch.uint8, -1), (torch.int8, 128), (torch.bool, 2)])
+def test_a_number_that_the_dtype_has_not_is_refused(dtype, value):
+    model = nn.Module()
+    model.register_buffer("ids", torch.empty(2, dtype=dtype, device="meta"))
+    name = str(dtype).removeprefix("torch.")
+    assert f"a {name} cannot be {value}" in problem_of(create_schedule(model, Mesh()).at["ids"].init(value))
+    assert not create_schedule(model, Mesh()).at["ids"].init(1).problems
+
+
+def test_a_star_is_a_name_and_not_the_model(sch):
+    assert not sch.at["*"].expect(3).problems
+    assert not sch.at[""].expect(1).problems
+
+
+def test_an_embedding_that_is_called_with_something_else_is_refused():
+    class Positions(nn.Embedding):
+        def forward(self, attention_mask):
+            return super().forward(attention_mask.cumsum(1))
+
+    sch = create_schedule(Positions(8, 4, device="meta"), Mesh(tensor=2)).at[""].vocab_parallel()
+    assert "the forward of Positions takes 'attention_mask' first, and not the ids of rows" in problem_of(sch)

@@ -44,6 +44,7 @@ from shardplan.specs.steps import (
     Broadcast,
     Generate,
     MakeGroups,
+    MakeOptimizer,
     Place,
     Scatter,
     SetAttributes,
@@ -82,6 +83,7 @@ STEPS = (
     Sync("up", "forward_post", "all_gather", axis=-1),
     Sync("up", "backward_post", "train:join", mesh_axis="data"),
     Agree("closing"),
+    MakeOptimizer(),
     Wrap("deepspeed"),
 )
 
