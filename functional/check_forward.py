@@ -12,9 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..specs.errors import Problem
 from ..specs.mesh import MESH_AXES, MeshAxis
+from ..specs.steps import SetAttributes
 from .generators import own_generators
 from .layout import Local, apply_layout
 from .module_copy import copy_module
+from .parts import Parts
 from .recorder import Recorder
 from .skeleton import named_tensors
 from .sync import SyncGroup
@@ -33,7 +35,7 @@ def check_forward(
     callables: Mapping[str, Any],
     example_inputs: Mapping[str, Tensor],
 ) -> list[Problem]:
-    """Return what goes wrong in a forward pass of the first rank: nothing, or the module where it stopped."""
+    """Return what goes wrong in a forward pass of the first rank: where it stops, gradients that would be partial."""
     if not isinstance(example_inputs, Mapping):
         return [Problem("example_inputs", "they are tensors by the names of the model's arguments", "{'input_ids': tensor}")]
     try:
@@ -44,6 +46,7 @@ def check_forward(
     first = mesh.coordinate(0)
     shapes = {id(tensor): tree[path].local_shape(first) for path, _, tensor in named_tensors(model) if path in tree}
     open_modules: list[str] = []
+    called: set[str] = set()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(tensor: Tensor) -> Tensor:
@@ -57,22 +60,35 @@ def check_forward(
             apply_layout(local, step, Local(first, groups, callables))
         for path, module in local.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                _follow(module, path, open_modules)
+                _follow(module, path, open_modules, called)
         inputs = {
             name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
             for name, value in example_inputs.items()
         }
+        is_split = {path: bool(spec.mesh_axes(first)) for path, spec in tree.items()}
+        parts = Parts(local, tree, open_modules, is_split)
         try:
-            local(**inputs)
+            with parts:
+                local(**inputs)
         except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
             path = open_modules[-1] if open_modules else ""
             return [_stopped(local, tree, path, error)]
-    return []
+    silent = {step.module for step in layout if not isinstance(step, SetAttributes)} - called
+    return [*parts.problems.values(), *map(_never_called, sorted(silent))]
 
 
-def _follow(module: nn.Module, path: str, open_modules: list[str]) -> None:
-    module.register_forward_pre_hook(lambda *_: open_modules.append(path), prepend=True)
+def _follow(module: nn.Module, path: str, open_modules: list[str], called: set[str]) -> None:
+    def enter(*_: object) -> None:
+        open_modules.append(path)
+        called.add(path)
+
+    module.register_forward_pre_hook(enter, prepend=True)
     module.register_forward_hook(lambda *_: open_modules.pop() and None)
+
+
+def _never_called(path: str) -> Problem:
+    cause = "it is not called in this forward pass, so that nothing is synchronised there"
+    return Problem(path, cause, "Synchronise a module that is called; code that uses its weight directly goes past it")
 
 
 def _stopped(model: nn.Module, tree: SpecTree, path: str, error: Exception) -> Problem:

@@ -65,7 +65,7 @@ def plan_build(
         seed: What all random numbers derive from.
         config: The target's configuration: plain JSON values.
         example_inputs: Tensors by the names of the model's arguments, meta ones will do; with them a forward pass at local
-            shapes is tried on fake tensors.
+            shapes is tried on fake tensors, and gradients that would be partial are found.
 
     Raises:
         PlanError: With everything that is wrong, at once.
