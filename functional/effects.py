@@ -17,7 +17,7 @@ from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
 from .generators import derive_seed, own_generators
-from .init_code import run_call
+from .init_calls import run_call
 from .layout import Local, apply_layout
 from .ledger import Ledger
 from .module_copy import get_tensor, like, module_of, put_tensor, tied

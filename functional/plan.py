@@ -33,7 +33,8 @@ from ..specs.steps import (
 from .callables import register
 from .check_forward import check_forward
 from .dialects import find_dialect
-from .init_code import Unit, find_units, wrong_signature
+from .init_calls import wrong_signature
+from .init_code import Unit, find_units
 from .route import Strategy, local_only, route
 from .schedule import Schedule
 
