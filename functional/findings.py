@@ -117,9 +117,10 @@ def _counted_twice(plan: Plan) -> Iterator[Finding]:
 
 def _mend(spec: ParamSpec, module: str, own_rows: set[str]) -> str:
     meant = "; if the split output is meant, .sync('forward_post', function) with a function that returns its tensor"
+    over = "" if spec.shards[0].mesh_axis == "tensor" else f", mesh_axis={spec.shards[0].mesh_axis!r}"
     if spec.shards[0].axis == 1 or module in own_rows:
-        return f"sch.at[{module!r}].sync('forward_post', 'all_reduce')"
-    return f"sch.at[{module!r}].sync('forward_post', 'all_gather', axis=-1), or .rowwise() on what follows{meant}"
+        return f"sch.at[{module!r}].sync('forward_post', 'all_reduce'{over})"
+    return f"sch.at[{module!r}].sync('forward_post', 'all_gather', axis=-1{over}), or .rowwise() on what follows{meant}"
 
 
 def _module(path: str) -> str:

@@ -161,9 +161,13 @@ def test_every_dtype_and_shape_travels(strategy):
         assert buffers["nothing"].shape == (0, 3)
 
 
-def over_data(rank, mesh):
+def split_over_data(mesh):
     sch = create_schedule(nn.Linear(8, 8, bias=False, device="meta"), mesh).at["weight"].shard(axis=0, mesh_axis="data")
-    plan = plan_build(sch)
+    return plan_build(sch.at[""].sync("forward_post", "all_gather", axis=-1, mesh_axis="data"))
+
+
+def over_data(rank, mesh):
+    plan = split_over_data(mesh)
     built = execute(plan, device="cpu")
     return local_tensors(built.module, plan.tree), built.receipt == predict(plan, rank)
 
@@ -171,8 +175,7 @@ def over_data(rank, mesh):
 def test_tensors_split_over_data():
     mesh = Mesh(data=2, tensor=2)
     ranks = results(run_ranks(over_data, 4, mesh))
-    sch = create_schedule(nn.Linear(8, 8, bias=False, device="meta"), mesh).at["weight"].shard(axis=0, mesh_axis="data")
-    weights = put_together(plan_build(sch), [local for local, _ in ranks])
+    weights = put_together(split_over_data(mesh), [local for local, _ in ranks])
     alone = execute(plan_build(create_schedule(nn.Linear(8, 8, bias=False, device="meta"), Mesh())), device="cpu").module
     assert torch.equal(weights["weight"], alone.weight)
     assert all(same for _, same in ranks)
