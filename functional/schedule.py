@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from attrs import evolve, field, frozen
 from attrs.validators import instance_of
 from torch import nn
@@ -53,6 +54,9 @@ def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
     """
     if not isinstance(model, nn.Module):
         msg = f"a schedule is made for a torch.nn.Module, not for {type(model).__name__} {model!r}"
+        raise TypeError(msg)
+    if isinstance(model, torch.jit.ScriptModule):
+        msg = "a scripted model cannot be split, as its code is fixed; schedule the module that it was scripted from"
         raise TypeError(msg)
     tree, problems = read_tensors(model)
     return Schedule(mesh=mesh, tree=tree, modules=read_modules(model), problems=problems, runtime=Runtime(model=model))

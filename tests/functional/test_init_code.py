@@ -298,6 +298,8 @@ def test_scripted_modules_keep_what_they_came_with():
     assert module(torch.ones(1, 4)).shape == (1, 4)
     with pytest.raises(PlanError, match=r"0.weight  f32\[4@tensor, 4\]: it belongs to a scripted module"):
         plan_build(create_schedule(model, Mesh(tensor=2)).at["0.weight"].shard(axis=0))
+    with pytest.raises(TypeError, match="a scripted model cannot be split"):
+        create_schedule(scripted, Mesh())
 
 
 def test_recurrent_modules_compute_with_their_new_parameters():
