@@ -5,8 +5,8 @@ TENSOR ?= 2
 DATA ?= 1
 BIN := .venv/bin
 STAMP := .venv/installed
-# gloo on loopback, a thread a process: what a laptop has
-QUIET := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TRANSFORMERS_VERBOSITY=error
+# a thread a process: what a laptop has for several of them
+QUIET := OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 
 .PHONY: demo test lint
 

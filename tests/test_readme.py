@@ -21,7 +21,6 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DO
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
     "TRANSFORMERS_VERBOSITY": "error",
     "CUDA_VISIBLE_DEVICES": "",
 }
