@@ -58,7 +58,12 @@ class _Joins:
 
     def __init__(self, plan: Plan) -> None:
         self.own_rows = {step.module for step in plan.steps if isinstance(step, VocabParallel)}
-        self._steps = [step for step in plan.steps if isinstance(step, Sync) and step.when != "backward_post"]
+        self._by_module: dict[str, list[Sync]] = {}
+        self._by_block: dict[str, list[Sync]] = {}
+        for step in plan.steps:
+            if isinstance(step, Sync) and step.when != "backward_post":
+                self._by_module.setdefault(step.module, []).append(step)
+                self._by_block.setdefault(_block(step.module), []).append(step)
         self._span = _spans(plan.tree.all_paths)
         self._split_rows = {
             _module(path) for spec in plan.tree.values() for path in spec.paths if any(s.axis == 0 for s in spec.shards)
@@ -68,9 +73,9 @@ class _Joins:
         """Tell whether the parts of a module are joined after it, perhaps before it, or not at all."""
         here = self._span[module][0]
         verdict: _Verdict = "never"
-        for step in self._steps:
-            around = not step.module or module == step.module or module.startswith(f"{step.module}.")
-            if step.mesh_axis != mesh_axis or not (around or _block(step.module) == _block(module)):
+        around = [step for name in (*_prefixes(module), module) for step in self._by_module.get(name, [])]
+        for step in (*around, *self._by_block.get(_block(module), [])):
+            if step.mesh_axis != mesh_axis:
                 continue
             start, last = self._span.get(step.module, (len(self._span), len(self._span)))
             if last >= here if step.when == "forward_post" else start > here:
@@ -85,8 +90,11 @@ def _whole_biases(plan: Plan) -> Iterator[Finding]:
     first = plan.mesh.coordinate(0)
     deferred = {step.module for step in plan.steps if isinstance(step, AddBiasAfterSync)}
     for spec in plan.tree.values():
-        bias = plan.tree.get(f"{spec.module}.bias" if spec.module else "bias") if spec.path.endswith("weight") else None
-        if bias is None or not spec.mesh_axes(first) or bias.mesh_axes(first) or spec.module in deferred:
+        path = f"{spec.module}.bias" if spec.module else "bias"
+        if not spec.path.endswith("weight") or path not in plan.tree or spec.module in deferred:
+            continue
+        bias = plan.tree[path]
+        if not spec.mesh_axes(first) or bias.mesh_axes(first):
             continue
         num = plan.mesh.num(*spec.mesh_axes(first))
         cause = f"{bias.type} is whole beside {spec.type}: each of {num} ranks adds it, and a sum counts it {num} times"
@@ -100,7 +108,7 @@ def _counted_twice(plan: Plan) -> Iterator[Finding]:
     split = {
         prefix for spec in plan.tree.values() for path in spec.paths for prefix in _prefixes(path) if spec.mesh_axes(first)
     }
-    holding = {prefix for path in plan.tree.all_paths for prefix in _prefixes(path)}
+    alike = {prefix for path in plan.tree.all_paths for prefix in _prefixes(path)} - split
     for step in plan.steps:
         match step:
             case Sync(when="forward_post", op="all_reduce" | "reduce_scatter"):
@@ -109,7 +117,7 @@ def _counted_twice(plan: Plan) -> Iterator[Finding]:
                 what = "input's gradient"
             case _:
                 continue
-        if step.module in holding - split:
+        if step.module in alike:
             num = plan.mesh.num(step.mesh_axis)
             cause = f"{step} sums its {what} over {num} ranks that hold the same tensors, so that it counts {num} times"
             yield Finding("warning", step.module, cause, "Split its tensors, or synchronise the module before it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 from attrs import field, frozen
 
@@ -46,6 +47,10 @@ class SpecTree(Mapping[str, ParamSpec]):
             near = closest(path, self._by_path)
             msg = f"no tensor {path!r}" + (f"; the closest are {', '.join(near)}" if near else "")
             raise KeyError(msg) from None
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """Return the spec of a path, or ``default``; a miss is cheap, as it names no closest paths."""
+        return self._by_path.get(path, default)
 
     def __contains__(self, path: object) -> bool:
         return path in self._by_path
