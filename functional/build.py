@@ -35,7 +35,17 @@ def build(
     device: torch.device | str | None = None,
     optimizer: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Plan and execute in one go; return ``model, optimizer``. See ``plan_build`` and ``execute``."""
+    """Plan and execute in one go; return ``model, optimizer``. See ``plan_build`` and ``execute``.
+
+    >>> from torch import nn
+    >>> from shardplan.functional import create_schedule
+    >>> from shardplan.specs import Mesh
+    >>> with torch.device("meta"):
+    ...     model = nn.Linear(4, 2)
+    >>> model, optimizer = build(create_schedule(model, Mesh()), device="cpu")
+    >>> model.weight.shape, optimizer
+    (torch.Size([2, 4]), None)
+    """
     plan = plan_build(
         sch,
         target=target,
@@ -67,6 +77,15 @@ def consolidate_model(
         seed: What all random numbers derive from.
         config: The target's configuration; only checked.
         device: Where tensors go.
+
+    >>> from torch import nn
+    >>> from shardplan.functional import create_schedule
+    >>> from shardplan.specs import Mesh
+    >>> with torch.device("meta"):
+    ...     model = nn.Linear(4, 2, bias=False)
+    >>> module = consolidate_model(create_schedule(model, Mesh()), param_init_fn=lambda m: m.weight.fill_(3), device="cpu")
+    >>> module.weight[0].tolist()
+    [3.0, 3.0, 3.0, 3.0]
     """
     plan = plan_build(sch, target=target, init_weights=param_init_fn or True, seed=seed, config=config)
     unwrapped = evolve(plan, target=None, config=None, steps=(*plan.steps[:-1], Wrap(None)))

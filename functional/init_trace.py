@@ -71,11 +71,11 @@ class Tracer:
         self._model = copy_module(model, self._fake, for_planning=True)
         self._tree = tree
         self._held: dict[str, list[tuple[str, str]]] = {}  # by module, the places of tied tensors, and what stands there
-        for spec in tree.values():
+        for spec in (spec for spec in tree.values() if spec.tie):
             owners = [self._model.get_submodule(module_of(path)) for path in spec.paths]
             for path, owner in zip(spec.paths, owners, strict=True):
                 put_tensor(self._model, path, tied(get_tensor(self._model, path), get_tensor(self._model, spec.path)))
-                if owners.count(owner) == 1 and spec.tie:
+                if owners.count(owner) == 1:
                     self._held.setdefault(module_of(path), []).append((path, spec.path))
         self._names = {_storage(get_tensor(self._model, path)): path for path in tree}
         self._alive: list[object] = []

@@ -179,3 +179,22 @@ def test_tensors_split_over_data():
     alone = execute(plan_build(create_schedule(nn.Linear(8, 8, bias=False, device="meta"), Mesh())), device="cpu").module
     assert torch.equal(weights["weight"], alone.weight)
     assert all(same for _, same in ranks)
+
+
+def with_scripted(rank):
+    torch.manual_seed(rank)
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    model = nn.Sequential(scripted, nn.Linear(4, 4, device="meta"))
+    before = scripted.weight.detach().clone()
+    plan = plan_build(create_schedule(model, Mesh(tensor=2)))
+    built = execute(plan, device="cpu")
+    assert torch.equal(scripted.weight, before)
+    return before, built.module[0].weight.detach(), built.receipt == predict(plan, rank)
+
+
+def test_scripted_modules_keep_their_values_and_those_of_the_first_rank_win():
+    ranks = results(run_ranks(with_scripted, 2))
+    assert not torch.equal(ranks[0][0], ranks[1][0])
+    for _, weight, same in ranks:
+        assert torch.equal(weight, ranks[0][0])
+        assert same
