@@ -78,6 +78,8 @@ def main() -> None:
     alone = train_alone() if rank == 0 else []  # before there is a process group: a plan for one rank needs none
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every rank is told that DeepSpeed found no GPU
     dist.init_process_group("nccl" if on_gpu else "gloo")
 
     tensor = int(os.environ.get("TENSOR", "2"))

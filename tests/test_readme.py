@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",  # else DeepSpeed prints a warning from every rank, in any order
 }
 
 
