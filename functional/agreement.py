@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from ..specs.codec import canonical_json
 from ..specs.mesh import MESH_AXES
 from .dry import AGREEMENT_BYTES
 
@@ -50,15 +48,15 @@ def agree(plan: Plan, error: BaseException | None, device: torch.device) -> None
 def _words(plan: Plan, error: BaseException | None) -> list[int]:
     digest = bytes.fromhex(plan.fingerprint)
     whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
-    contents = json.loads(canonical_json(plan))
-    parts = [_digest(contents["tree"]), _digest(contents["steps"]), _digest([contents["target"], contents["config"]])]
+    fields = plan.canonical_fields
+    parts = [_digest(fields["tree"]), _digest(fields["steps"]), _digest(fields["target"] + fields["config"])]
     sizes = [plan.mesh.num(mesh_axis) for mesh_axis in MESH_AXES]
     words = [int(error is not None), *sizes, plan.seed % 2**63, *parts, *whole]
     return words + [0] * (_NUM_WORDS - len(words))
 
 
-def _digest(content: Any) -> int:
-    return int.from_bytes(blake2b(json.dumps(content).encode(), digest_size=8).digest(), "little", signed=True)
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _difference(table: list[list[int]], rank: int) -> str:

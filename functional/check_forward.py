@@ -14,10 +14,10 @@ from ..specs.errors import Problem
 from ..specs.mesh import MESH_AXES, MeshAxis
 from ..specs.steps import SetAttributes
 from .generators import own_generators
+from .guesses import AnswerZero
 from .layout import Local, apply_layout
 from .module_copy import copy_module
 from .parts import Parts
-from .recorder import Recorder
 from .skeleton import named_tensors
 from .sync import SyncGroup
 
@@ -54,7 +54,7 @@ def check_forward(
             return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
 
     local = copy_module(model, fake, for_planning=True)
-    with mode, torch.no_grad(), own_generators(0), Recorder({}):
+    with mode, torch.no_grad(), own_generators(0), AnswerZero():
         groups: dict[MeshAxis, SyncGroup] = {mesh_axis: SyncGroup("", mesh.num(mesh_axis), 0) for mesh_axis in MESH_AXES}
         for step in layout:
             apply_layout(local, step, Local(first, groups, callables))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..specs.errors import Problem
+from ..specs.program import InitProgram
 from ..specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised
 from .skeleton import read_tensors
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
 
+_LOST = "init code is planned to make it, and the model has values that would be lost"
 _COMPARED = ("path", "orig_shape", "dtype", "kind", "tie", "requires_grad")
 
 
@@ -45,7 +47,9 @@ def _wrong_values(spec: ParamSpec, *, has_values: bool) -> str | None:
             return "its planned source is the module's own values, and it is on meta"
         case Uninitialised() if has_values:
             return "it is planned without values, and the model has values"
+        case InitProgram(replaces=False) if has_values:
+            return _LOST
         case Made(calls=calls) if has_values and all(isinstance(call, ModuleCall) for call in calls):
-            return "init code is planned to make it, and the model has values that would be lost"
+            return _LOST
         case _:
             return None

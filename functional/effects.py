@@ -11,11 +11,14 @@ import torch.distributed as dist
 from attrs import Factory, define
 from torch import Tensor, nn
 
-from ..specs.source import FillCall, ModuleCall
+from ..specs.program import InitProgram
+from ..specs.source import ModuleCall, ModuleValues, OwnValues
 from .agreement import agree
+from .constants import one_thread
 from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
+from .evaluate import Job, evaluate
 from .generators import derive_seed, own_generators
 from .init_calls import run_call
 from .layout import Local, apply_layout
@@ -86,14 +89,15 @@ class TorchEffects:
     def make(self, work: Make, seed: int) -> Sequence[Tensor]:
         lent = [path for piece in (*work.pieces, *work.scratch) for path in piece.spec.paths]
         placeholders = {path: get_tensor(self.module, path) for path in lent}
-        is_opaque = any(not isinstance(call, FillCall) and call.opaque for call in work.calls)
+        is_opaque = any(call.opaque for call in work.calls)
         try:
             for piece in work.pieces:
                 whole = self.empty(piece.shape, piece.spec.dtype)
                 self._lend(piece, whole.fill_(torch.nan) if is_opaque and whole.is_floating_point() else whole)
             for piece in work.scratch:
-                self._lend(piece, self.take(piece))
-            with torch.no_grad(), own_generators(derive_seed(seed, work.pieces[0].path), self.device):
+                has_values = isinstance(piece.spec.source, (ModuleValues, OwnValues))
+                self._lend(piece, self.take(piece) if has_values else self.empty(piece.shape, piece.spec.dtype))
+            with torch.no_grad(), one_thread(), own_generators(derive_seed(seed, work.pieces[0].path), self.device):
                 for call in work.calls:
                     with self._untied(work, call, placeholders):
                         run_call(self.module, call, self.callables)
@@ -107,6 +111,13 @@ class TorchEffects:
             if tensor.is_floating_point() and torch.isnan(tensor).any():
                 msg = f"{piece.spec}: its init code gave no values to {int(torch.isnan(tensor).sum())} of its elements"
                 raise ValueError(msg)
+        return made
+
+    def evaluate(self, pieces: Sequence[Piece], seed: int) -> Sequence[Tensor]:
+        made = [self.empty(piece.shape, piece.spec.dtype) for piece in pieces]
+        evaluate(
+            (Job(out, _program(p), p.path, p.spec.orig_shape, p.index) for out, p in zip(made, pieces, strict=True)), seed
+        )
         return made
 
     def take(self, piece: Piece) -> Tensor:
@@ -144,13 +155,14 @@ class TorchEffects:
         self.ledger.free(tensor.nbytes)
 
     def install(self, spec: ParamSpec, tensor: Tensor) -> None:
-        owner = self.module.get_submodule(spec.module)
+        owner, name = self.module.get_submodule(spec.module), spec.path.rpartition(".")[2]
+        before = getattr(owner, name)
         if isinstance(owner, torch.jit.ScriptModule):
             with torch.no_grad():
-                get_tensor(self.module, spec.path).copy_(tensor)
+                before.copy_(tensor)
         else:
-            put_tensor(self.module, spec.path, like(get_tensor(self.module, spec.path), tensor))
-        self.ledger.place(get_tensor(self.module, spec.path).untyped_storage().nbytes())
+            setattr(owner, name, like(before, tensor))
+        self.ledger.place(getattr(owner, name).untyped_storage().nbytes())
 
     def alias(self, work: Alias) -> None:
         first = get_tensor(self.module, work.spec.path)
@@ -216,6 +228,11 @@ def _bytes(message: Tensor) -> Tensor:
     """Return a tensor as its bytes: gloo sends neither fp8 nor complex numbers, and wrongly what is not contiguous."""
     assert message.is_contiguous(), "messages are contiguous"
     return message.reshape(-1).view(torch.uint8)
+
+
+def _program(piece: Piece) -> InitProgram:
+    assert isinstance(piece.spec.source, InitProgram), "only init programs are evaluated"
+    return piece.spec.source
 
 
 def _part(whole: Tensor, piece: Piece) -> Tensor:

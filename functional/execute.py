@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
@@ -18,19 +19,20 @@ from torch import nn
 
 from ..specs.errors import PlanError, Problem
 from ..specs.plan import Plan
+from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import MakeGroups
-from .audit import audit
 from .callables import find
 from .compare_model import differences
 from .dialects import find_dialect
 from .effects import TorchEffects
+from .findings import find as find_risks
 from .interpret import Effects, interpret
 from .module_copy import copy_module
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
     from ..specs.receipt import Receipt
-    from ..specs.report import Report
+    from ..specs.report import Finding
     from ..specs.steps import Step
 
 _log = logging.getLogger("shardplan")
@@ -105,10 +107,11 @@ def execute(
     given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
     try:
         chosen = _device(device)
-        report = _refuse(plan, given, optimizer, loss_fn)
-        for finding in report.findings if coordinate.rank == 0 else ():
+        with _no_collection():
+            findings = _refuse(plan, given, optimizer, loss_fn)
+            copied = copy_module(given, _on_meta, for_planning=False)
+        for finding in findings if coordinate.rank == 0 else ():
             _log.warning("%s", finding)
-        copied = copy_module(given, lambda tensor: torch.empty_like(tensor, device="meta"), for_planning=False)
     except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
         error = error or refused
     real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn)
@@ -117,6 +120,22 @@ def execute(
     assert real.wrapped is not None, "every plan ends with a Wrap step"
     receipt = real.ledger.receipt(coordinate.rank, time.monotonic() - start)
     return Built(real.wrapped.model, real.wrapped.optimizer, copied, real.wrapped.extras, receipt)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let no garbage be collected within the block: a hundred thousand new objects, none of them garbage, set it off."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def stand(plan: Plan) -> tuple[Coordinate, BaseException | None]:
@@ -142,9 +161,14 @@ def _ranks(num: int) -> str:
     return f"{num} rank{'s' if num > 1 else ''}"
 
 
-def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> Report:
-    report = audit(plan)
-    problems = [Problem(f.path, f.cause, f.fix) for f in report.findings if f.severity == "error"]
+def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> list[Finding]:
+    findings = list(find_risks(plan))
+    problems = [Problem(f.path, f.cause, f.fix) for f in findings if f.severity == "error"]
+    if plan.random_scheme != RANDOM_SCHEME:
+        cause = (
+            f"the plan is for version {plan.random_scheme} of the random numbers, and this shardplan draws {RANDOM_SCHEME}"
+        )
+        problems.append(Problem("random_scheme", cause, "Plan again, or execute with the shardplan that planned it"))
     _, unknown = find_dialect(plan.target)
     problems += unknown
     if loss_fn is not None:
@@ -165,7 +189,7 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
         problems += differences(plan, model)
     if problems:
         raise PlanError(problems)
-    return report
+    return findings
 
 
 def _device(device: torch.device | str | None) -> torch.device:

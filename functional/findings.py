@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from ..specs.dtypes import human_bytes
+from ..specs.fold import fold
 from ..specs.report import Finding
+from ..specs.source import Made
 from ..specs.steps import AddBiasAfterSync, Sync, VocabParallel
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def find(plan: Plan) -> Iterator[Finding]:
     yield from _unjoined(plan)
     yield from _whole_biases(plan)
     yield from _counted_twice(plan)
+    yield from _made_whole(plan)
     if plan.target is None and plan.mesh.data > 1:
         cause = f"data={plan.mesh.data}, and without a target nothing averages gradients over it"
         yield Finding("warning", "", cause, "Use target='deepspeed', or average them yourself before each step")
@@ -121,6 +124,20 @@ def _counted_twice(plan: Plan) -> Iterator[Finding]:
             num = plan.mesh.num(step.mesh_axis)
             cause = f"{step} sums its {what} over {num} ranks that hold the same tensors, so that it counts {num} times"
             yield Finding("warning", step.module, cause, "Split its tensors, or synchronise the module before it")
+
+
+def _made_whole(plan: Plan) -> Iterator[Finding]:
+    """Find tensors that no init program stands for, so that one rank makes them whole and sends them."""
+    if plan.mesh.num_ranks == 1:
+        return
+    rows = [
+        (spec.path, (spec.type, human_bytes(spec.num_bytes), str(spec.source), spec.source.cause))
+        for spec in plan.tree.values()
+        if isinstance(spec.source, Made)
+    ]
+    for path, (type_, size, code, why) in fold(rows):
+        cause = f"{type_} is made whole ({size}) on one rank by {code}, and sent: {why}"
+        yield Finding("warning", path, cause, "Code that is pointwise would run on every rank for its own part")
 
 
 def _mend(spec: ParamSpec, module: str, own_rows: set[str]) -> str:

@@ -21,6 +21,12 @@ def derive_seed(seed: int, path: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def python_state() -> tuple[object, ...]:
+    """Return where Python's and NumPy's global generators stand, to be compared."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
+
+
 @contextmanager
 def own_generators(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of torch, NumPy and Python within the block; give them back as they were.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..specs.source import Call, FillCall, ModuleCall, TensorCall
+from ..specs.source import Call, ModuleCall, TensorCall
 from .callables import find
 from .module_copy import get_tensor
 from .skeleton import named_tensors
@@ -34,8 +34,6 @@ def run_call(model: nn.Module, call: Call, callables: Mapping[str, Any]) -> None
             getattr(model.get_submodule(path), kind)()
         case TensorCall(path=path, function=name):
             find(name, callables)(get_tensor(model, path))
-        case FillCall(path=path, value=value):
-            get_tensor(model, path).fill_(value)
 
 
 def takes_path(function: Callable[..., Any]) -> bool:

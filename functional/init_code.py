@@ -1,4 +1,4 @@
-"""Which init code makes which tensors: found by running all of it once on fake tensors."""
+"""What makes which tensors, found by running all init code once on fake ones: an init program, or code as it is."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
-from attrs import frozen
+from attrs import evolve, frozen
 
+from ..specs.dtypes import human_bytes
 from ..specs.errors import Problem
-from ..specs.source import Call, FillCall, Made, TensorCall, Unknown
+from ..specs.program import InitProgram
+from ..specs.source import Call, Made, Source, TensorCall, Unknown
+from .coverage import num_covered
 from .init_calls import OWNERS, Owner, calls_of
 from .init_trace import Traced, Tracer
-from .recorder import Touch, num_covered
+from .tape import MAX_CONSTANT_BYTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 @frozen
 class Unit:
-    """Tensors that are made together, because the same calls touch them.
+    """Tensors that are made together, whole, because the same calls touch them and no init program stands for them.
 
     Args:
         paths: The tensors, in the order of the tree, each under the path at which it is made.
@@ -37,8 +40,10 @@ class Unit:
 
 def find_units(
     model: nn.Module, tree: SpecTree, callables: Mapping[str, Any], init_weights: str | None
-) -> tuple[list[Unit], dict[str, Made], list[Problem]]:
+) -> tuple[list[Unit], dict[str, Source], list[Problem]]:
     """Return how the tensors without values are made: units in order, the source of each tensor, what is wrong.
+
+    Where all that code does to a tensor is pointwise, its source is an init program; else the code itself, in a unit.
 
     Code of the user comes before that of an enclosing Hugging Face model, and that before ``reset_parameters`` or
     ``_reset_parameters``; each only for tensors that those before leave unwritten. Within one owner's code children are
@@ -69,9 +74,12 @@ def find_units(
             writers = [one for _, one in touching.get(path, []) if one.touched[path].writes]
             problems.append(_nobody(tree, path, writers))
     order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides.values()])}
-    sources = {path: Made(tuple(one.call for one in ones)) for path, ones in makers.items()}
+    programs, causes = _programs(makers)
+    programs |= {path: evolve(programs[path], replaces=True) for path in programs.keys() & overrides.keys()}
+    opaque = {path: makers[path] for path in causes}
+    made = {path: Made(tuple(one.call for one in ones), causes[path]) for path, ones in opaque.items()}
     places = {path: place for path, (_, place) in winner.items()}
-    return _units(tree, makers, places, order), sources, problems
+    return _units(tree, opaque, places, order), {**programs, **made}, problems
 
 
 def _winners(
@@ -111,9 +119,6 @@ def _overrides(tree: SpecTree, tracer: Tracer) -> tuple[dict[str, Traced], list[
     functions = {one.call.path: one for one in traced if isinstance(one.call, TensorCall)}
     overrides: dict[str, Traced] = {}
     for spec, call in asked:
-        if isinstance(call, FillCall):
-            overrides[spec.path] = Traced(call, {spec.path: Touch(writes=True)}, {})
-            continue
         tried = [functions[spec.path]] if spec.path in functions else []
         num = _num_covered(tree, spec.path, spec.path, tried)
         if num is None:
@@ -123,6 +128,35 @@ def _overrides(tree: SpecTree, tracer: Tracer) -> tuple[dict[str, Traced], list[
             fix = "Write the tensor that it is given, in place: tensor.fill_(1), torch.nn.init.normal_(tensor)"
             problems.append(Problem(spec.path, cause, fix, spec.type))
     return overrides, problems
+
+
+def _programs(makers: Mapping[str, Sequence[Traced]]) -> tuple[dict[str, InitProgram], dict[str, str]]:
+    """Return the init programs of tensors, and for those that have none, why."""
+    programs: dict[str, InitProgram] = {}
+    causes: dict[str, str] = {}
+    for path, ones in makers.items():
+        program: InitProgram | None = InitProgram(())
+        for touch in (one.touched[path] for one in ones):
+            if touch.operations is None:
+                program, causes[path] = None, touch.cause
+                continue
+            for operation in touch.operations:
+                if operation.overwrites or program is not None:
+                    program = (program or InitProgram(())).then(operation)
+        taken = sum(constant.num_bytes for constant in program.constants) if program else 0
+        if taken > MAX_CONSTANT_BYTES:
+            causes[path] = f"it is computed from constants of {human_bytes(taken)}"
+        elif program is not None:
+            programs[path] = program
+            causes.pop(path, None)
+    found = list(causes)
+    while found:  # what they are computed from is made with them
+        path = found.pop()
+        for other in sorted({other for one in makers[path] for other in one.touched[path].of} & programs.keys()):
+            del programs[other]
+            causes[other] = f"{path} is computed from it"
+            found.append(other)
+    return programs, causes
 
 
 def _nobody(tree: SpecTree, path: str, writers: Sequence[Traced]) -> Problem:

@@ -18,6 +18,7 @@ from .resolve import (
     Alias,
     Change,
     Cut,
+    Evaluate,
     Exchange,
     Hand,
     Install,
@@ -63,6 +64,10 @@ class Effects(Protocol[T]):
 
     def make(self, work: Make, seed: int) -> Sequence[T]:
         """Run init code on whole tensors; return those that are kept."""
+        ...
+
+    def evaluate(self, pieces: Sequence[Piece], seed: int) -> Sequence[T]:
+        """Allocate parts and give them the values of their init programs."""
         ...
 
     def take(self, piece: Piece) -> T:
@@ -174,16 +179,18 @@ class _Run(Generic[T]):
                 self.scatter(work)
             case Hand():
                 self.effects.hand(self.plan)
-            case Make() | Take() | Reserve() | Cut() | Install() | Alias() | Change() | MakeOptimizer():
+            case Make() | Evaluate() | Take() | Reserve() | Cut() | Install() | Alias() | Change() | MakeOptimizer():
                 self.attempt(self.do_alone, work)
             case _:
                 assert_never(work)
 
-    def do_alone(self, work: Make | Take | Reserve | Cut | Install | Alias | Change | MakeOptimizer) -> None:  # noqa: C901  one case a work
+    def do_alone(self, work: Make | Evaluate | Take | Reserve | Cut | Install | Alias | Change | MakeOptimizer) -> None:  # noqa: C901  one case a work
         """Work that no other rank waits for."""
         match work:
             case Make(pieces=pieces):
                 self.hold(pieces, self.effects.make(work, self.plan.seed))
+            case Evaluate(pieces=pieces):
+                self.hold(pieces, self.effects.evaluate(pieces, self.plan.seed))
             case Take(pieces=pieces):
                 self.hold(pieces, [self.effects.take(piece) for piece in pieces])
             case Reserve(pieces=pieces):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from ..specs.errors import PlanError, Problem
 from .skeleton import named_tensors, tensors_in
 
+_ATOMS = frozenset([int, float, bool, complex, str, bytes, type(None), type, FunctionType, torch.dtype])
+_SAYS_HOW_IT_IS_COPIED = frozenset(
+    [
+        *("__copy__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__new__"),
+        *("__reduce__", "__reduce_ex__", "__setstate__", "__slots__"),
+    ]
+)
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -51,7 +59,7 @@ def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_pl
     memo: dict[int, Any] = {}
     if for_planning:
         plain = [tensor for module in model.modules() for value in _attributes(module) for tensor in tensors_in(value)]
-        memo = {id(kept): kept for kept in (*scripted, *plain)}
+        memo = {id(kept): kept for kept in (*scripted, *plain) if id(kept) not in names}
     inside = {id(part) for module in scripted for part in module.modules()}
     for module in model.modules():
         if id(module) not in inside:
@@ -59,6 +67,7 @@ def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_pl
                 if tensor is not None and id(tensor) not in memo:
                     memo[id(tensor)] = like(tensor, replace(tensor))
     try:
+        _copy_plain(model, memo)
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         problems = list(_uncopyable(model, memo))
@@ -69,6 +78,35 @@ def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_pl
     if shared:
         cause = "its copy is the module itself, so that the original would be filled"
         raise PlanError([Problem(path, cause, "Let its __deepcopy__ give a new module") for path in shared])
+    return copied
+
+
+def _copy_plain(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Do what deepcopy does with modules that say nothing about copying: many times faster, where there are thousands."""
+    plain = [module for module in model.modules() if id(module) not in memo and _is_plainly_copied(type(module))]
+    for module in plain:
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in plain:
+        memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
+
+
+@cache
+def _is_plainly_copied(cls: type) -> bool:
+    own = {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+    return not own & _SAYS_HOW_IT_IS_COPIED
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind not in (dict, OrderedDict):
+        return copy.deepcopy(value, memo)
+    memo[id(value)] = copied = kind()
+    for key, item in value.items():
+        copied[_copied(key, memo)] = _copied(item, memo)
     return copied
 
 
@@ -106,7 +144,11 @@ def like(old: Tensor, new: Tensor) -> Tensor:
     """Return ``new`` as what ``old`` is: a parameter with its attributes and requires_grad, or a plain tensor."""
     if not isinstance(old, nn.Parameter):
         return new
-    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    if type(new) is Tensor:
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    else:  # what nn.Parameter makes of a fake tensor, without a detach that is dispatched
+        parameter = new.requires_grad_(old.requires_grad)
+        parameter._is_param = True  # noqa: SLF001
     for name, value in vars(old).items():
         if name != "_is_hf_initialized":  # what transformers notes of values that the new tensor has not
             setattr(parameter, name, value)

@@ -14,6 +14,7 @@ from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
 from ..specs.param import ParamSpec
 from ..specs.plain import not_plain
 from ..specs.plan import Plan, misfits
+from ..specs.program import InitProgram
 from ..specs.source import Made, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import (
     AddBiasAfterSync,
@@ -35,7 +36,7 @@ from .check_forward import check_forward
 from .dialects import find_dialect
 from .init_calls import wrong_signature
 from .init_code import Unit, find_units
-from .route import Strategy, local_only, route
+from .route import Strategy, born_sharded, local_only, route
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def plan_build(
         target: Runtime that takes the module, by the name of its dialect; None for none.
         init_weights: True for the model's own init code; a function ``(module)`` or ``(module, path)`` that is called for
             each module that holds tensors; False to leave tensors on meta without values, and send nothing.
-        strategy: ``scatter`` (one rank makes a tensor, each gets its part), ``broadcast`` (each gets all and slices), or
-            ``auto``, which is ``scatter``.
+        strategy: ``local`` (each rank evaluates the init programs of its own parts; only what has none is scattered),
+            ``scatter`` (one rank makes a tensor, each gets its part), ``broadcast`` (each gets all and slices), or
+            ``auto``, which is ``local``. The values are the same.
         seed: What all random numbers derive from.
         config: The target's configuration: plain JSON values.
         example_inputs: Tensors by the names of the model's arguments, meta ones will do; with them a forward pass at local
@@ -111,7 +113,7 @@ def plan_build(
         problems += check_forward(model, tree, layout, sch.mesh, runtime.callables, example_inputs)
     if problems or dialect is None:
         raise PlanError(problems)
-    moves = [*_moves(sch.mesh, tree, units, "scatter" if strategy == "auto" else strategy), *_ties(tree)]
+    moves = [*_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy), *_ties(tree)]
     over = _groups([*moves, *layout], dialect.groups(sch.mesh))
     steps = [
         Agree("opening"),
@@ -154,7 +156,7 @@ def _wrong_scripted(model: nn.Module, tree: SpecTree) -> Iterator[Problem]:
         if spec.shards:
             cause = "it belongs to a scripted module, whose code cannot be split"
             yield Problem(spec.path, cause, "Leave it whole", spec.type)
-        if isinstance(spec.source, (Unknown, Made)):
+        if isinstance(spec.source, (Unknown, Made, InitProgram)):
             cause = "it belongs to a scripted module, which keeps the values it came with"
             yield Problem(spec.path, cause, "Script the module on the CPU, with its values in place", spec.type)
 
@@ -211,8 +213,13 @@ def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy) ->
     place = {path: number for number, path in enumerate(tree)}
     made: list[tuple[Unit | None, tuple[ParamSpec, ...]]] = [(unit, tuple(tree[p] for p in unit.paths)) for unit in units]
     made += [(None, (spec,)) for spec in tree.values() if isinstance(spec.source, ModuleValues)]
+    evaluated = [spec for spec in tree.values() if isinstance(spec.source, InitProgram)]
+    if strategy == "local":
+        yield from born_sharded(evaluated, 0)
+    else:
+        made += [(None, (spec,)) for spec in evaluated]
     made.sort(key=lambda item: place[item[1][0].path])
-    yield from route(made, mesh, 0, strategy)
+    yield from route(made, mesh, 0, "scatter" if strategy == "local" else strategy)
     yield from local_only((s for s in tree.values() if isinstance(s.source, (OwnValues, Uninitialised))), 0)
 
 

@@ -14,6 +14,8 @@ from ..specs.steps import (
     Agree,
     Allocate,
     Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
     Generate,
     LayoutStep,
     MakeGroups,
@@ -96,6 +98,13 @@ class Make:
 
 
 @frozen
+class Evaluate:
+    """Allocate parts and give them the values of their init programs."""
+
+    pieces: tuple[Piece, ...]
+
+
+@frozen
 class Take:
     """Copy parts of the values that this rank's module has."""
 
@@ -167,7 +176,20 @@ class Hand:
 
 
 Work = (
-    Nothing | Agree | MakeOptimizer | OpenGroups | Make | Take | Reserve | Exchange | Cut | Install | Alias | Change | Hand
+    Nothing
+    | Agree
+    | MakeOptimizer
+    | OpenGroups
+    | Make
+    | Evaluate
+    | Take
+    | Reserve
+    | Exchange
+    | Cut
+    | Install
+    | Alias
+    | Change
+    | Hand
 )
 
 
@@ -195,6 +217,10 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
             if not coordinate.is_first("data", "tensor"):
                 return Nothing()
             return Make(paths, _whole(tree, paths), _whole(tree, scratch), calls)
+        case EvaluateWhole(paths=paths):
+            return Evaluate(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
+        case EvaluateShard(paths=paths):
+            return Evaluate(_parts(tree, paths, coordinate))
         case TakeWhole(paths=paths):
             return Take(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
         case TakeShard(paths=paths):

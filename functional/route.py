@@ -8,41 +8,62 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, define
 
-from ..specs.source import OwnValues
-from ..specs.steps import Allocate, Broadcast, Generate, Place, Scatter, Slice, Step, TakeShard, TakeWhole
+from ..specs.program import InitProgram
+from ..specs.source import ModuleValues, OwnValues
+from ..specs.steps import (
+    Allocate,
+    Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
+    Generate,
+    Place,
+    Scatter,
+    Slice,
+    Step,
+    TakeShard,
+    TakeWhole,
+)
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate, Mesh, MeshAxis
     from ..specs.param import ParamSpec
     from .init_code import Unit
 
-Strategy = Literal["scatter", "broadcast"]
-"""How values get from the rank that makes them to those that keep them."""
+Strategy = Literal["local", "scatter", "broadcast"]
+"""How values get to the ranks that keep them: made there, or by one rank that sends them."""
 
 BUCKET_BYTES = 32 * 2**20
 """Small tensors travel together until they fill this; a larger one travels alone."""
 
 
 def route(
-    units: Iterable[tuple[Unit | None, tuple[ParamSpec, ...]]], mesh: Mesh, stage: int, strategy: Strategy
+    units: Iterable[tuple[Unit | None, tuple[ParamSpec, ...]]],
+    mesh: Mesh,
+    stage: int,
+    strategy: Literal["scatter", "broadcast"],
 ) -> Iterator[Step]:
     """Iterate over the steps that make, send, slice and place the tensors of one stage.
 
     Args:
-        units: What is made together, with its tensors; None for values that the module already has.
+        units: What is made together, with its tensors; None for init programs and values that the module already has.
         mesh: The ranks.
         stage: Pipeline stage.
         strategy: ``scatter`` (each rank gets its part only) or ``broadcast`` (each gets all, then slices).
     """
     road = _Road(mesh.coordinate(mesh.stage(stage).start), stage, strategy)
     for unit, specs in units:
-        if unit is None:
-            yield TakeWhole(stage, tuple(spec.path for spec in specs))
-        else:
+        if unit is not None:
             yield Generate(stage, unit.paths, unit.calls, unit.scratch)
         for spec in specs:
             yield from road.add(spec)
     yield from road.flush()
+
+
+def born_sharded(specs: Iterable[ParamSpec], stage: int) -> Iterator[Step]:
+    """Iterate over the steps for tensors of which every rank evaluates its own part."""
+    if paths := tuple(spec.path for spec in specs):
+        yield EvaluateShard(stage, paths)
+        yield Place(stage, paths)
 
 
 def local_only(specs: Iterable[ParamSpec], stage: int) -> Iterator[Step]:
@@ -64,7 +85,7 @@ class _Road:
 
     first: Coordinate
     stage: int
-    strategy: Strategy
+    strategy: Literal["scatter", "broadcast"]
     buckets: dict[tuple[str, tuple[MeshAxis, ...]], list[ParamSpec]] = Factory(dict)
     filled: Counter[tuple[str, tuple[MeshAxis, ...]]] = Factory(Counter)
 
@@ -86,6 +107,10 @@ class _Road:
 
     def send(self, specs: list[ParamSpec], split: tuple[MeshAxis, ...]) -> Iterator[Step]:
         paths = tuple(spec.path for spec in specs)
+        if taken := tuple(spec.path for spec in specs if isinstance(spec.source, ModuleValues)):
+            yield TakeWhole(self.stage, taken)
+        if evaluated := tuple(spec.path for spec in specs if isinstance(spec.source, InitProgram)):
+            yield EvaluateWhole(self.stage, evaluated)
         several: tuple[MeshAxis, ...] = tuple(m for m in ("data", "tensor") if self.first.mesh.num(m) > 1)
         if self.strategy == "scatter" and split:
             yield Scatter(self.stage, paths, split)

@@ -18,7 +18,8 @@ from ..specs.param import Origin, ParamSpec
 from ..specs.pattern import closest, compile_pattern
 from ..specs.plain import is_plain
 from ..specs.plan import Runtime
-from ..specs.source import FillCall, Made, TensorCall
+from ..specs.program import Fill, InitProgram, Operation
+from ..specs.source import Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
 from .callables import register
 from .skeleton import ModuleSpec, read_modules, read_tensors
@@ -123,9 +124,8 @@ class Schedule:
         if isinstance(value, (bool, int, float)):
             misfits = [wrong_fill(spec, value) for spec in self._tensors_below()]
             sch = evolve(self, problems=(*self.problems, *(problem for problem in misfits if problem)))
-            return sch._edit(
-                "init", sch._tensors_below(), lambda spec: evolve(spec, source=Made((FillCall(spec.path, value),)))
-            )
+            program = InitProgram([Operation(Fill(value))], replaces=True)
+            return sch._edit("init", sch._tensors_below(), lambda spec: evolve(spec, source=program))
         if not callable(value):
             fix = "nn.init.ones_, or a function of your own with def"
             return self._wrong(Problem(self._pattern(), f".init takes a number or a function, not {value!r}", fix))

@@ -120,6 +120,8 @@ def _plain_attributes(model: nn.Module) -> Iterator[Problem]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, value in vars(module).items():
+            if not isinstance(value, Tensor) and (not value or not isinstance(value, (dict, list, tuple, set))):
+                continue
             kept_twice = isinstance(module, nn.RNNBase) and name == "_flat_weights"  # which torch itself keeps right
             if name in ("_parameters", "_buffers", "_modules") or kept_twice:
                 continue

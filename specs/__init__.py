@@ -5,9 +5,10 @@ from .errors import PlanError, Problem
 from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
 from .param import Index, Kind, Origin, ParamSpec, Shard
 from .plan import SCHEMA_VERSION, Plan, Runtime
+from .program import Constant, InitProgram, Node, Operation
 from .receipt import Collective, Receipt
 from .report import Finding, Report
-from .source import Call, FillCall, Made, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
+from .source import Call, Made, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
 from .steps import Step
 from .tree import SpecTree
 
@@ -16,17 +17,20 @@ __all__ = [
     "SCHEMA_VERSION",
     "Call",
     "Collective",
+    "Constant",
     "Coordinate",
-    "FillCall",
     "Finding",
     "Groups",
     "Index",
+    "InitProgram",
     "Kind",
     "Made",
     "Mesh",
     "MeshAxis",
     "ModuleCall",
     "ModuleValues",
+    "Node",
+    "Operation",
     "Origin",
     "OwnValues",
     "ParamSpec",

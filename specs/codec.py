@@ -15,6 +15,7 @@ from frozendict import deepfreeze, frozendict
 from .errors import PlanError, Problem
 from .param import ParamSpec
 from .plan import SCHEMA_VERSION, Plan
+from .program import Constant, What
 from .source import Call, Source
 from .steps import Step
 from .tree import SpecTree
@@ -69,9 +70,18 @@ def loads(text: str) -> Plan:
     return plan
 
 
+def canonical_fields(plan: Plan) -> dict[str, str]:
+    """Return the one JSON text of each field of a plan: sorted keys, no spaces, no origins, no values of constants."""
+    fields = cast("dict[str, Any]", _CANONICAL.unstructure(plan))
+    return {
+        name: json.dumps(_equal_as_one(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        for name, value in sorted(fields.items())
+    }
+
+
 def canonical_json(plan: Plan) -> str:
-    """Return the one JSON text of a plan: sorted keys, no spaces, no origins, no runtime."""
-    return json.dumps(_equal_as_one(_CANONICAL.unstructure(plan)), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Return the one JSON text of a plan, without what is outside equality."""
+    return f"{{{','.join(f'{json.dumps(name)}:{text}' for name, text in plan.canonical_fields.items())}}}"
 
 
 def is_nameless(name: str) -> bool:
@@ -89,7 +99,10 @@ def _damage(cause: str) -> Problem:
 
 def _converter(*, origins: bool) -> cattrs.Converter:
     converter = make_converter(forbid_extra_keys=False)
-    for union in (Call, Source, Step):  # what the later ones contain comes first
+    converter.register_unstructure_hook(
+        Constant, make_dict_unstructure_fn(Constant, converter, values=override(omit=not origins))
+    )
+    for union in (What, Call, Source, Step):  # what the later ones contain comes first
         configure_tagged_union(union, converter, tag_name="is")
     converter.register_structure_hook_func(
         lambda cls: cls is frozendict or get_origin(cls) is frozendict,
@@ -120,17 +133,14 @@ def _format(error: BaseException, cls: type | None) -> str:
 
 def _equal_as_one(value: Any) -> Any:
     """Write numbers that are equal in one way: 1 for 1.0 and True."""
-    match value:
-        case dict():
-            return {key: _equal_as_one(item) for key, item in cast("dict[str, Any]", value).items()}
-        case list():
-            return [_equal_as_one(item) for item in cast("list[Any]", value)]
-        case bool():
-            return int(value)
-        case float() if value.is_integer():
-            return int(value)
-        case _:
-            return value
+    kind = cast("type[object]", type(value))  # a plan of 5,000 tensors has 100,000 values
+    if kind is str or kind is int:
+        return value
+    if kind is dict:
+        return {key: _equal_as_one(item) for key, item in value.items()}
+    if kind is list or kind is tuple:
+        return [_equal_as_one(item) for item in value]
+    return int(value) if kind is bool or (kind is float and value.is_integer()) else value
 
 
 def _expect(value: object, kind: type) -> Any:

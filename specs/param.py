@@ -76,7 +76,7 @@ class Shard:
 
 
 def _freeze_tags(tags: Mapping[str, Any]) -> frozendict[str, Any]:
-    return deepfreeze(dict(sorted(tags.items())))
+    return deepfreeze(dict(sorted(tags.items()))) if tags else frozendict()
 
 
 @frozen

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
+from frozendict import frozendict
+
 if TYPE_CHECKING:
     from attrs import Attribute
 
@@ -55,3 +57,28 @@ def check_integer(_: object, attribute: Attribute[Any], value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         msg = f"{attribute.name} is an integer, not {value!r}"
         raise TypeError(msg)
+
+
+def to_plain(value: Any) -> Any:
+    """Write a number that JSON has not, or does not tell from another, as a dictionary; everything else stays.
+
+    >>> to_plain(float("-inf")), to_plain(0.5)
+    (frozendict.frozendict({'float': '-inf'}), 0.5)
+    """
+    if isinstance(value, float) and (not isfinite(value) or str(value) == "-0.0"):
+        written: frozendict[str, str] = frozendict({"float": repr(value)})
+        return written
+    return value
+
+
+def from_plain(value: Any) -> Any:
+    """Undo ``to_plain``.
+
+    >>> from_plain(to_plain(float("-inf")))
+    -inf
+    """
+    match value:
+        case {"float": str() as written}:
+            return float(written)
+        case _:
+            return value

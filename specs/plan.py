@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, assert_never, get_args
 
@@ -12,12 +13,15 @@ from frozendict import deepfreeze, frozendict
 from .errors import PlanError, Problem
 from .mesh import Mesh
 from .plain import check_plain
-from .source import FillCall, ModuleCall, TensorCall
+from .program import RANDOM_SCHEME
+from .source import ModuleCall, TensorCall
 from .steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
     Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
     Generate,
     MakeGroups,
     MakeOptimizer,
@@ -36,7 +40,7 @@ from .steps import (
 )
 from .tree import SpecTree
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the JSON form; a plan of another version is refused."""
 
 
@@ -59,6 +63,7 @@ class Plan:
         target: Name of the runtime that takes the module; None for none.
         config: The target's configuration.
         seed: What all random numbers derive from.
+        random_scheme: Version of the function from seed, path and element to random values.
         schema_version: Version of the JSON form.
         runtime: Model and callables; outside equality, hash, repr and JSON.
 
@@ -72,6 +77,7 @@ class Plan:
     target: str | None = None
     config: frozendict[str, Any] | None = field(default=None, converter=deepfreeze, validator=check_plain)
     seed: int = 0
+    random_scheme: int = RANDOM_SCHEME
     schema_version: int = SCHEMA_VERSION
     runtime: Runtime = field(factory=Runtime, eq=False)
 
@@ -96,13 +102,20 @@ class Plan:
                         match call:
                             case ModuleCall(kind="init_weights", code=name) | TensorCall(function=name):
                                 names[name] = None
-                            case ModuleCall() | FillCall():
+                            case ModuleCall():
                                 pass
                 case Sync(op=op) if op not in get_args(SyncOp):
                     names[op] = None
                 case _:
                     pass
         return tuple(names)
+
+    @cached_property
+    def canonical_fields(self) -> Mapping[str, str]:
+        """The one JSON text of each field, by name: what the fingerprint is made of."""
+        from .codec import canonical_fields  # the codec needs the record
+
+        return canonical_fields(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,7 +169,9 @@ def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Prob
             case Tie(path=path, aliases=aliases):
                 named = (path, *aliases)
             case (
-                TakeWhole(paths=paths)
+                EvaluateWhole(paths=paths)
+                | EvaluateShard(paths=paths)
+                | TakeWhole(paths=paths)
                 | TakeShard(paths=paths)
                 | Allocate(paths=paths)
                 | Scatter(paths=paths)

@@ -34,7 +34,8 @@ class Receipt:
         num_tensors: Tensors placed in its module, tied ones once.
         held_bytes: Bytes of their storages.
         allocated_bytes: Bytes of all allocations, staging among them.
-        peak_bytes: Most bytes that were allocated at one time, less what init code itself allocates.
+        peak_bytes: Most bytes that were allocated at one time, less what init code itself allocates, and less what
+            evaluating init programs takes while it runs: chunks of 128 KiB a thread, constants of 64 MiB at most.
         num_groups: Process groups that it took part in making.
         collectives: Each collective, in order.
         seconds: Time from start to end; outside equality.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from attrs import field, frozen
+from attrs import frozen
 
-from .plain import check_plain
+from .program import InitProgram
 
 CodeKind = Literal["init_weights", "_init_weights", "reset_parameters", "_reset_parameters"]
 """Who owns a piece of init code: the user's callable, a Hugging Face model, or the module itself (two spellings)."""
@@ -49,25 +49,20 @@ class TensorCall:
         return self.function.partition(":")[2]
 
 
-@frozen
-class FillCall:
-    """Set every element of one tensor to a number."""
-
-    path: str
-    value: bool | int | float = field(validator=check_plain)
-
-    def __str__(self) -> str:
-        return f"fill({self.value})"
-
-
-Call = ModuleCall | TensorCall | FillCall
+Call = ModuleCall | TensorCall
 
 
 @frozen
 class Made:
-    """Init code makes the values: the last of ``calls`` that writes an element wins."""
+    """Init code makes the values of the whole tensor on one rank: the last of ``calls`` that writes an element wins.
+
+    Args:
+        calls: The code.
+        cause: Why no init program stands for it.
+    """
 
     calls: tuple[Call, ...]
+    cause: str = ""
 
     def __str__(self) -> str:
         return "; ".join(dict.fromkeys(map(str, self.calls)))
@@ -105,4 +100,4 @@ class Unknown:
         return "not planned"
 
 
-Source = Made | ModuleValues | OwnValues | Uninitialised | Unknown
+Source = InitProgram | Made | ModuleValues | OwnValues | Uninitialised | Unknown

@@ -38,12 +38,12 @@ class MakeGroups:
 
 @frozen
 class Generate:
-    """The first rank of a stage makes some whole tensors by running init code, in the order of the calls.
+    """The first rank of a stage makes some whole tensors by running init code that no init program stands for.
 
     Args:
         stage: Pipeline stage.
         paths: Tensors that are kept, each under the path at which the code writes it.
-        calls: The code, in order. Its generator is keyed by (seed, first path).
+        calls: The code, in the order in which it runs. Its generator is keyed by (seed, first path).
         scratch: Other tensors that the code touches: lent to it whole, then dropped.
     """
 
@@ -51,6 +51,22 @@ class Generate:
     paths: tuple[str, ...]
     calls: tuple[Call, ...]
     scratch: tuple[str, ...] = ()
+
+
+@frozen
+class EvaluateWhole:
+    """The first rank of a stage evaluates the init programs of some tensors, whole."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class EvaluateShard:
+    """Every rank of a stage evaluates the init programs of some tensors, for its own part alone."""
+
+    stage: int
+    paths: tuple[str, ...]
 
 
 @frozen
@@ -190,6 +206,8 @@ Step = (
     Agree
     | MakeGroups
     | Generate
+    | EvaluateWhole
+    | EvaluateShard
     | TakeWhole
     | TakeShard
     | Allocate

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from shardplan.specs import (
+    Constant,
     Coordinate,
-    FillCall,
+    InitProgram,
     Kind,
     Made,
     Mesh,
     ModuleCall,
     ModuleValues,
+    Node,
+    Operation,
     Origin,
     OwnValues,
     ParamSpec,
@@ -24,12 +28,28 @@ from shardplan.specs import (
     TensorCall,
     Uninitialised,
 )
+from shardplan.specs.plain import to_plain
+from shardplan.specs.program import (
+    Bernoulli,
+    Cauchy,
+    Exponential,
+    Fill,
+    Geometric,
+    LogNormal,
+    Map,
+    Normal,
+    Set,
+    TruncatedNormal,
+    Uniform,
+)
 from shardplan.specs.source import CodeKind, Unknown
 from shardplan.specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
     Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
     Generate,
     MakeGroups,
     MakeOptimizer,
@@ -68,14 +88,88 @@ origins = st.none() | st.builds(
     Origin, st.sampled_from(["shard", "tag"]), paths, st.sampled_from(["train.py:1", "train.py:2"])
 )
 
-numbers = st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+reals = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+chances = st.floats(0, 1)
+halves = st.floats(-1e307, 1e307)
+widths = st.floats(0, 1e307)
+intervals = st.lists(reals, min_size=2, max_size=2).map(sorted)
+draws = st.one_of(
+    st.builds(Normal, reals, positive | st.just(0)),
+    intervals.map(lambda bounds: Uniform(*bounds)),
+    positive.map(lambda bound: Uniform(-bound, bound)),
+    st.builds(lambda mean, std, a, b: TruncatedNormal(mean, std, mean - a, mean + b), halves, positive, widths, widths),
+    st.sampled_from([TruncatedNormal(0, 1, 3, 4), TruncatedNormal(0, 0.02, -0.5, -0.04), TruncatedNormal(0, 1, 2, 2)]),
+    st.builds(Exponential, positive),
+    st.builds(LogNormal, reals, positive),
+    st.builds(Bernoulli, chances),
+    st.builds(Cauchy, reals, positive),
+    st.builds(Geometric, st.floats(0, 1, exclude_min=True)),
+)
+
+numbers = st.booleans() | st.integers() | st.floats()
+"""Of any kind, infinities and no-numbers included; in arguments ``to_plain`` spells those out."""
+
+plain_arguments = st.none() | words | numbers.map(to_plain)
+spelled = st.one_of(
+    dtypes.map(lambda name: {"dtype": name}),
+    st.sampled_from(["contiguous_format", "channels_last"]).map(lambda name: {"memory_format": name}),
+    st.lists(numbers.map(to_plain), max_size=3).map(lambda v: {"tensor": v, "shape": [len(v)], "dtype": "float64"}),
+)
+"""What is not plain in torch, as an argument of a node."""
+
+
+@st.composite
+def nodes(draw, num):
+    """Operators in order; each may take the results of those before, whole or by item."""
+    chosen = []
+    for number in range(num):
+        one = plain_arguments | spelled
+        if number:
+            at = st.integers(0, number - 1)
+            one |= at.map(lambda at: {"node": at}) | st.builds(lambda at, item: {"node": at, "item": item}, at, at)
+        one |= st.lists(one, max_size=2)
+        op = draw(st.sampled_from(["arange.start_step", "full", "div.Tensor", "unbind.int", "_to_copy", "alias"]))
+        chosen.append(Node(op, draw(st.lists(one, max_size=3)), draw(st.dictionaries(words, one, max_size=2))))
+    return chosen
+
+
+@st.composite
+def constants(draw):
+    """A constant, with its values or without."""
+    shape = draw(st.lists(st.integers(0, 3), max_size=2))
+    values = st.lists(numbers.map(to_plain), min_size=prod(shape), max_size=prod(shape))
+    return Constant(shape, draw(dtypes), draw(nodes(draw(st.integers(1, 3)))), draw(st.none() | values))
+
+
+@st.composite
+def maps(draw):
+    """A pointwise operator; some of its arguments are constants."""
+    given = tuple(draw(st.lists(constants(), max_size=2)))
+    one = plain_arguments | (st.integers(0, len(given) - 1).map(lambda at: {"node": at}) if given else st.nothing())
+    op = draw(st.sampled_from(["mul_.Tensor", "clamp_", "pow_.Scalar", "masked_fill_.Scalar"]))
+    return Map(op, draw(st.lists(one, max_size=2)), draw(st.dictionaries(words, one, max_size=2)), given)
+
+
+@st.composite
+def boxes(draw):
+    """A part of a tensor: a row, rows, every other one, all."""
+    spans = st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 3)).map(lambda i: (i[0], i[0] + i[1], i[2]))
+    return tuple(draw(st.lists(st.none() | spans, max_size=3)))
+
+
+whats = draws | st.builds(Fill, numbers) | maps() | st.builds(Set, constants())
+operations = st.builds(Operation, whats, st.none() | boxes())
+programs = st.builds(InitProgram, st.lists(operations, min_size=1, max_size=3), st.booleans())
+
 calls = st.one_of(
-    st.builds(ModuleCall, paths, st.sampled_from(get_args(CodeKind)), functions, paths),
-    st.builds(TensorCall, paths, functions),
-    st.builds(FillCall, paths, numbers),
+    st.builds(ModuleCall, paths, st.sampled_from(get_args(CodeKind)), functions, paths, st.booleans()),
+    st.builds(TensorCall, paths, functions, st.booleans()),
 )
 many_calls = st.lists(calls, min_size=1, max_size=2).map(tuple)
-sources = st.builds(Made, many_calls) | st.sampled_from([ModuleValues(), OwnValues(), Uninitialised(), Unknown()])
+causes = st.sampled_from(["", "its code looks at values that are drawn"])
+others = st.sampled_from([ModuleValues(), OwnValues(), Uninitialised(), Unknown()])
+sources = programs | st.builds(Made, many_calls, causes) | others
 
 
 def meshes(max_size=3):
@@ -127,6 +221,9 @@ def trees(draw, mesh):
     return SpecTree(specs)
 
 
+_MOVES = (EvaluateWhole, EvaluateShard, TakeWhole, TakeShard, Allocate, Slice, Place)
+
+
 def steps(mesh, tree):
     """One step of any kind, about tensors of the tree."""
     stage = st.integers(0, mesh.pipe - 1)
@@ -137,7 +234,7 @@ def steps(mesh, tree):
         st.builds(Agree, st.sampled_from(["opening", "closing"])),
         st.builds(MakeGroups, st.lists(stage_axes, max_size=2).map(tuple)),
         st.builds(Generate, stage, some, many_calls, some),
-        *(st.builds(kind, stage, some) for kind in (TakeWhole, TakeShard, Allocate, Slice, Place)),
+        *(st.builds(kind, stage, some) for kind in _MOVES),
         *(st.builds(kind, stage, some, stage_axes) for kind in (Scatter, Broadcast)),
         st.builds(SetAttributes, paths, json_objects),
         *(st.builds(kind, paths) for kind in (VocabParallel, AddBiasAfterSync)),
@@ -159,4 +256,5 @@ def plans(draw):
         target=draw(st.none() | words),
         config=draw(st.none() | json_objects),
         seed=draw(st.integers()),
+        random_scheme=draw(st.integers(0, 3)),
     )

@@ -110,3 +110,10 @@ def test_every_verb_is_in_the_table():
 def test_python_blocks_fit_a_screen():
     for block in blocks("python"):
         assert all(len(line) <= 140 for line in textwrap.dedent(block).splitlines())
+
+
+def test_what_the_page_on_init_programs_prints(capsys):
+    page = (ROOT / "docs" / "init-programs.md").read_text()
+    code, printed = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    exec(code, {"__name__": "page"})
+    assert capsys.readouterr().out == printed

@@ -23,12 +23,15 @@ def errors(job, num_ranks, *args, **options):
     return [outcome.error for outcome in outcomes]
 
 
+def write_unpointwise(module):
+    """Give tensors values by an operator that no init program has, so that the code itself is run."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.copy_(torch.rand_like(tensor).sort(dim=0).values)
+
+
 def fails_for_real(module, path):
     """Init code that works while planning, and fails in the middle when it is run."""
-    for parameter in module.parameters(recurse=False):
-        parameter.fill_(1.0)
-    for buffer in module.buffers(recurse=False):
-        buffer.fill_(1.0)
+    write_unpointwise(module)
     if path == "blocks.1.up" and not isinstance(module.weight.detach(), torch._subclasses.FakeTensor):
         msg = "the disk is full"
         raise OSError(msg)
@@ -52,7 +55,7 @@ def failing_init(rank, mesh, strategy, first_large):
 
 
 @pytest.mark.parametrize("mesh", [TENSOR_2, Mesh(data=2, tensor=2)], ids=str)
-@pytest.mark.parametrize("strategy", ["scatter", "broadcast"])
+@pytest.mark.parametrize("strategy", ["local", "scatter", "broadcast"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_init_code_that_raises_on_the_maker_ends_every_rank(mesh, strategy, alone):
     for text in errors(failing_init, mesh.num_ranks, mesh, strategy, alone):
@@ -64,6 +67,32 @@ def test_init_code_that_raises_in_one_process_raises_itself():
     with pytest.raises(OSError, match="the disk is full"):
         execute(plan, device="cpu")
     assert all(tensor.is_meta for tensor in plan.runtime.model.state_dict().values())
+
+
+def failing_evaluation(rank, failing_ranks, strategy):
+    """No room for a part that a rank evaluates by itself."""
+    from shardplan.functional import effects
+
+    def evaluate(jobs, seed):
+        msg = "no room for a chunk"
+        raise MemoryError(msg)
+
+    if rank in failing_ranks:
+        effects.evaluate = evaluate
+    plan = plan_build(schedule("plain", TENSOR_2), strategy=strategy)
+    try:
+        execute(plan, device="cpu")
+    finally:
+        assert all(tensor.is_meta for tensor in plan.runtime.model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "failing"),
+    [("local", (1,)), ("local", (0,)), ("local", (0, 1)), ("scatter", (0,)), ("broadcast", (0,))],
+)
+def test_a_program_that_cannot_be_evaluated_on_some_ranks_ends_all(strategy, failing):
+    for text in errors(failing_evaluation, 2, failing, strategy):
+        assert text == f"ExecutionError: rank {failing[0]}: MemoryError: no room for a chunk"
 
 
 def failing_sync(rank, failing_ranks):
@@ -107,6 +136,8 @@ def with_other_plan(rank, what):
     sch = schedule(name, mesh)
     if rank == 1 and what == "sync":
         sch = sch.at["blocks.0"].sync("forward_pre", "all_reduce")
+    if what == "program":
+        sch = sch.at["blocks.0.norm.weight"].init(1.0 + rank)
     if what == "config":
         config = {"train_batch_size": 2 + 2 * rank, "gradient_clipping": 0.0}
     plan = plan_build(sch, seed=seed, target="deepspeed" if config else None, config=config)
@@ -123,6 +154,7 @@ def with_other_plan(rank, what):
         ("mesh", "rank 0 has mesh pipe=1 data=1 tensor=2, rank 1 has mesh pipe=1 data=2 tensor=1"),
         ("seed", "rank 0 has seed 0, rank 1 has seed 7"),
         ("model", "rank 1 differs from rank 0 in its tensors and its steps"),
+        ("program", "rank 1 differs from rank 0 in its tensors"),
         ("sync", "rank 1 differs from rank 0 in its steps"),
         ("config", "rank 1 differs from rank 0 in its target or config"),
     ],
@@ -203,8 +235,7 @@ class UnprintableError(Exception):
 
 
 def exits(module):
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        tensor.fill_(1)
+    write_unpointwise(module)
     if not isinstance(next(module.parameters()).detach(), torch._subclasses.FakeTensor):
         raise SystemExit(4) if os.environ["RAISES"] == "exit" else UnprintableError
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build, predict
-from shardplan.specs import Mesh
+from shardplan.specs import InitProgram, Mesh, dumps, loads
 from tests.ranks import results, run_ranks
 
 MIB = 2**20
@@ -50,3 +50,64 @@ def test_the_predicted_peak_is_what_the_process_takes(strategy, axis):
         assert receipt == predicted
         assert held == pytest.approx(receipt.held_bytes, abs=24 * MIB)
         assert peak == pytest.approx(receipt.peak_bytes, abs=24 * MIB)
+
+
+class Drawn(nn.Linear):
+    """Normal draws, one row of zeros, and a scale: all the memory that evaluating a program takes."""
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.weight.normal_(0, 0.02)
+            self.weight.mul_(2)
+            self.weight[0].zero_()
+
+
+class Cut(nn.Linear):
+    """Truncated normal draws, whose inverse takes memory of its own."""
+
+    def reset_parameters(self):
+        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.04, b=0.04)
+
+
+class Table(nn.Linear):
+    """A constant as large as the tensor, which each rank computes whole."""
+
+    def reset_parameters(self):
+        steps = torch.arange(float(self.weight.numel()))
+        with torch.no_grad():
+            self.weight.copy_(steps.sin().view_as(self.weight))
+
+
+def three(kind, rows, dtype):
+    return nn.Sequential(*(kind(4096, rows, bias=False, device="meta", dtype=dtype) for _ in range(3)))
+
+
+def born_in_parts(rank, text, kind, rows, dtype):
+    """The plan comes as text: planning here would leave memory behind, to be used again."""
+    plan = loads(text)
+    execute(plan_build(create_schedule(kind(64, 64, bias=False, device="meta", dtype=dtype), MESH)), device="cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    built = execute(plan, three(kind, rows, dtype), device="cpu")
+    return resident("VmHWM") - before, built.receipt, predict(plan, rank)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel does not tell a process its own peak")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "rows", "dtype"),
+    [
+        (Wide, 8192, torch.float32),
+        (Drawn, 8192, torch.bfloat16),
+        (Cut, 8192, torch.float32),
+        (Table, 512, torch.float32),
+    ],
+)
+def test_a_rank_that_evaluates_its_own_parts_needs_64_mib_beyond_them_at_most(kind, rows, dtype, axis):
+    sch = create_schedule(three(kind, rows, dtype), MESH).at["**.weight"].shard(axis=axis).at[""].sync(*GATHER)
+    plan = plan_build(sch, strategy="local")
+    assert all(isinstance(spec.source, InitProgram) for spec in plan.tree.values())
+    for peak, receipt, predicted in results(run_ranks(born_in_parts, 2, dumps(plan), kind, rows, dtype)):
+        assert receipt == predicted
+        assert receipt.held_bytes == 3 * 4096 * rows * dtype.itemsize // 2
+        assert receipt.held_bytes - 2 * MIB <= peak <= receipt.held_bytes + 64 * MIB

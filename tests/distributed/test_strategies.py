@@ -9,7 +9,7 @@ from torch import nn
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
 from shardplan.functional.resolve import Exchange
 from shardplan.specs import Mesh
-from shardplan.specs.steps import Broadcast, Generate, Scatter
+from shardplan.specs.steps import Broadcast, EvaluateWhole, Generate, Scatter, TakeWhole
 from tests.models import Plain, schedule
 from tests.ranks import results, run_ranks
 from tests.training import local_tensors, put_together
@@ -29,7 +29,7 @@ def unsplit(name):
 
 @pytest.mark.parametrize("name", ["llama", "plain"])
 @pytest.mark.parametrize("mesh", [Mesh(tensor=2), Mesh(tensor=4), Mesh(data=2, tensor=2), Mesh(data=2)], ids=str)
-@pytest.mark.parametrize("strategy", ["scatter", "broadcast"])
+@pytest.mark.parametrize("strategy", ["local", "scatter", "broadcast"])
 def test_weights_are_the_unsplit_ones_and_receipts_the_predicted(name, mesh, strategy):
     plan = plan_build(schedule(name, mesh), strategy=strategy)
     ranks = results(run_ranks(execute_ranks, mesh.num_ranks, name, mesh, {"strategy": strategy}))
@@ -38,6 +38,8 @@ def test_weights_are_the_unsplit_ones_and_receipts_the_predicted(name, mesh, str
         assert torch.equal(weights[path], tensor), path
     for rank, (_, receipt, held_by_state) in enumerate(ranks):
         assert receipt == predict(plan, rank)
+        if strategy == "local":
+            assert [call.op for call in receipt.collectives] == ["all_gather", "all_gather"]
         persistent = [s for s in plan.tree.values() if s.kind != "non_persistent_buffer"]
         assert held_by_state == sum(spec.local_bytes(mesh.coordinate(rank)) for spec in persistent)
 
@@ -52,11 +54,108 @@ def test_scatter_gives_no_other_rank_a_whole_tensor():
             work = resolve(step, here, plan.tree)
             if isinstance(work, Exchange):
                 assert all(piece.shape != piece.spec.orig_shape for piece in work.pieces if piece.path in split)
-            assert not isinstance(step, Generate) or type(work).__name__ == "Nothing"
+            assert not isinstance(step, (Generate, EvaluateWhole, TakeWhole)) or type(work).__name__ == "Nothing"
+
+
+def sort_draws(weight):
+    """Init code that mixes elements."""
+    weight.copy_(torch.randn_like(weight).sort(dim=0).values)
+
+
+class Mixed(nn.Module):
+    """Tensors of every kind: drawn, orthogonal, computed on the side, filled, and with values already."""
+
+    def __init__(self, width=16, device="meta"):
+        super().__init__()
+        self.embed = nn.Embedding(40, width, padding_idx=2, device=device)
+        self.orthogonal = nn.Linear(width, 4 * width, device=device)
+        self.sorted = nn.Linear(4 * width, width, bias=False, device=device)
+        self.wide = nn.Linear(width, 4 * width, device=device, dtype=torch.bfloat16)
+        self.register_buffer("frequencies", torch.empty(4 * width, device=device))
+        self.register_buffer("table", torch.empty(4 * width, width, dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("mask", torch.empty(8, 8, dtype=torch.bool, device=device))
+        self.kept = nn.Parameter(torch.arange(float(width)))
+        self.scale = nn.Parameter(torch.empty((), device=device))
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            steps = torch.arange(self.frequencies.numel())
+            frequencies = 1.0 / 10000 ** (steps / steps.numel())
+            self.frequencies.copy_(frequencies)
+            self.table.copy_(torch.outer(steps, frequencies[: self.table.shape[1]]).sin())
+            self.mask.copy_(torch.ones_like(self.mask).tril())
+            self.scale.fill_(2.5)
+
+
+def mixed_schedule(mesh):
+    sch = create_schedule(Mixed(), mesh).at["orthogonal.weight"].init(nn.init.orthogonal_)
+    sch = sch.at["sorted.weight"].init(sort_draws)
+    sch = sch.at["{orthogonal,wide,embed}.weight"].shard(axis=0).at["{orthogonal,wide}.bias"].shard(axis=0)
+    sch = sch.at["sorted.weight"].shard(axis=1).at["table"].shard(axis=0).at["frequencies"].shard(axis=0)
+    return sch.at[""].sync("forward_post", "all_gather", -1)
+
+
+OPAQUE = {"orthogonal.weight", "sorted.weight"}
+
+
+def execute_mixed(rank, mesh, strategy, seed):
+    plan = plan_build(mixed_schedule(mesh), strategy=strategy, seed=seed)
+    built = execute(plan, device="cpu", progress=False)
+    return local_tensors(built.module, plan.tree), built.receipt, predict(plan, rank)
+
+
+def mixed_weights(mesh, strategy, seed=3):
+    """Return the logical tensors that real processes get, and the receipts, which are the predicted ones."""
+    ranks = results(run_ranks(execute_mixed, mesh.num_ranks, mesh, strategy, seed))
+    assert [receipt for _, receipt, _ in ranks] == [predicted for *_, predicted in ranks]
+    plan = plan_build(mixed_schedule(mesh), strategy=strategy, seed=seed)
+    return put_together(plan, [local for local, *_ in ranks]), [receipt for _, receipt, _ in ranks]
+
+
+@pytest.fixture(scope="module")
+def mixed_alone():
+    """The logical tensors that one process makes."""
+    module = execute(plan_build(mixed_schedule(Mesh()), seed=3), device="cpu").module
+    return {path: t.detach() for path, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tensor=1), Mesh(tensor=2), Mesh(tensor=4), Mesh(data=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("strategy", ["local", "scatter", "broadcast"])
+def test_weights_are_bit_equal_between_strategies_and_meshes(mesh, strategy, mixed_alone):
+    weights, _ = mixed_weights(mesh, strategy)
+    assert weights.keys() == mixed_alone.keys()
+    for path, tensor in mixed_alone.items():
+        assert weights[path].dtype == tensor.dtype
+        assert torch.equal(weights[path], tensor), path
+    frame = weights["orthogonal.weight"]
+    torch.testing.assert_close(frame.T @ frame, torch.eye(16), rtol=1e-4, atol=1e-5)
+    assert weights["sorted.weight"].diff(dim=0).min() >= 0
+    assert not weights["embed.weight"][2].any()
+    assert weights["embed.weight"].std() > 0.9
+    assert torch.equal(weights["mask"], torch.ones(8, 8, dtype=torch.bool).tril())
+    assert torch.equal(weights["kept"], torch.arange(16.0))
+
+
+def test_another_seed_gives_other_weights_and_the_same_constants(mixed_alone):
+    weights, _ = mixed_weights(Mesh(tensor=2), "local", seed=4)
+    same = {path for path, tensor in mixed_alone.items() if torch.equal(weights[path], tensor)}
+    assert same == {"frequencies", "table", "mask", "kept", "scale"}
+
+
+def test_locally_only_what_has_no_program_travels():
+    mesh = Mesh(data=2, tensor=2)
+    plan = plan_build(mixed_schedule(mesh), strategy="local")
+    sent = {path for step in plan.steps if isinstance(step, (Scatter, Broadcast)) for path in step.paths}
+    assert sent == {*OPAQUE, "kept"}
+    part = sum(plan.tree[path].local_bytes(mesh.coordinate(0)) for path in OPAQUE)
+    for rank, receipt in enumerate(mixed_weights(mesh, "local")[1]):
+        calls = [(call.op, call.mesh_axes, call.num_bytes) for call in receipt.collectives if call.mesh_axes]
+        expected = [("broadcast", ("data",), part), ("broadcast", ("data", "tensor"), 4 * 16)]
+        assert sorted(calls) == ([*expected, ("scatter", ("tensor",), part)] if rank < 2 else expected)
 
 
 def test_small_replicated_tensors_travel_together():
-    plan = plan_build(schedule("llama", Mesh(tensor=2)))
+    plan = plan_build(schedule("llama", Mesh(tensor=2)), strategy="scatter")
     replicated = [path for path, spec in plan.tree.items() if not spec.shards]
     broadcasts = [step for step in plan.steps if isinstance(step, Broadcast)]
     assert [set(step.paths) for step in broadcasts] == [set(replicated)]
@@ -73,13 +172,16 @@ def test_large_tensors_travel_alone_and_are_freed_before_the_next():
     mesh = Mesh(tensor=4)
     sch = create_schedule(wide(width), mesh).at["0"].colwise().at["1"].rowwise()
     one, part = 4 * width * width, width * width
-    maker, other = (predict(plan_build(sch), rank) for rank in (0, 1))
+    maker, other = (predict(plan_build(sch, strategy="scatter"), rank) for rank in (0, 1))
     assert [call.num_bytes for call in maker.collectives if call.op == "scatter"] == [part, part]
     # the first is split into rows, which are views; the second into columns, which are copied once
     assert maker.peak_bytes == part + one + one + part
     assert other.peak_bytes == other.held_bytes + 8 * width  # the bucket of the norm's weight and bias
     classic = predict(plan_build(sch, strategy="broadcast"), 1)
     assert classic.peak_bytes == part + one + part
+    for rank in range(4):
+        born_in_parts = predict(plan_build(sch, strategy="local"), rank)
+        assert born_in_parts.peak_bytes == born_in_parts.held_bytes == 2 * part + 8 * width
 
 
 def kept_values(rank, mesh):
@@ -149,8 +251,8 @@ def many_types(rank, strategy):
     return {name: b.to(torch.complex64) for name, b in built.module.named_buffers()}, built.receipt, predict(plan, rank)
 
 
-@pytest.mark.parametrize("strategy", ["scatter", "broadcast"])
-def test_every_dtype_and_shape_travels(strategy):
+@pytest.mark.parametrize("strategy", ["local", "scatter", "broadcast"])
+def test_every_dtype_and_shape_is_made_and_travels(strategy):
     for rank, (buffers, receipt, predicted) in enumerate(results(run_ranks(many_types, 2, strategy))):
         assert receipt == predicted
         for name in DTYPES:

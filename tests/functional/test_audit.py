@@ -43,7 +43,7 @@ def test_every_rank_is_like_the_distinct_ones_that_are_looked_at():
 
 
 def test_traffic_is_that_of_the_first_rank():
-    plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)))
+    plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)), strategy="scatter")
     traffic = {(row.op, row.mesh_axes): (row.num_calls, row.num_bytes) for row in audit(plan).traffic}
     split = sum(spec.num_bytes for spec in plan.tree.values() if spec.shards) // 2
     whole = sum(spec.num_bytes for spec in plan.tree.values() if not spec.shards)
@@ -55,6 +55,19 @@ def test_traffic_is_that_of_the_first_rank():
     }
 
 
+def test_what_has_a_program_is_not_sent():
+    mesh = Mesh(data=2, tensor=2)
+    traffic = audit(plan_build(schedule("llama", mesh))).traffic
+    assert [(row.op, row.mesh_axes, row.num_calls, row.num_bytes) for row in traffic] == [("all_gather", (), 2, 256)]
+    orthogonal = schedule("llama", mesh).at["lm_head.weight"].init(nn.init.orthogonal_)
+    part = 128 * 64 * 4 // 2
+    assert {(row.op, row.mesh_axes, row.num_calls, row.num_bytes) for row in audit(plan_build(orthogonal)).traffic} == {
+        ("all_gather", (), 2, 256),
+        ("scatter", ("tensor",), 1, part),
+        ("broadcast", ("data",), 1, part),
+    }
+
+
 def test_broadcast_sends_the_whole():
     plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)), strategy="broadcast")
     traffic = {(row.op, row.mesh_axes): row.num_bytes for row in audit(plan).traffic}
@@ -62,7 +75,7 @@ def test_broadcast_sends_the_whole():
 
 
 def test_a_sound_plan_is_ok_and_prints():
-    report = audit(plan_build(schedule("llama", Mesh(tensor=2))))
+    report = audit(plan_build(schedule("llama", Mesh(tensor=2)), strategy="scatter"))
     assert report.ok
     text = str(report)
     assert text.splitlines()[-1] == "ok      yes"

@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build
-from shardplan.specs import Made, Mesh, ModuleValues, PlanError, Uninitialised
-from shardplan.specs.steps import Generate
+from shardplan.specs import InitProgram, Made, Mesh, ModuleValues, Operation, PlanError, Uninitialised
+from shardplan.specs.program import Fill, Normal
+from shardplan.specs.steps import EvaluateShard, EvaluateWhole, Generate
 
 SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -65,21 +66,57 @@ def test_scales_are_those_that_transformers_gives(make, edit):
             assert (ours.std() / theirs.std()).item() == pytest.approx(1, abs=5 / theirs.numel() ** 0.5), path
 
 
+class Orthogonal(nn.Linear):
+    """Init code that has no program."""
+
+    def reset_parameters(self):
+        nn.init.orthogonal_(self.weight)
+
+
+class Attention(nn.Module):
+    """Init code that writes the tensors of its children, and has no program."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = (Orthogonal(8, 8, bias=False) for _ in range(2))
+
+    def reset_parameters(self):
+        for child in (self.q, self.k):
+            nn.init.orthogonal_(child.weight, gain=2)
+
+
 def test_parents_that_rewrite_their_children_come_last():
     plan, _ = build(t5)
-    calls = plan.tree["decoder.block.1.layer.0.SelfAttention.q.weight"].source.calls
-    assert [call.module for call in calls] == [
-        "decoder.block.1.layer.0.SelfAttention.q",
-        "decoder.block.1.layer.0.SelfAttention",
-    ]
+    source = plan.tree["decoder.block.1.layer.0.SelfAttention.q.weight"].source
+    assert source == InitProgram([Operation(Normal(0, (128 * 16) ** -0.5))])
+    plan, module = build(lambda: nn.Sequential(Attention()))
+    assert [call.module for call in plan.tree["0.q.weight"].source.calls] == ["0.q", "0"]
+    torch.testing.assert_close(module[0].q.weight @ module[0].q.weight.T, 4 * torch.eye(8))
 
 
 def test_calls_that_write_a_common_tensor_are_one_unit():
-    plan, _ = build(t5)
+    plan, _ = build(lambda: nn.Sequential(Attention(), Attention(), Orthogonal(8, 8, bias=False)))
     units = [set(step.paths) for step in plan.steps if isinstance(step, Generate)]
-    attention = "encoder.block.1.layer.0.SelfAttention"
-    assert {f"{attention}.{name}.weight" for name in "qkvo"} in units
-    assert sum(len(unit) for unit in units) == len(set.union(*units))
+    assert units == [{"0.q.weight", "0.k.weight"}, {"1.q.weight", "1.k.weight"}, {"2.weight"}]
+
+
+def test_what_opaque_code_is_computed_from_is_made_with_it():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Parameter(torch.empty(16)) for _ in range(3))
+
+        def reset_parameters(self):
+            with torch.no_grad():
+                self.first.normal_()
+                self.second.copy_(self.first.sort().values)
+                self.third.normal_()
+
+    plan, module = build(Pair)
+    assert [step.paths for step in plan.steps if isinstance(step, Generate)] == [("first", "second")]
+    assert plan.tree["first"].source.cause == "second is computed from it"
+    assert plan.tree["third"].source == InitProgram([Operation(Normal(0, 1))])
+    assert torch.equal(module.second, module.first.sort().values)
 
 
 def test_a_tensor_that_no_code_writes_is_an_error_with_its_mend():
@@ -116,8 +153,11 @@ def test_arithmetic_on_unwritten_values_builds_on_the_code_before():
         module.weight.mul_(2)
 
     plan, module = build(lambda: nn.Linear(64, 64, bias=False), init_weights=doubled)
-    assert [call.kind for call in plan.tree["weight"].source.calls] == ["reset_parameters", "init_weights"]
+    assert str(plan.tree["weight"].source) == "uniform(±0.125); mul(2)"
     assert 1 / 8 < module.weight.abs().max() <= 2 / 8
+    plan, module = build(lambda: Orthogonal(8, 8, bias=False), init_weights=doubled)
+    assert [call.kind for call in plan.tree["weight"].source.calls] == ["reset_parameters", "init_weights"]
+    torch.testing.assert_close(module.weight @ module.weight.T, 4 * torch.eye(8))
 
 
 def test_user_code_comes_before_transformers_and_transformers_before_the_module():
@@ -126,14 +166,35 @@ def test_user_code_comes_before_transformers_and_transformers_before_the_module(
             module.weight.fill_(7.0)
 
     plan, module = build(gpt2, lambda s: s, init_weights=lambda m: None)
-    assert plan.tree["transformer.h.0.mlp.c_fc.weight"].source.calls[0].kind == "_init_weights"
+    assert plan.tree["transformer.h.0.mlp.c_fc.weight"].source == InitProgram([Operation(Normal(0, 0.02))])
+    assert str(plan.tree["transformer.h.0.attn.c_proj.weight"].source) == "normal(0, 0.01)"
     plan, module = build(gpt2, init_weights=only_norms)
     assert torch.equal(module.transformer.ln_f.weight, torch.full((128,), 7.0))
-    assert [call.kind for call in plan.tree["transformer.ln_f.weight"].source.calls] == ["init_weights"]
+    assert plan.tree["transformer.ln_f.weight"].source == InitProgram([Operation(Fill(7))])
     plan, _ = build(lambda: nn.Linear(4, 4))
-    assert [call.kind for call in plan.tree["weight"].source.calls] == ["reset_parameters"]
+    assert str(plan.tree["weight"].source) == "uniform(±0.5)"
     plan, _ = build(lambda: nn.MultiheadAttention(8, 2))
-    assert plan.tree["in_proj_weight"].source.calls[-1].kind == "_reset_parameters"
+    assert str(plan.tree["in_proj_weight"].source) == "uniform(±0.433)"
+
+
+def test_the_owners_of_opaque_code_are_named():
+    def user(module):
+        if isinstance(module, nn.Bilinear):
+            nn.init.orthogonal_(module.weight.view(4, 4))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, 4))
+
+        def _reset_parameters(self):
+            nn.init.orthogonal_(self.weight)
+
+    plan, _ = build(
+        lambda: nn.Sequential(nn.Bilinear(4, 4, 1, bias=False), Orthogonal(4, 4, bias=False), Own()), init_weights=user
+    )
+    kinds = {path: spec.source.calls[-1].kind for path, spec in plan.tree.items() if isinstance(spec.source, Made)}
+    assert kinds == {"0.weight": "init_weights", "1.weight": "reset_parameters", "2.weight": "_reset_parameters"}
 
 
 def test_user_code_may_ask_for_the_path():
@@ -238,6 +299,35 @@ def test_seed_and_path_decide_the_values():
     assert not torch.equal(one[0].weight, one[1].weight)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda weight: torch.from_numpy(np.random.randn(*weight.shape).astype("float32")),  # noqa: NPY002
+        lambda weight: torch.tensor([[random.gauss(0, 1) for _ in range(8)] for _ in range(8)]),
+        lambda weight: torch.full((8, 8), random.random()),
+        lambda weight: torch.randn(8, 8).sort().values,
+        lambda weight: torch.nn.init.orthogonal_(torch.empty(8, 8)),
+        lambda weight: torch.randn(8, 8) * 0.02,
+    ],
+    ids=["numpy", "python", "python_number", "sorted", "orthogonal", "torch"],
+)
+def test_seed_and_path_decide_whatever_code_draws_from(draw):
+    def init(module):
+        for weight in module.parameters(recurse=False):
+            weight.copy_(draw(weight))
+
+    def made(num, **options):
+        return build(
+            lambda: nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(num))), init_weights=init, **options
+        )[1]
+
+    first, same, other, alone = made(2), made(2), made(2, seed=1), made(1)
+    assert torch.equal(first[1].weight, same[1].weight)
+    assert torch.equal(first[0].weight, alone[0].weight)
+    assert not torch.equal(first[0].weight, first[1].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+
+
 def test_rotary_buffers_on_meta_get_their_values():
     config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=32)
     _, module = build(lambda: transformers.LlamaModel(config))
@@ -251,7 +341,7 @@ def test_values_that_are_there_are_kept():
         model[0].weight.fill_(9.0)
     plan = plan_build(create_schedule(model, Mesh()), init_weights=lambda module: None)
     assert plan.tree["0.weight"].source == ModuleValues()
-    assert isinstance(plan.tree["1.weight"].source, Made)
+    assert isinstance(plan.tree["1.weight"].source, InitProgram)
     module = execute(plan, device="cpu").module
     assert torch.equal(module[0].weight, torch.full((4, 4), 9.0))
     assert module.scale == 3
@@ -281,7 +371,7 @@ def test_code_that_also_touches_kept_values_does_not_change_them():
 def test_no_init_leaves_shapes_without_values():
     plan, module = build(lambda: nn.Linear(4, 4), init_weights=False)
     assert plan.tree["weight"].source == Uninitialised()
-    assert not any(isinstance(step, Generate) for step in plan.steps)
+    assert not any(isinstance(step, (Generate, EvaluateShard, EvaluateWhole)) for step in plan.steps)
     assert module.weight.shape == (4, 4)
     assert not module.weight.is_meta
 
@@ -319,10 +409,14 @@ class Tied(nn.Module):
 
 def test_a_tied_tensor_is_made_where_it_stands_first():
     plan, module = build(lambda: Tied(nn.Embedding(64, 64), nn.Linear(64, 64, bias=False)))
-    assert plan.tree["first.weight"].source.calls[0].code.endswith("Embedding.reset_parameters")
-    assert len(plan.tree["first.weight"].source.calls) == 1
+    assert plan.tree["first.weight"].source == InitProgram([Operation(Normal(0, 1))])
     assert module.first.weight.std().item() == pytest.approx(1, rel=0.1)
     assert module.second.weight is module.first.weight
+    plan, module = build(lambda: Tied(Orthogonal(8, 8, bias=False), nn.Linear(8, 8, bias=False)))
+    (call,) = plan.tree["first.weight"].source.calls
+    assert call.module == "first"
+    assert call.code.endswith("Orthogonal.reset_parameters")
+    torch.testing.assert_close(module.second.weight @ module.second.weight.T, torch.eye(8))
 
 
 def test_a_tied_tensor_is_made_where_code_writes_it():
@@ -331,8 +425,10 @@ def test_a_tied_tensor_is_made_where_code_writes_it():
             super().__init__()
             self.weight = nn.Parameter(torch.empty(64, 64))
 
-    plan, module = build(lambda: Tied(Bare(), nn.Linear(64, 64, bias=False)))
+    plan, _ = build(lambda: Tied(Bare(), Orthogonal(64, 64, bias=False)))
     assert [step.paths for step in plan.steps if isinstance(step, Generate)] == [("second.weight",)]
+    plan, module = build(lambda: Tied(Bare(), nn.Linear(64, 64, bias=False)))
+    assert str(plan.tree["first.weight"].source) == "uniform(±0.125)"
     assert 0.12 < module.first.weight.abs().max() <= 0.125
     assert module.second.weight is module.first.weight
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
-from shardplan.specs import Mesh, PlanError, dumps, loads
-from shardplan.specs.steps import MakeGroups, Sync, Tie, Wrap
+from shardplan.specs import Made, Mesh, PlanError, dumps, loads
+from shardplan.specs.steps import (
+    Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
+    Generate,
+    MakeGroups,
+    Place,
+    Scatter,
+    Sync,
+    TakeWhole,
+    Tie,
+    Wrap,
+)
 from tests.models import llama, plain, schedule, split_llama, split_plain
 
 TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
@@ -73,10 +86,63 @@ def test_a_saved_plan_is_the_plan():
 
 
 def test_a_lambda_runs_but_is_not_saved():
-    sch = schedule("plain").at["blocks.0.norm.weight"].init(lambda weight: weight.fill_(2))
+    sch = schedule("plain").at["blocks.0.up.weight"].init(lambda weight: nn.init.orthogonal_(weight))  # noqa: PLW0108  it is to be nameless
     assert "test_plan:" in plan_build(sch).callables[0]
     with pytest.raises(PlanError, match=r"<lambda>: a lambda, closure or other nameless function runs, but cannot be saved"):
         dumps(plan_build(sch))
+
+
+def test_a_lambda_whose_program_is_known_is_saved_as_that():
+    plan = plan_build(schedule("plain").at["blocks.0.up.weight"].init(lambda weight: weight.fill_(2)))
+    assert plan.callables == ()
+    assert str(loads(dumps(plan)).tree["blocks.0.up.weight"].source) == "fill(2)"
+
+
+def moves(sch, strategy):
+    kinds = (Generate, TakeWhole, EvaluateWhole, EvaluateShard, Scatter, Broadcast, Place)
+    return [step for step in plan_build(sch, strategy=strategy).steps if isinstance(step, kinds)]
+
+
+def mixed():
+    """One tensor with values, one that has a program, and one that has none."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), *(nn.Linear(4, 4, bias=False, device="meta") for _ in range(2)))
+    return create_schedule(model, Mesh(tensor=2)).at["2.weight"].init(nn.init.orthogonal_)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "local"])
+def test_locally_only_what_has_no_program_is_sent(strategy):
+    evaluate, place, *sent = moves(mixed(), strategy)
+    assert evaluate == EvaluateShard(0, ("1.weight",))
+    assert place == Place(0, ("1.weight",))
+    paths = ("0.weight", "2.weight")
+    assert [type(step) for step in sent] == [Generate, TakeWhole, Broadcast, Place]
+    assert sent[0].paths == ("2.weight",)
+    assert sent[1:] == [TakeWhole(0, ("0.weight",)), Broadcast(0, paths, ("tensor",)), Place(0, paths)]
+    split = moves(mixed().at["**.weight"].shard(axis=0).at["2"].sync("forward_post", "all_gather", -1), strategy)
+    assert Scatter(0, paths, ("tensor",)) in split
+
+
+@pytest.mark.parametrize("strategy", ["scatter", "broadcast"])
+def test_programs_are_evaluated_whole_right_before_they_are_sent(strategy):
+    steps = moves(schedule("llama", Mesh(data=2, tensor=2)), strategy)
+    assert not [step for step in steps if isinstance(step, (EvaluateShard, Generate, TakeWhole))]
+    for step, after in pairwise(steps):
+        if isinstance(step, EvaluateWhole):
+            assert isinstance(after, Scatter | Broadcast)
+            assert after.paths == step.paths
+    evaluated = [path for step in steps if isinstance(step, EvaluateWhole) for path in step.paths]
+    assert sorted(evaluated) == sorted(plan_build(schedule("llama")).tree)
+    assert {type(step) for step in moves(mixed(), strategy)} == {Generate, TakeWhole, EvaluateWhole, Broadcast, Place}
+
+
+def test_what_has_no_program_says_why():
+    plan = plan_build(mixed())
+    assert {path: type(spec.source) is Made for path, spec in plan.tree.items()} == {
+        "0.weight": False,
+        "1.weight": False,
+        "2.weight": True,
+    }
+    assert plan.tree["2.weight"].source.cause
 
 
 def test_steps_that_mean_nothing_on_a_mesh_are_left_out():
@@ -86,13 +152,17 @@ def test_steps_that_mean_nothing_on_a_mesh_are_left_out():
 
 
 def test_groups_are_those_that_are_needed():
-    def groups(mesh, **options):
+    def groups(mesh, strategy="scatter", **options):
+        options["strategy"] = strategy
         return [step.over for step in plan_build(schedule("llama", mesh), **options).steps if isinstance(step, MakeGroups)]
 
     assert groups(Mesh(tensor=2)) == [(("tensor",),)]
     assert groups(Mesh(data=2, tensor=2)) == [(("data",), ("data", "tensor"), ("tensor",))]
     assert groups(Mesh(data=2)) == [(("data",),)]
     assert groups(Mesh(tensor=2), target="deepspeed", config=CONFIG) == [(("data",), ("tensor",))]
+    assert groups(Mesh(data=2, tensor=2), "local") == [(("tensor",),)]
+    assert groups(Mesh(data=2), "local") == []
+    assert groups(Mesh(data=2), "local", target="deepspeed", config=CONFIG) == [(("data",), ("tensor",))]
 
 
 def test_ties_are_steps():

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, execute, plan_build
-from shardplan.specs import FillCall, Made, Mesh, PlanError, Shard, TensorCall
+from shardplan.specs import InitProgram, Made, Mesh, Operation, PlanError, Shard, TensorCall
+from shardplan.specs.program import Fill
 from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
 from tests.models import llama, plain, split_llama
 
@@ -93,7 +94,7 @@ def test_tags_and_values_reach_all_tensors_below_a_module():
     tagged = [spec.path for spec in sch.tree.values() if spec.tags.get("rate") == 0.5]
     assert len(tagged) == 9
     assert all(path.startswith("model.layers.0.") for path in tagged)
-    assert sch.tree["model.norm.weight"].source == Made((FillCall("model.norm.weight", 2),))
+    assert sch.tree["model.norm.weight"].source == InitProgram([Operation(Fill(2))], replaces=True)
     assert sch.tree["model.norm.weight"].tags == {"rate": 1}
 
 
@@ -197,9 +198,9 @@ def test_a_split_that_does_not_divide_says_the_sizes():
 
 def test_all_problems_come_at_once(sch):
     bad = sch.at["nothing.here"].tag(x=1).at["0.bias"].shard(axis=3).at["1"].rowwise()
-    message = problem_of(bad, target="megatron", strategy="local", seed="x")
+    message = problem_of(bad, target="megatron", strategy="gossip", seed="x")
     assert message.startswith("6 problems\n")
-    for text in ("nothing.here", "no axis 3", ".rowwise() is for", "'megatron' is unknown", "'local' is unknown", "seed"):
+    for text in ("nothing.here", "no axis 3", ".rowwise() is for", "'megatron' is unknown", "'gossip' is unknown", "seed"):
         assert text in message
 
 

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from shardplan.specs import (
     Call,
-    FillCall,
+    Constant,
+    InitProgram,
     Made,
     Mesh,
     ModuleCall,
     ModuleValues,
+    Node,
+    Operation,
     Origin,
     OwnValues,
     ParamSpec,
@@ -36,12 +39,29 @@ from shardplan.specs import (
     dumps,
     loads,
 )
+from shardplan.specs.program import (
+    RANDOM_SCHEME,
+    Bernoulli,
+    Cauchy,
+    Exponential,
+    Fill,
+    Geometric,
+    LogNormal,
+    Map,
+    Normal,
+    Set,
+    TruncatedNormal,
+    Uniform,
+    What,
+)
 from shardplan.specs.source import Unknown
 from shardplan.specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
     Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
     Generate,
     MakeGroups,
     MakeOptimizer,
@@ -56,15 +76,33 @@ from shardplan.specs.steps import (
     VocabParallel,
     Wrap,
 )
-from tests.strategies import json_values, law, param_specs, plans, words
+from tests.strategies import constants, json_values, law, param_specs, plans, programs, words
 
 NAMES = ("calm", "dark", "early", "fast", "green", "heavy")
 CALLS = (
     ModuleCall("up", "_init_weights", "shapes.layers:Up._init_weights", owner="up"),
     TensorCall("up.weight", "train:fill"),
-    FillCall("up.weight", 0.5),
 )
-SOURCES = (Made(CALLS), ModuleValues(), OwnValues(), Uninitialised(), Unknown())
+NODES = (
+    Node("arange.start_step", (0, 4, 1), {"dtype": {"dtype": "int64"}, "pin_memory": None}),
+    Node("full", ([4], {"float": "-inf"})),
+    Node("_to_copy", ({"tensor": [1, {"float": "nan"}], "shape": [2], "dtype": "float64"},)),
+    Node("unbind.int", ({"node": 0},)),
+    Node("clone", ({"node": 3, "item": 1},), {"memory_format": {"memory_format": "contiguous_format"}}),
+)
+CONSTANT = Constant((2,), "float32", NODES, values=[0.5, {"float": "inf"}])
+PROGRAM = InitProgram(
+    [
+        Operation(Normal(0, 0.02)),
+        Operation(TruncatedNormal(0, 1, -2, 2), (None, (0, 4, 2))),
+        *map(Operation, (Uniform(-1, 1), Exponential(2), LogNormal(0, 1), Bernoulli(0.5), Cauchy(0, 1), Geometric(0.5))),
+        Operation(Map("mul_.Tensor", ({"node": 0},), {"alpha": 2}, [CONSTANT])),
+        Operation(Set(CONSTANT)),
+        Operation(Fill(float("-inf")), ((0, 1, 1), None)),
+    ],
+    replaces=True,
+)
+SOURCES = (PROGRAM, Made(CALLS, "its code looks at values"), ModuleValues(), OwnValues(), Uninitialised(), Unknown())
 STEPS = (
     Agree("opening"),
     MakeGroups((("data",), ("data", "tensor"))),
@@ -72,6 +110,8 @@ STEPS = (
     TakeWhole(0, ("s.1",)),
     TakeShard(0, ("s.2",)),
     Allocate(0, ("s.3",)),
+    EvaluateWhole(0, ("s.0",)),
+    EvaluateShard(0, ("s.0",)),
     Scatter(0, ("up.weight",), ("tensor",)),
     Broadcast(0, ("up.weight",), ("data",)),
     Slice(0, ("up.weight",)),
@@ -106,9 +146,27 @@ def example():
     return Plan(Mesh(2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7)
 
 
-def filled(value):
-    tree = SpecTree([ParamSpec("w", (4,), "float32")])
-    return Plan(Mesh(), tree, [Generate(0, ("w",), (FillCall("w", value),))])
+def with_source(source):
+    return Plan(Mesh(), SpecTree([ParamSpec("w", (4,), "float32", source=source)]), ())
+
+
+def done(what, box=None):
+    return with_source(InitProgram([Operation(what, box)]))
+
+
+def without_values(source):
+    """Return a source whose constants have lost the values that were computed while planning."""
+
+    def bare(operation):
+        match operation.what:
+            case Set(constant=constant):
+                return evolve(operation, what=Set(evolve(constant, values=None)))
+            case Map(constants=given):
+                return evolve(operation, what=evolve(operation.what, constants=[evolve(one, values=None) for one in given]))
+            case _:
+                return operation
+
+    return evolve(source, operations=map(bare, source.operations)) if isinstance(source, InitProgram) else source
 
 
 @law
@@ -127,7 +185,16 @@ def test_origins_survive_json(plan):
     assert [spec.origin for spec in loads(dumps(plan)).tree.values()] == [spec.origin for spec in plan.tree.values()]
 
 
-def test_every_kind_of_step_source_and_call_survives_json():
+@law
+@given(programs)
+def test_values_of_constants_survive_json(program):
+    (again,) = loads(dumps(with_source(program))).tree.specs
+    assert again.source == program
+    assert [one.values for one in again.source.constants] == [one.values for one in program.constants]
+
+
+def test_every_kind_of_step_source_call_and_operation_survives_json():
+    assert {type(operation.what) for operation in PROGRAM.operations} == set(get_args(What))
     assert {type(step) for step in STEPS} == set(get_args(Step))
     assert {type(source) for source in SOURCES} == set(get_args(Source))
     assert {type(call) for call in CALLS} == set(get_args(Call))
@@ -136,12 +203,33 @@ def test_every_kind_of_step_source_and_call_survives_json():
     assert again == example()
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_numbers_that_json_has_not_are_refused_where_they_are_written(value):
-    with pytest.raises(ValueError, match="value: a plan holds plain, finite JSON values, not"):
-        filled(value)
-    with pytest.raises(ValueError, match="config: a plan holds plain, finite JSON values, not"):
-        evolve(example(), config={"clip": value})
+NOT_IN_JSON = [float("inf"), float("-inf"), float("nan")]
+
+
+@pytest.mark.parametrize("value", NOT_IN_JSON)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: Map("add_.Tensor", (value,)), "args"),
+        (lambda value: Map("add_.Tensor", (1,), {"alpha": [value]}), "kwargs"),
+        (lambda value: Node("full", ([4], value)), "args"),
+        (lambda value: Node("full", (), {"fill_value": value}), "kwargs"),
+        (lambda value: evolve(CONSTANT, values=[0, value]), "values"),
+        (lambda value: evolve(example(), config={"clip": value}), "config"),
+    ],
+)
+def test_numbers_that_json_has_not_are_refused_where_they_are_written(make, name, value):
+    with pytest.raises(ValueError, match=f"{name}: a plan holds plain, finite JSON values, not"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", NOT_IN_JSON)
+def test_a_fill_spells_them_out(value):
+    text = dumps(done(Fill(value)))
+    json.loads(text, parse_constant=pytest.fail)
+    (again,) = loads(text).tree.specs
+    assert repr(again.source.operations[0].what.number) == repr(value)
+    assert len({done(Fill(one)).fingerprint for one in (*NOT_IN_JSON, 1.0)}) == 4
 
 
 @law
@@ -150,7 +238,16 @@ def test_plans_are_equal_if_and_only_if_their_fingerprints_are(one, other):
     assert (one == other) == (one.fingerprint == other.fingerprint)
 
 
-@pytest.mark.parametrize("make", [filled, lambda value: evolve(example(), config={"clip": value})])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: done(Fill(value)),
+        lambda value: done(Normal(value, 1)),
+        lambda value: done(Map("clamp_", (value,), {"max": value})),
+        lambda value: done(Set(evolve(CONSTANT, nodes=[Node("full", ([2], value))]))),
+        lambda value: evolve(example(), config={"clip": value}),
+    ],
+)
 @pytest.mark.parametrize(("one", "other"), [(1, 1.0), (1, True), (0.0, -0.0)])
 def test_equal_numbers_of_different_types_keep_that_law(make, one, other):
     assert (make(one) == make(other)) == (make(one).fingerprint == make(other).fingerprint)
@@ -166,6 +263,8 @@ def test_equal_numbers_of_different_types_keep_that_law(make, one, other):
         {"target": None},
         {"config": None},
         {"seed": 8},
+        {"random_scheme": RANDOM_SCHEME + 1},
+        {"tree": example().tree.map(lambda spec: evolve(spec, source=PROGRAM))},
     ],
 )
 def test_every_field_counts_in_equality_and_fingerprint(change):
@@ -174,12 +273,73 @@ def test_every_field_counts_in_equality_and_fingerprint(change):
     assert changed.fingerprint != example().fingerprint
 
 
+def operations_with(**change):
+    """Return the operations of the example's program, one changed by a field of its own."""
+    return [
+        evolve(operation, **change) if operation.what == Set(CONSTANT) else operation for operation in PROGRAM.operations
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        evolve(PROGRAM, replaces=False),
+        evolve(PROGRAM, operations=PROGRAM.operations[::-1]),
+        evolve(PROGRAM, operations=operations_with(box=((0, 1, 1),))),
+        evolve(PROGRAM, operations=operations_with(what=Set(evolve(CONSTANT, shape=(1, 2))))),
+        evolve(PROGRAM, operations=operations_with(what=Set(evolve(CONSTANT, dtype="float64")))),
+        evolve(PROGRAM, operations=operations_with(what=Set(evolve(CONSTANT, nodes=NODES[:-1])))),
+        evolve(
+            PROGRAM, operations=operations_with(what=Set(evolve(CONSTANT, nodes=[evolve(NODES[0], op="rand"), *NODES[1:]])))
+        ),
+        evolve(PROGRAM, operations=operations_with(what=Map("copy_", ({"node": 0},), {}, [CONSTANT]))),
+    ],
+)
+def test_every_field_of_a_program_counts(changed):
+    assert changed != PROGRAM
+    assert with_source(changed).fingerprint != with_source(PROGRAM).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Normal(0, 1), LogNormal(0, 1)),
+        (Normal(0, 1), Normal(0, 1.0000000001)),
+        (Bernoulli(0.5), Geometric(0.5)),
+        (Uniform(-1, 1), Uniform(-1, 2)),
+        (TruncatedNormal(0, 1, -2, 2), TruncatedNormal(0, 1, -2, 3)),
+        (Map("pow_.Scalar", (2,)), Map("pow_.Scalar", (3,))),
+        (Map("clamp_", (), {"min": 0}), Map("clamp_", (), {"max": 0})),
+        (Map("pow_.Scalar", (2,)), Map("mul_.Tensor", (2,))),
+    ],
+)
+def test_operations_that_differ_give_other_fingerprints(one, other):
+    assert one != other
+    assert done(one).fingerprint != done(other).fingerprint
+    assert done(one, ((0, 1, 1),)).fingerprint != done(one, ((0, 2, 1),)).fingerprint
+
+
 @law
 @given(plans())
-def test_origins_and_runtime_count_in_neither(plan):
-    bare = evolve(plan, tree=plan.tree.map(lambda spec: evolve(spec, origin=None)), runtime=Runtime(model=object()))
+def test_origins_values_of_constants_and_runtime_count_in_neither(plan):
+    tree = plan.tree.map(lambda spec: evolve(spec, origin=None, source=without_values(spec.source)))
+    bare = evolve(plan, tree=tree, runtime=Runtime(model=object()))
     assert bare == plan
+    assert hash(bare) == hash(plan)
     assert bare.fingerprint == plan.fingerprint
+
+
+@law
+@given(constants())
+def test_values_of_constants_are_no_part_of_what_is_fingerprinted(constant):
+    bare = evolve(constant, values=None)
+    for what, same in (
+        (Set(constant), Set(bare)),
+        (Map("mul_.Tensor", ({"node": 0},), {}, [constant]), Map("mul_.Tensor", ({"node": 0},), {}, [bare])),
+    ):
+        assert what == same
+        assert hash(what) == hash(same)
+        assert done(what).fingerprint == done(same).fingerprint
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1", "2"])
@@ -196,7 +356,13 @@ def test_a_saved_plan_reads_like_the_records():
     assert data["steps"][0] == {"moment": "opening", "is": "Agree"}
     assert data["tree"][0]["shards"] == [{"axis": 0, "mesh_axis": "tensor"}]
     assert data["tree"][0]["origin"] == {"verb": "colwise", "pattern": "up", "where": "train.py:12"}
-    assert (data["schema_version"], data["fingerprint"]) == (1, example().fingerprint)
+    assert data["tree"][0]["source"]["operations"][0] == {"what": {"mean": 0.0, "std": 0.02, "is": "Normal"}, "box": None}
+    assert data["tree"][0]["source"]["operations"][-1] == {
+        "what": {"value": {"float": "-inf"}, "is": "Fill"},
+        "box": [[0, 1, 1], None],
+    }
+    assert data["random_scheme"] == RANDOM_SCHEME
+    assert (data["schema_version"], data["fingerprint"]) == (2, example().fingerprint)
     assert "runtime" not in data
 
 
@@ -208,15 +374,18 @@ def test_a_saved_plan_reads_like_the_records():
         ("[]", "it is damaged: it is a JSON list, not an object"),
         (
             "{}",
-            "its schema version is None, and this shardplan reads 1\n      Plan again with this version, or load it with",
+            "its schema version is None, and this shardplan reads 2\n      Plan again with this version, or load it with",
         ),
-        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 1"),
-        ('{"schema_version": 1}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
+        ('{"schema_version": 1}', "its schema version is 1, and this shardplan reads 2"),
+        ('{"schema_version": 2}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
     ],
 )
 def test_what_is_no_plan_of_this_version_is_refused(text, error):
     with pytest.raises(PlanError, match=error):
         loads(text)
+
+
+OPERATIONS = ("tree", 0, "source", "operations")
 
 
 def damaged(*where, value):
@@ -243,7 +412,18 @@ def damaged(*where, value):
         (damaged("tree", 1, "tags", value=[]), r"@ plan\.tree\[1\]\.tags"),
         (damaged("steps", 0, "moment", value="noon"), r"noon not in literal .* @ plan\.steps\[0\]\.moment"),
         (damaged("steps", 3, value=5), r"@ plan\.steps\[3\]"),
-        (damaged("tree", 0, "source", "calls", 2, "value", value="x"), r"@ plan\.tree\[0\]\.source\.calls\[2\]\.value"),
+        (damaged(*OPERATIONS, 0, "what", "mean", value="x"), r"@ plan\.tree\[0\]\.source\.operations\[0\]\.what\.mean"),
+        (damaged(*OPERATIONS, 0, "what", "std", value=-1.0), r"'std' must be >= 0: -1\.0.*@ plan\.tree\[0\]\.source"),
+        (damaged(*OPERATIONS, 5, "what", "p", value=2.0), r"p is a probability, not 2\.0.*\.operations\[5\]\.what"),
+        (damaged(*OPERATIONS, 0, "box", value=[[0, 1]]), r"@ plan\.tree\[0\]\.source\.operations\[0\]\.box"),
+        (damaged(*OPERATIONS, 1, "box", value=[None, [0, 4, "x"]]), r"\.operations\[1\]\.box"),
+        (damaged(*OPERATIONS, 8, "what", "kwargs", value=[]), r"\.operations\[8\]\.what\.kwargs"),
+        (damaged(*OPERATIONS, 9, "what", "constant", "nodes", value=3), r"\.operations\[9\]\.what\.constant\.nodes"),
+        (damaged(*OPERATIONS, 9, "what", "constant", "shape", value=["two"]), r"\.what\.constant\.shape\[0\]"),
+        (damaged(*OPERATIONS, 9, "what", "constant", "nodes", 0, "op", value="rand"), "its fingerprint says"),
+        (damaged("tree", 0, "source", "replaces", value=False), "its fingerprint says"),
+        (damaged("tree", 2, "source", "cause", value=""), "its fingerprint says"),
+        (damaged("random_scheme", value=2), "its fingerprint says"),
     ],
 )
 def test_a_damaged_plan_is_refused_and_says_where(text, error):
@@ -259,6 +439,9 @@ def test_a_damaged_plan_is_refused_and_says_where(text, error):
         (damaged("tree", 0, "orig_shape", value=[7, 4]), "up.weight .* axis 0 has 7 entries, mesh axis 'tensor' has 2"),
         (damaged("steps", 3, "paths", value=["v"]), "v: a TakeWhole step names it, but no tensor has it"),
         (damaged("steps", 0, "is", value="Nope"), "'Nope'"),
+        (damaged("steps", 6, "paths", value=["v"]), "v: an? EvaluateWhole step names it, but no tensor has it"),
+        (damaged("steps", 7, "paths", value=["v"]), "v: an? EvaluateShard step names it, but no tensor has it"),
+        (damaged(*OPERATIONS, 0, "what", "is", value="Gumbel"), "'Gumbel'"),
     ],
 )
 def test_a_damaged_plan_tells_what_the_record_refused(text, cause):
@@ -266,7 +449,9 @@ def test_a_damaged_plan_tells_what_the_record_refused(text, cause):
         loads(text)
 
 
-@pytest.mark.parametrize("where", [("seed",), ("tree", 0, "tags", "calm"), ("tree", 0, "source", "calls", 2, "value")])
+@pytest.mark.parametrize(
+    "where", [("seed",), ("tree", 0, "tags", "calm"), (*OPERATIONS, 0, "what", "mean"), (*OPERATIONS, -1, "what", "value")]
+)
 def test_a_number_that_json_has_not_is_damage(where):
     with pytest.raises(PlanError, match="it is damaged"):
         loads(damaged(*where, value=float("nan")))

@@ -11,11 +11,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.functional import plan_build
-from shardplan.specs import FillCall, Made, Mesh, ModuleValues, ParamSpec, Plan, Shard, SpecTree, TensorCall
+from shardplan.specs import (
+    Constant,
+    InitProgram,
+    Made,
+    Mesh,
+    ModuleCall,
+    ModuleValues,
+    Node,
+    Operation,
+    ParamSpec,
+    Plan,
+    Shard,
+    SpecTree,
+    TensorCall,
+)
 from shardplan.specs.fold import fold
+from shardplan.specs.program import (
+    Bernoulli,
+    Cauchy,
+    Exponential,
+    Fill,
+    Geometric,
+    LogNormal,
+    Map,
+    Normal,
+    Set,
+    TruncatedNormal,
+    Uniform,
+)
 from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
 from tests.models import llama, split_llama
-from tests.strategies import law, paths, plans, words
+from tests.strategies import law, paths, plans, programs, words
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -102,14 +129,105 @@ def test_every_tensor_is_shown_with_its_type(names):
     assert [re.split(r"  +", line)[:3] for line in lines] == [["stage 0", spec.path, spec.type] for spec in tree.values()]
 
 
+ROTARY = Constant(
+    (4,),
+    "float32",
+    [
+        Node("arange.start_step", (0, 8, 2)),
+        Node("_to_copy", ({"node": 0},), {"dtype": {"dtype": "float32"}}),
+        Node("div.Tensor", ({"node": 1}, 8)),
+        Node("pow.Scalar", (10000.0, {"node": 2})),
+        Node("reciprocal", ({"node": 3},)),
+    ],
+)
+COPIED = Constant((4,), "float32", [Node("lift_fresh", ({"tensor": [1, 2], "shape": [2], "dtype": "float32"},))])
+
+
+@pytest.mark.parametrize(
+    ("what", "shown"),
+    [
+        (Normal(0, 0.02), "normal(0, 0.02)"),
+        (Normal(-1.5, 1), "normal(-1.5, 1)"),
+        (Uniform(-0.02209708691207961, 0.02209708691207961), "uniform(±0.0221)"),
+        (Uniform(0.5, 1.5), "uniform(0.5, 1.5)"),
+        (TruncatedNormal(0, 0.02, -0.04, 0.04), "truncated_normal(0, 0.02, ±0.04)"),
+        (TruncatedNormal(0, 1, 3, 4), "truncated_normal(0, 1, 3, 4)"),
+        (Exponential(2), "exponential(2)"),
+        (LogNormal(0, 0.25), "log_normal(0, 0.25)"),
+        (Bernoulli(0.5), "bernoulli(0.5)"),
+        (Cauchy(0, 1), "cauchy(0, 1)"),
+        (Geometric(0.125), "geometric(0.125)"),
+        (Fill(0), "zero"),
+        (Fill(0.0), "zero"),
+        (Fill(1.0), "fill(1)"),
+        (Fill(True), "fill(True)"),
+        (Fill(False), "fill(False)"),
+        (Fill(float("-inf")), "fill(-inf)"),
+        (Fill(float("nan")), "fill(nan)"),
+        (Map("mul_.Tensor", (2,)), "mul(2)"),
+        (Map("clamp_", (), {"min": -2, "max": {"float": "inf"}}), "clamp(min=-2, max=inf)"),
+        (Map("clamp_", (None, 0.5)), "clamp(None, 0.5)"),
+        (Map("exp_"), "exp()"),
+        (Map("add_.Tensor", ({"node": 0},), {"alpha": 3}, [COPIED]), "add([numbers], alpha=3)"),
+        (Set(ROTARY), "constant(arange, div, pow, reciprocal)"),
+        (
+            Set(Constant((4,), "float32", [*ROTARY.nodes, *(Node(name, ({"node": 4},)) for name in ("neg", "cos", "exp"))])),
+            "constant(arange, div, pow, reciprocal, neg, cos, ...)",
+        ),
+        (Set(COPIED), "constant(numbers)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_operation_is_shown_in_a_few_words(what, shown):
+    assert str(Operation(what)) == shown
+    assert f"  {shown}  " in str(
+        Plan(Mesh(), SpecTree([ParamSpec("w", (), "float32", source=InitProgram([Operation(what)]))]), ())
+    )
+
+
+@pytest.mark.parametrize(
+    ("box", "shown"),
+    [
+        (((0, 1, 1), None), "zero row 0"),
+        (((2, 5, 1), None, None), "zero rows 2:5"),
+        (((0, 1, 1),), "zero [0]"),
+        (((0, 4, 2), None), "zero [0:4:2, :]"),
+        ((None, (3, 4, 1)), "zero [:, 3]"),
+        ((None, (0, 8, 1)), "zero [:, 0:8]"),
+        (((0, 1, 1), (1, 3, 1)), "zero [0, 1:3]"),
+    ],
+)
+def test_the_part_that_an_operation_is_about_is_shown(box, shown):
+    assert str(Operation(Fill(0), box)) == shown
+
+
+@law
+@given(programs)
+def test_a_program_is_shown_as_its_operations_in_order(program):
+    assert str(program) == "; ".join(map(str, program.operations))
+    shown = str(Plan(Mesh(), SpecTree([ParamSpec("w", (4,), "float32", source=program)]), ()))
+    assert f"  {program}  16 B/rank" in shown
+
+
+def test_what_has_no_program_is_shown_by_its_code():
+    calls = (
+        ModuleCall("", "init_weights", "train:Model.init"),
+        TensorCall("w", "train:fill"),
+        TensorCall("w", "train:fill"),
+    )
+    assert str(Made(calls, "its code looks at values that are drawn")) == "Model.init; fill"
+
+
 def test_golden_of_a_llama():
     check_golden("llama.txt", plan_build(split_llama(llama(), Mesh(data=2, tensor=2))))
 
 
 def test_golden_of_all_that_can_be_noted():
     head = ParamSpec("embed.weight", (64, 16), "bfloat16", shards=(Shard(0),), tie=("head.weight",), source=ModuleValues())
-    gain = ParamSpec("gain", (16,), "float32", requires_grad=False, source=Made((FillCall("gain", 1.0),)))
-    fill = Made((TensorCall("mask", "train:causal"), FillCall("mask", 0), FillCall("mask", 0)))
+    gain = ParamSpec("gain", (16,), "float32", requires_grad=False, source=InitProgram([Operation(Fill(1.0))]))
+    fill = Made((TensorCall("mask", "train:causal"), TensorCall("mask", "train:fill"), TensorCall("mask", "train:fill")))
+    program = InitProgram([Operation(Normal(0, 0.02)), Operation(Fill(0), ((0, 1, 1), None))])
+    words = ParamSpec("words.weight", (64, 16), "bfloat16", source=program)
     mask = ParamSpec("mask", (8, 8), "bool", kind="buffer", tags={"why": "causal", "rows": [1, 2]}, source=fill)
     table = ParamSpec("table", (), "int64", kind="non_persistent_buffer", stage=1)
     layout = [
@@ -119,7 +237,7 @@ def test_golden_of_all_that_can_be_noted():
         *(Sync(f"layers.{i}", "forward_pre", "train:join", mesh_axis="data") for i in range(3)),
         AddBiasAfterSync("head"),
     ]
-    tree = SpecTree([head, gain, mask, table])
+    tree = SpecTree([head, words, gain, mask, table])
     check_golden("notes.txt", Plan(Mesh(pipe=2, tensor=2), tree, layout, target="deepspeed", seed=7))
 
 

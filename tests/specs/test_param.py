@@ -13,10 +13,35 @@ from attrs.exceptions import FrozenInstanceError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardplan.specs import MESH_AXES, FillCall, Made, Mesh, Origin, ParamSpec, Shard
+from shardplan.specs import (
+    MESH_AXES,
+    Constant,
+    InitProgram,
+    Made,
+    Mesh,
+    Node,
+    Operation,
+    Origin,
+    ParamSpec,
+    Shard,
+    TensorCall,
+)
 from shardplan.specs.dtypes import human_bytes, is_known, num_bytes, short_name
 from shardplan.specs.param import index_shape
-from tests.strategies import coordinates, law, meshes, param_specs
+from shardplan.specs.program import (
+    Bernoulli,
+    Cauchy,
+    Exponential,
+    Fill,
+    Geometric,
+    LogNormal,
+    Map,
+    Normal,
+    Set,
+    TruncatedNormal,
+    Uniform,
+)
+from tests.strategies import coordinates, law, meshes, numbers, operations, param_specs, programs
 
 WEIGHT = ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))
 
@@ -132,7 +157,8 @@ def test_the_origin_of_a_spec_is_outside_equality():
         {"tags": {"note": 1}},
         {"tie": ("alias",)},
         {"requires_grad": False},
-        {"source": Made((FillCall("up.weight", 0),))},
+        {"source": InitProgram([Operation(Fill(0))])},
+        {"source": Made((TensorCall("up.weight", "train:fill"),))},
     ],
 )
 def test_every_other_field_counts_in_equality(change):
@@ -180,6 +206,32 @@ def test_sharding_adds_one_axis_and_its_origin():
         (lambda: ParamSpec("w", (4,), "float32", kind="weight"), ValueError, "'kind' must be in .*'weight'"),
         (lambda: ParamSpec("w", (4,), "float32", stage=-1), ValueError, "'stage' must be >= 0: -1"),
         (lambda: ParamSpec(7, (4,), "float32"), TypeError, "'path' must be <class 'str'>"),
+        (lambda: Normal(0, -0.1), ValueError, "'std' must be >= 0: -0.1"),
+        (lambda: Normal(float("nan"), 1), ValueError, "mean is a finite number, not nan"),
+        (lambda: Normal("a few", 1), ValueError, "could not convert string to float: 'a few'"),
+        (lambda: Uniform(0, float("inf")), ValueError, "high is a finite number, not inf"),
+        (lambda: TruncatedNormal(0, 0, -1, 1), ValueError, "'std' must be > 0: 0.0"),
+        (lambda: TruncatedNormal(0, 1, float("-inf"), 1), ValueError, "low is a finite number, not -inf"),
+        (
+            lambda: TruncatedNormal(0, 1, 2, -2),
+            ValueError,
+            "nothing of a normal of mean 0.0 and std 1.0 lies between 2.0 and -2.0",
+        ),
+        (
+            lambda: TruncatedNormal(0, 1, 50, 51),
+            ValueError,
+            "nothing of a normal of mean 0.0 and std 1.0 lies between 50.0 and",
+        ),
+        (lambda: Exponential(0), ValueError, "'rate' must be > 0: 0.0"),
+        (lambda: LogNormal(0, 0), ValueError, "'std' must be > 0: 0.0"),
+        (lambda: Cauchy(0, -1), ValueError, "'sigma' must be > 0: -1.0"),
+        (lambda: Bernoulli(1.5), ValueError, "p is a probability, not 1.5"),
+        (lambda: Bernoulli(float("nan")), ValueError, "p is a probability, not nan"),
+        (lambda: Geometric(0), ValueError, "'p' must be > 0: 0.0"),
+        (lambda: Geometric(-1), ValueError, "p is a probability, not -1.0"),
+        (lambda: Fill(1j), ValueError, r"value: a plan holds plain, finite JSON values, not 1j"),
+        (lambda: Map("add_.Tensor", (1j,)), ValueError, r"args: a plan holds plain, finite JSON values, not \(1j,\)"),
+        (lambda: Node("full", ([4], {1: 2})), ValueError, "args: a plan holds plain, finite JSON values"),
         (lambda: Shard(-1), ValueError, "'axis' must be >= 0: -1"),
         (lambda: Shard(0, "model"), ValueError, r"'mesh_axis' must be in \('pipe', 'data', 'tensor'\) \(got 'model'\)"),
     ],
@@ -187,6 +239,46 @@ def test_sharding_adds_one_axis_and_its_origin():
 def test_what_cannot_be_is_refused(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@law
+@given(numbers)
+def test_a_fill_gives_back_its_number(number):
+    assert repr(Fill(number).number) == repr(number)
+
+
+@law
+@given(operations)
+def test_an_operation_overwrites_if_it_reaches_every_element_and_looks_at_none(operation):
+    assert operation.overwrites == (operation.box is None and type(operation.what) is not Map)
+    assert not evolve(operation, box=((0, 1, 1),)).overwrites
+
+
+@law
+@given(programs, operations)
+def test_a_program_forgets_what_is_overwritten_altogether_and_nothing_else(program, operation):
+    kept = () if operation.overwrites else program.operations
+    assert program.then(operation).operations == (*kept, operation)
+
+
+def test_a_program_names_the_constants_of_its_operations_in_order():
+    one, two, three = (Constant((), "float32", [Node("full", ([], number))]) for number in (1, 2, 3))
+    added = Map("add_.Tensor", ({"node": 1},), {"alpha": {"node": 0}}, [two, one])
+    made = InitProgram(map(Operation, (Set(three), Fill(0), added, Normal(0, 1))))
+    assert made.constants == (three, two, one)
+
+
+def test_a_program_is_frozen_all_the_way_down():
+    node = Node("full", ([4], 0.5), {"dtype": {"dtype": "float32"}})
+    made = InitProgram([Operation(Map("mul_.Tensor", [{"node": 0}], {}, [Constant([4], "float32", [node])]))])
+    assert hash(made) == hash(evolve(made))
+    assert node.args == ((4,), 0.5)
+    with pytest.raises(TypeError, match="frozendict"):
+        node.kwargs["dtype"]["dtype"] = "float64"
+    with pytest.raises(TypeError, match="frozendict"):
+        made.operations[0].what.args[0]["node"] = 1
+    with pytest.raises(FrozenInstanceError):
+        made.operations[0].what = Fill(0)
 
 
 def test_several_split_axes_are_asked_as_shards():

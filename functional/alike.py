@@ -1,0 +1,64 @@
+"""Modules that are alike, so that their own init code does to each what it does to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_ATOMS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type,
+    FunctionType,
+    BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+)
+
+
+class Likeness:
+    """Tells modules apart by all that a method of theirs could read: class, attributes, tensors, what they contain.
+
+    An object that is no plain value counts by its identity, a tensor of the module by shape and dtype: two layers with one
+    configuration are alike, two with a configuration each are not.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._known: dict[int, int] = {}
+        self._kept: list[object] = []  # so that no identity is used again
+
+    def number(self, module: nn.Module) -> int:
+        """Return a number that is equal for modules that are alike."""
+        if id(module) not in self._known:
+            self._kept.append(module)
+            self._known[id(module)] = -len(self._kept)  # for a module that is reached from itself
+            attributes = tuple((name, self._key(value)) for name, value in vars(module).items())
+            self._known[id(module)] = self._numbers.setdefault((type(module), attributes), len(self._numbers))
+        return self._known[id(module)]
+
+    def _key(self, value: Any) -> Hashable:  # noqa: PLR0911  one a kind
+        if isinstance(value, nn.Module):
+            return nn.Module, self.number(value)
+        if isinstance(value, FakeTensor):
+            return type(value), tuple(value.shape), value.dtype, value.requires_grad
+        if isinstance(value, _ATOMS):
+            return type(value), value
+        if isinstance(value, dict):
+            return type(value), tuple((self._key(name), self._key(item)) for name, item in value.items())
+        if isinstance(value, (list, tuple)):
+            return type(value), tuple(map(self._key, value))
+        if isinstance(value, (set, frozenset)):
+            return type(value), frozenset(map(self._key, value))
+        self._kept.append(value)
+        return id(value)

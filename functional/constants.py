@@ -1,0 +1,66 @@
+"""Constants that init code computes on the side: computed again, from the operators that were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..specs.plain import from_plain
+from ..specs.program import Constant
+
+
+def compute(constant: Constant) -> Tensor:
+    """Return a constant as a CPU tensor: the values that the plan has, else what its operators give.
+
+    >>> from shardplan.specs import Constant, Node
+    >>> compute(Constant((3,), "int64", [Node("arange.start_step", (0, 6, 2), {"dtype": {"dtype": "int64"}})]))
+    tensor([0, 2, 4])
+    """
+    if constant.values is not None:
+        values = [from_plain(value) for value in constant.values]
+        return torch.tensor(values, dtype=getattr(torch, constant.dtype)).reshape(constant.shape)
+    results: list[Any] = []
+    with torch.no_grad(), one_thread():
+        for node in constant.nodes:
+            args = [decode(value, results) for value in node.args]
+            kwargs = {name: decode(value, results) for name, value in node.kwargs.items()}
+            results.append(operator(node.op)(*args, **kwargs))
+    return results[-1]
+
+
+def operator(name: str) -> Any:
+    """Return one of torch's operators by its name: ``mul_.Tensor``."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def decode(value: Any, results: Sequence[Any]) -> Any:
+    """Return an argument as torch takes it (``Node`` says how it is written); ``results`` are those of earlier nodes."""
+    match value:
+        case {"node": at, "item": item}:
+            return results[at][item]
+        case {"node": at}:
+            return results[at]
+        case {"tensor": values, "shape": shape, "dtype": name}:
+            return torch.tensor([from_plain(v) for v in values], dtype=getattr(torch, name)).reshape(tuple(shape))
+        case {"dtype": name} | {"memory_format": name}:
+            return getattr(torch, name)
+        case tuple():
+            return [decode(item, results) for item in value]
+        case _:
+            return from_plain(value)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread within the block: torch cuts long loops by the number of threads, and ends are rounded apart."""
+    num = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num)

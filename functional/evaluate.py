@@ -1,0 +1,259 @@
+"""Init programs, evaluated for any part of any tensor.
+
+What is promised: the value of an element is a function of (seed, canonical path, flat index in the whole tensor, program)
+alone. No mesh, layout, order, number of threads or other tensor enters it.
+
+- Random *bits* (``functional/philox.py``) are the same on every device and machine, for one version of the random scheme;
+  the plan names that version, and a plan of another one is refused.
+- *Values* are bit-identical over layouts and runs on one kind of machine with one build of torch. Between devices, CPUs
+  of other kinds, or versions of torch they may differ in the last digits, as torch's own erfinv, log and tan do: they are
+  made of the same bits.
+- float32, bfloat16, float16 and smaller are computed in float32 and rounded once at the end, float64 in float64.
+
+A part is computed in chunks that stay in the cache, in memory that is used again, then copied to where it belongs; small
+tensors with the same program share a chunk. Chunks are padded to whole SIMD registers, since torch rounds the elements
+past the last whole register in another way (``pow``, ``sigmoid``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from attrs import define, frozen
+from torch import Tensor
+
+from ..specs.program import Box, Draw, Fill, InitProgram, Map, Set, What
+from .bits import draw_bits
+from .boxes import box_shape, row_major
+from .constants import compute, decode, operator
+from .distributions import sample
+from .philox import derive_key
+from .runs import elements, first_and_last, runs_of, stretches
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..specs.param import Index
+
+CHUNK_ELEMENTS: Mapping[str, int] = {"cpu": 32640, "cuda": 2**20}
+"""Elements computed at a time: on the CPU what stays in its cache, and below what torch would cut among its own threads."""
+
+_PAD = 64  # elements of the smallest dtype in the widest register
+
+
+@frozen
+class Job:
+    """A part of one tensor that is to get its values.
+
+    Args:
+        out: Where they go: contiguous, in the shape of the part.
+        program: What makes them.
+        path: Canonical path of the tensor.
+        shape: Shape of the whole tensor.
+        index: The part.
+    """
+
+    out: Tensor
+    program: InitProgram
+    path: str
+    shape: tuple[int, ...]
+    index: Index
+
+
+def evaluate(jobs: Iterable[Job], seed: int) -> None:
+    """Give parts of tensors their values.
+
+    Beyond the parts it needs one chunk a thread, twice that for an operation on a box or a truncated normal, and the
+    constants of one program.
+
+    Args:
+        jobs: The parts.
+        seed: The plan's seed.
+
+    >>> import torch
+    >>> from shardplan.specs import InitProgram, Operation
+    >>> from shardplan.specs.program import Normal
+    >>> program = InitProgram([Operation(Normal(0, 1))])
+    >>> whole, row = torch.empty(4, 6), torch.empty(1, 6)
+    >>> evaluate([Job(whole, program, "up.weight", (4, 6), ((0, 4), (0, 6)))], seed=0)
+    >>> evaluate([Job(row, program, "up.weight", (4, 6), ((2, 3), (0, 6)))], seed=0)
+    >>> torch.equal(row[0], whole[2])
+    True
+    """
+    alike: dict[object, list[Job]] = {}
+    for job in jobs:
+        shape = job.shape if any(o.box or isinstance(o.what, (Map, Set)) for o in job.program.operations) else None
+        alike.setdefault((job.program, job.out.dtype, job.out.device, shape), []).append(job)
+    for group in alike.values():
+        _evaluate_alike(group, seed)
+
+
+def _evaluate_alike(jobs: Sequence[Job], seed: int) -> None:
+    """Evaluate parts that have their program in common, in as many threads as torch may use."""
+    out, shape = jobs[0].out, jobs[0].shape
+    size = CHUNK_ELEMENTS.get(out.device.type, CHUNK_ELEMENTS["cuda"])
+    operations = _prepare(jobs[0].program, shape, out.device)
+    total = sum(job.out.numel() for job in jobs)
+    chunks, lock = _chunks(jobs, seed, size), Lock()
+
+    def work() -> None:
+        memory = torch.zeros(-(-min(size, total) // _PAD) * _PAD, dtype=_computed_in(out.dtype), device=out.device)
+        while True:
+            with lock:
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            _evaluate_chunk(chunk, operations, memory[: -(-chunk.num_elements // _PAD) * _PAD])
+
+    num_threads = min(torch.get_num_threads(), -(-total // size)) if out.device.type == "cpu" else 1
+    if num_threads <= 1:
+        work()
+        return
+    with ThreadPoolExecutor(num_threads) as threads:
+        for done in [threads.submit(work) for _ in range(num_threads)]:
+            done.result()
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+
+
+@define
+class _Chunk:
+    """Elements that are computed together.
+
+    Args:
+        table: Which they are: a row for each stretch of runs.
+        targets: Where they go, in the order of the table.
+        num_elements: How many.
+    """
+
+    table: NDArray[np.int64]
+    targets: list[Tensor]
+    num_elements: int
+
+
+def _chunks(jobs: Iterable[Job], seed: int, size: int) -> Iterator[_Chunk]:
+    rows: list[tuple[int, ...]] = []
+    targets: list[Tensor] = []
+    filled = 0
+    for job in jobs:
+        key, flat, written = derive_key(seed, job.path), job.out.view(-1), 0
+        for runs in runs_of(job.shape, job.index):
+            for stretch in stretches(runs, size - filled, size):
+                num = stretch.num_elements
+                rows.append(stretch.row(key, filled))
+                targets.append(flat[written : written + num] if num < len(flat) else flat)
+                filled += num
+                written += num
+                if filled == size:
+                    yield _Chunk(np.array(rows), targets, filled)
+                    rows, targets, filled = [], [], 0
+    if filled:
+        yield _Chunk(np.array(rows), targets, filled)
+
+
+def _evaluate_chunk(chunk: _Chunk, operations: Sequence[_Prepared], x: Tensor) -> None:
+    num_draws = 0
+    for operation in operations:
+        operation.apply(x, chunk, num_draws)
+        num_draws += isinstance(operation.what, Draw)
+    if len(chunk.targets) == 1:
+        chunk.targets[0].copy_(x[: chunk.num_elements])
+    else:
+        parts = x[: chunk.num_elements].split([len(target) for target in chunk.targets])
+        torch._foreach_copy_(chunk.targets, parts)  # pyright: ignore[reportPrivateImportUsage]  one call for all
+
+
+@frozen
+class _Prepared:
+    """One operation of a program, with its constants computed.
+
+    Args:
+        what: What is done.
+        box: To which elements.
+        shape: Shape of the whole tensor.
+        constants: The constants, flat; of one element, or as many as the box has.
+    """
+
+    what: What
+    box: Box | None
+    shape: tuple[int, ...]
+    constants: tuple[Tensor, ...]
+
+    def apply(self, x: Tensor, chunk: _Chunk, draw: int) -> None:
+        """Change the elements of a chunk; ``draw`` is how many random operations came before."""
+        if self.box is None:
+            self._apply(x, chunk, draw)
+            return
+        first, last = first_and_last(chunk.table)
+        low, high = self._range(self.box)
+        if np.any((first <= high) & (last >= low)):
+            inside = self._inside(chunk, x)
+            changed = x.clone()
+            self._apply(changed, chunk, draw)
+            torch.where(inside, changed, x, out=x)
+
+    def _apply(self, x: Tensor, chunk: _Chunk, draw: int) -> None:
+        match self.what:
+            case Fill() as fill:
+                x.fill_(fill.number)
+            case Set():
+                x.copy_(self._gather(0, chunk, x))
+            case Map(op=op, args=args, kwargs=kwargs):
+                constants = [self._gather(at, chunk, x) for at in range(len(self.constants))]
+                given = {name: decode(value, constants) for name, value in kwargs.items()}
+                operator(op)(x, *(decode(value, constants) for value in args), **given)
+            case _:
+                sample(x, self.what, lambda *, unit: draw_bits(x[: chunk.num_elements], chunk.table, draw, unit=unit))
+
+    def _gather(self, at: int, chunk: _Chunk, x: Tensor) -> Tensor:
+        constant = self.constants[at]
+        if constant.numel() == 1:
+            return constant[0]
+        place = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        for index, (start, stop, step), weight in self._axes(chunk, x):
+            place += ((index - start) // step).clamp_(0, len(range(start, stop, step)) - 1) * weight
+        return constant[place]
+
+    def _inside(self, chunk: _Chunk, x: Tensor) -> Tensor:
+        inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for index, (start, stop, step), _ in self._axes(chunk, x):
+            inside &= (index >= start) & (index < stop) & ((index - start) % step == 0)
+        return inside
+
+    def _axes(self, chunk: _Chunk, x: Tensor) -> Iterator[tuple[Tensor, tuple[int, int, int], int]]:
+        """Iterate over the axes: index of each element, what the box covers, elements of the box from one to the next."""
+        flat = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        flat[: chunk.num_elements] = torch.from_numpy(elements(chunk.table)).to(x.device)
+        box = self.box or (None,) * len(self.shape)
+        weights = row_major(box_shape(self.shape, self.box))
+        for size, stride, interval, weight in zip(self.shape, row_major(self.shape), box, weights, strict=True):
+            yield flat // stride % size, interval or (0, size, 1), weight
+
+    def _range(self, box: Box) -> tuple[int, int]:
+        """The smallest and the largest flat index in a box."""
+        intervals = [i or (0, size, 1) for i, size in zip(box, self.shape, strict=True)]
+        strides = row_major(self.shape)
+        low = sum(start * stride for (start, _, _), stride in zip(intervals, strides, strict=True))
+        return low, sum((stop - 1) * stride for (_, stop, _), stride in zip(intervals, strides, strict=True))
+
+
+def _prepare(program: InitProgram, shape: tuple[int, ...], device: torch.device) -> list[_Prepared]:
+    prepared: list[_Prepared] = []
+    for operation in program.operations:
+        match operation.what:
+            case Set(constant=constant):
+                constants = (constant,)
+            case Map(constants=constants):
+                pass
+            case _:
+                constants = ()
+        computed = tuple(compute(constant).reshape(-1).to(device) for constant in constants)
+        prepared.append(_Prepared(operation.what, operation.box, shape, computed))
+    return prepared

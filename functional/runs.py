@@ -1,0 +1,154 @@
+"""The elements that a part holds, as runs of consecutive flat indices of the whole tensor. Pure integer arithmetic.
+
+A part is row-major: its elements, in order, are run after run. The start of run q follows from q by at most three
+divisions, whatever the layout, so that a table with a row for each stretch of runs tells a kernel all it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import frozen
+
+from .boxes import row_major
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..specs.param import Index
+
+_MAX_OUTER = 3
+
+
+@frozen
+class Runs:
+    """Runs of equal length.
+
+    Args:
+        start: Flat index of the first element of all.
+        length: Elements of each run.
+        counts: How many there are, along each of three axes around them, innermost first.
+        strides: Elements from one to the next, along these axes.
+    """
+
+    start: int
+    length: int
+    counts: tuple[int, int, int]
+    strides: tuple[int, int, int]
+
+    @property
+    def num_runs(self) -> int:
+        """Runs in all."""
+        return prod(self.counts)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements in all."""
+        return self.num_runs * self.length
+
+
+@lru_cache(maxsize=4096)
+def runs_of(shape: tuple[int, ...], index: Index) -> tuple[Runs, ...]:
+    """Return the runs of a part, in the part's own row-major order.
+
+    >>> runs_of((8, 6), ((2, 4), (0, 3)))
+    (Runs(start=12, length=3, counts=(2, 1, 1), strides=(6, 0, 0)),)
+    >>> runs_of((8, 6), ((2, 4), (0, 6)))
+    (Runs(start=12, length=12, counts=(1, 1, 1), strides=(0, 0, 0)),)
+    """
+    merged: list[tuple[int, int]] = []  # elements and stride, outermost first; what is whole joins what is around it
+    start = 0
+    for size, stride, (low, high) in zip(shape, row_major(shape), index, strict=True):
+        start += low * stride
+        if merged and high - low == size:
+            merged[-1] = merged[-1][0] * size, stride
+        else:
+            merged.append((high - low, stride))
+    *outer, (length, _) = merged or [(1, 1)]
+    if length == 0 or any(count == 0 for count, _ in outer):
+        return ()
+    outer = [(count, stride) for count, stride in outer if count > 1]
+    spread, inner = outer[:-_MAX_OUTER], [*outer[-1 : -_MAX_OUTER - 1 : -1], *[(1, 0)] * _MAX_OUTER][:_MAX_OUTER]
+    counts, strides = tuple(count for count, _ in inner), tuple(stride for _, stride in inner)
+    offsets = (sum(at) for at in product(*(range(0, count * stride, stride) for count, stride in spread)))
+    return tuple(Runs(start + offset, length, counts, strides) for offset in offsets)  # pyright: ignore[reportArgumentType]  three of each
+
+
+@frozen
+class Stretch:
+    """A number of consecutive elements of one part: some whole runs, or a piece of one.
+
+    Args:
+        runs: Of which runs.
+        first: The first run.
+        num_runs: How many.
+        skip: Elements of the run that are left out at its start, if it is a piece of one.
+        length: Elements of each run.
+    """
+
+    runs: Runs
+    first: int
+    num_runs: int
+    skip: int
+    length: int
+
+    @property
+    def num_elements(self) -> int:
+        """Elements in all."""
+        return self.num_runs * self.length
+
+    def row(self, key: tuple[int, int], out: int) -> tuple[int, ...]:
+        """Return its row of a table; ``out`` is where its first element goes."""
+        (n1, n2, _), (s1, s2, s3) = self.runs.counts, self.runs.strides
+        return (*key, out, self.runs.start + self.skip, self.length, self.first, self.num_runs, n1, n2, s1, s2, s3)
+
+
+KEY0, KEY1, OUT, START, LENGTH, FIRST, NUM_RUNS, N1, N2, S1, S2, S3 = range(12)
+"""Columns of a table. The first element of run FIRST + r goes to OUT + r * LENGTH."""
+
+
+def stretches(runs: Runs, room: int, size: int) -> Iterator[Stretch]:
+    """Cut runs into stretches: the first fills ``room`` elements at most, each further one ``size``."""
+    run, skip = 0, 0
+    while run < runs.num_runs:
+        if skip or runs.length > room:
+            length = min(runs.length - skip, room)
+            yield Stretch(runs, run, 1, skip, length)
+            room -= length
+            skip += length
+            if skip == runs.length:
+                run, skip = run + 1, 0
+        else:
+            num = min(room // runs.length, runs.num_runs - run)
+            yield Stretch(runs, run, num, 0, runs.length)
+            room -= num * runs.length
+            run += num
+        room = room or size
+
+
+def first_and_last(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the smallest and the largest flat index in each row of a table."""
+    first = _flat_start(table, table[:, FIRST])
+    last = _flat_start(table, table[:, FIRST] + table[:, NUM_RUNS] - 1) + table[:, LENGTH] - 1
+    return first, last
+
+
+def elements(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the flat index of every element that a table stands for, in order."""
+    rows = np.repeat(table, table[:, NUM_RUNS], axis=0)
+    nth = np.arange(len(rows)) - np.repeat(np.cumsum(table[:, NUM_RUNS]) - table[:, NUM_RUNS], table[:, NUM_RUNS])
+    starts = _flat_start(rows, rows[:, FIRST] + nth)
+    before = np.cumsum(rows[:, LENGTH]) - rows[:, LENGTH]
+    return np.repeat(starts - before, rows[:, LENGTH]) + np.arange(rows[:, LENGTH].sum())
+
+
+def _flat_start(table: NDArray[np.int64], run: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the flat index at which a run starts, for each row of a table."""
+    outer, inner = np.divmod(run, table[:, N1])
+    outermost, middle = np.divmod(outer, table[:, N2])
+    return table[:, START] + inner * table[:, S1] + middle * table[:, S2] + outermost * table[:, S3]
