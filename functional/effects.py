@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ class TorchEffects:
         finally:
             for path, placeholder in placeholders.items():
                 put_tensor(self.module, path, placeholder)
+        gc.collect(1)  # nothing else collects meanwhile, and the user's code may leave cycles that hold whole tensors
         for piece in work.scratch:
             self.ledger.free(piece.num_bytes)
         for piece, tensor in zip(work.pieces, made if is_opaque else [], strict=False):

@@ -96,10 +96,24 @@ def execute(
     >>> built.module.weight.shape, built.receipt.num_tensors
     (torch.Size([2, 4]), 2)
     """
-    start = time.monotonic()
     if not isinstance(plan, Plan):
         msg = f"execute takes a plan, not a {type(plan).__name__}: execute(plan_build(schedule))"
         raise TypeError(msg)
+    with _no_collection():
+        return _execute(plan, model, device, effects, optimizer, loss_fn, progress=progress)
+
+
+def _execute(
+    plan: Plan,
+    model: nn.Module | None,
+    device: torch.device | str | None,
+    effects: Effects[Any] | None,
+    optimizer: Callable[..., Any] | None,
+    loss_fn: Callable[..., Any] | None,
+    *,
+    progress: bool,
+) -> Built:
+    start = time.monotonic()
     if effects is not None:
         interpret(plan, plan.mesh.coordinate(effects.rank), effects)
         return Built(None, None, None, {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
@@ -107,9 +121,8 @@ def execute(
     given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
     try:
         chosen = _device(device)
-        with _no_collection():
-            findings = _refuse(plan, given, optimizer, loss_fn)
-            copied = copy_module(given, _on_meta, for_planning=False)
+        findings = _refuse(plan, given, optimizer, loss_fn)
+        copied = copy_module(given, _on_meta, for_planning=False)
         for finding in findings if coordinate.rank == 0 else ():
             _log.warning("%s", finding)
     except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
@@ -124,7 +137,7 @@ def execute(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Let no garbage be collected within the block: a hundred thousand new objects, none of them garbage, set it off."""
+    """Look for no garbage within the block: thousands of modules are none, and would be looked through again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

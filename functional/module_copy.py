@@ -98,7 +98,7 @@ def _is_plainly_copied(cls: type) -> bool:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _ATOMS:
+    if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
         return value
     if id(value) in memo:
         return memo[id(value)]
