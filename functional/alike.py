@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -51,14 +52,15 @@ class Likeness:
         if isinstance(value, nn.Module):
             return nn.Module, self.number(value)
         if isinstance(value, FakeTensor):
-            return type(value), tuple(value.shape), value.dtype, value.requires_grad
-        if isinstance(value, _ATOMS):
+            noted = tuple((name, self._key(item)) for name, item in vars(value).items())
+            return type(value), tuple(value.shape), value.dtype, value.requires_grad, noted
+        if type(value) in _ATOMS:
             return type(value), value
-        if isinstance(value, dict):
+        if type(value) in (dict, OrderedDict):
             return type(value), tuple((self._key(name), self._key(item)) for name, item in value.items())
-        if isinstance(value, (list, tuple)):
+        if type(value) in (list, tuple):
             return type(value), tuple(map(self._key, value))
-        if isinstance(value, (set, frozenset)):
+        if type(value) in (set, frozenset):
             return type(value), frozenset(map(self._key, value))
         self._kept.append(value)
         return id(value)

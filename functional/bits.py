@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MASK = 0xFFFFFFFF
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def draw_bits(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool) -> None:
@@ -31,7 +32,7 @@ def draw_bits(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool
     """
     if x.device.type == "cpu":
         philox.draw(x.numpy(), table, operation, unit=unit)
-    elif x.device.type == "cuda" and find_spec("triton"):
+    elif x.device.type == "cuda" and _HAS_TRITON:
         from .philox_triton import draw
 
         draw(x, table, operation, unit=unit)

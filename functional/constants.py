@@ -13,8 +13,12 @@ from ..specs.plain import from_plain
 from ..specs.program import Constant
 
 
-def compute(constant: Constant) -> Tensor:
+def compute(constant: Constant, *, blank: int = 0) -> Tensor:
     """Return a constant as a CPU tensor: the values that the plan has, else what its operators give.
+
+    Args:
+        constant: What to compute.
+        blank: What empty tensors hold until they are written.
 
     >>> from shardplan.specs import Constant, Node
     >>> compute(Constant((3,), "int64", [Node("arange.start_step", (0, 6, 2), {"dtype": {"dtype": "int64"}})]))
@@ -22,13 +26,14 @@ def compute(constant: Constant) -> Tensor:
     """
     if constant.values is not None:
         values = [from_plain(value) for value in constant.values]
-        return torch.tensor(values, dtype=getattr(torch, constant.dtype)).reshape(constant.shape)
+        return torch.tensor(values, dtype=getattr(torch, constant.dtype), device="cpu").reshape(constant.shape)
     results: list[Any] = []
-    with torch.no_grad(), one_thread():
+    with torch.no_grad(), torch.device("cpu"), one_thread(), _default_dtype(getattr(torch, constant.default_dtype)):
         for node in constant.nodes:
             args = [decode(value, results) for value in node.args]
             kwargs = {name: decode(value, results) for name, value in node.kwargs.items()}
-            results.append(operator(node.op)(*args, **kwargs))
+            result = operator(node.op)(*args, **kwargs)
+            results.append(result.fill_(blank) if node.op.startswith(("empty", "new_empty")) else result)
     return results[-1]
 
 
@@ -46,7 +51,9 @@ def decode(value: Any, results: Sequence[Any]) -> Any:
         case {"node": at}:
             return results[at]
         case {"tensor": values, "shape": shape, "dtype": name}:
-            return torch.tensor([from_plain(v) for v in values], dtype=getattr(torch, name)).reshape(tuple(shape))
+            return torch.tensor([from_plain(v) for v in values], dtype=getattr(torch, name), device="cpu").reshape(
+                tuple(shape)
+            )
         case {"dtype": name} | {"memory_format": name}:
             return getattr(torch, name)
         case tuple():
@@ -64,3 +71,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -172,12 +173,7 @@ class TorchEffects:
             put_tensor(self.module, path, tied(get_tensor(self.module, path), first))
 
     def change(self, step: LayoutStep) -> None:
-        groups: dict[MeshAxis, SyncGroup] = {
-            mesh_axes[0]: SyncGroup(group.group_name, dist.get_world_size(group), self.coordinate.index(mesh_axes[0]))
-            for mesh_axes, group in self.groups.items()
-            if len(mesh_axes) == 1
-        }
-        apply_layout(self.module, step, Local(self.coordinate, groups, self.callables))
+        apply_layout(self.module, step, self._local)
 
     def make_optimizer(self) -> None:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -187,6 +183,16 @@ class TorchEffects:
         dialect, _ = find_dialect(plan.target)
         assert dialect is not None, "the opening agreement checks it"
         self.wrapped = dialect.wrap(Handover(self.module, plan, self.groups, self.made_optimizer, self.loss_fn))
+
+    @cached_property
+    def _local(self) -> Local:
+        """What changes of layout need to know of this rank; the groups are there by then."""
+        groups: dict[MeshAxis, SyncGroup] = {
+            mesh_axes[0]: SyncGroup(group.group_name, dist.get_world_size(group), self.coordinate.index(mesh_axes[0]))
+            for mesh_axes, group in self.groups.items()
+            if len(mesh_axes) == 1
+        }
+        return Local(self.coordinate, groups, self.callables)
 
     def _own(self, tensor: Tensor) -> Tensor:
         self.ledger.allocate(tensor.nbytes)

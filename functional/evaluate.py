@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 CHUNK_ELEMENTS: Mapping[str, int] = {"cpu": 32640, "cuda": 2**20}
 """Elements computed at a time: on the CPU what stays in its cache, and below what torch would cut among its own threads."""
 
+_MAX_THREADS = 64  # each takes half a MiB
+_MAX_THREADS_WITH_INDICES = 4  # each takes 8 MiB, where runs are of one element
 _PAD = 64  # elements of the smallest dtype in the widest register
 
 
@@ -110,7 +112,9 @@ def _evaluate_alike(jobs: Sequence[Job], seed: int) -> None:
                 return
             _evaluate_chunk(chunk, operations, memory[: -(-chunk.num_elements // _PAD) * _PAD])
 
-    num_threads = min(torch.get_num_threads(), -(-total // size)) if out.device.type == "cpu" else 1
+    needs_indices = any(o.box or o.constants for o in operations)
+    most = _MAX_THREADS_WITH_INDICES if needs_indices else _MAX_THREADS
+    num_threads = min(torch.get_num_threads(), most, -(-total // size)) if out.device.type == "cpu" else 1
     if num_threads <= 1:
         work()
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ..specs.errors import Problem
+from ..specs.program import InitProgram
 from ..specs.source import ModuleCall, TensorCall
 from .alike import Likeness
 from .coverage import whole_view
@@ -28,6 +31,7 @@ from .init_calls import run_call
 from .module_copy import copy_module, get_tensor, like, module_of, put_tensor, tied
 from .recorder import Recorder, Touch
 from .skeleton import named_tensors, own_tensors
+from .watched import watched
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -39,6 +43,7 @@ _FAKE_ERRORS = (
     UnsupportedOperatorException,
     DependsOnValuesError,
 )
+_SEED = 0x5EED0F702C1477  # of the generator meanwhile: one that no code is likely to set
 _FAKE_WORDS = re.compile(r"fake ?tensor|tensor subclass|data pointer|meta tensor", re.IGNORECASE)
 
 
@@ -87,6 +92,7 @@ class Tracer:
         self._likeness = Likeness()
         self._first: dict[Hashable, Traced] = {}
         self._confirmed: set[Hashable] = set()
+        self._looking: set[str] = set()  # owners whose code looks around
         several = [path for spec in tree.values() if spec.tie for path in spec.paths]
         self._around_ties = {".".join(path.split(".")[:depth]) for path in several for depth in range(path.count(".") + 1)}
 
@@ -94,7 +100,8 @@ class Tracer:
         """Return what each call does, leaving out those that write nothing."""
         traced: list[Traced] = []
         problems: list[Problem] = []
-        with self._mode, torch.no_grad(), own_generators(0):
+        quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what init code raises
+        with self._mode, torch.no_grad(), torch.device("cpu"), own_generators(_SEED), _disabled(quiet):
             for call in calls:
                 key = self._key(call)
                 if key in self._confirmed:
@@ -108,6 +115,8 @@ class Tracer:
                 for place, tensor in before.items():
                     put_tensor(self._model, place, tensor)
                 self._renew(replaced)
+                if isinstance(outcome, Traced) and _writes_numbers_down(outcome):
+                    outcome = self._unless_they_differ(outcome)
                 if key is not None and isinstance(outcome, Traced) and _stays_within(outcome):
                     first = self._first.setdefault(key, outcome)
                     if first is not outcome and first.touched == _moved(outcome, first.call).touched:
@@ -118,9 +127,30 @@ class Tracer:
                     traced.append(outcome)
         return traced, problems
 
+    def _unless_they_differ(self, traced: Traced) -> Traced:
+        """Follow code again that writes numbers down: they may be from a clock, or from a generator that nobody seeds."""
+        again, replaced = self._run(traced.call, traced.places)
+        self._renew(replaced)
+        if isinstance(again, Traced) and again.touched == traced.touched:
+            return traced
+        cause = "its code gives other numbers each time that it runs"
+        return evolve(
+            traced,
+            touched={
+                path: evolve(touch, operations=None, cause=cause) if touch.writes else touch
+                for path, touch in traced.touched.items()
+            },
+        )
+
     def _key(self, call: ModuleCall | TensorCall) -> Hashable:
-        """Return what is equal for calls that do the same, each to its own module; None if that cannot be told."""
-        if isinstance(call, TensorCall) or call.kind == "init_weights" or call.module in self._around_ties:
+        """Return what is equal for calls that do the same, each to its own module; None if that cannot be told.
+
+        It can be told of the code of torch and transformers, which keeps no count, as long as it looks at nothing but the
+        module that it is called for and a configuration.
+        """
+        if isinstance(call, TensorCall) or call.module in self._around_ties or call.owner in self._looking:
+            return None
+        if call.kind == "init_weights" or not _is_of_a_library(self._model, call):
             return None
         return call.kind, call.code, call.owner, self._likeness.number(self._model.get_submodule(call.module))
 
@@ -157,10 +187,13 @@ class Tracer:
         before = {prefix + name: _identity(tensor) for name, _, tensor in named_tensors(module)}
         recorder = Recorder(self._names, self._shapes)
         failed = ""
+        owner = call.owner if isinstance(call, ModuleCall) and call.kind == "_init_weights" and call.owner != path else None
         state = python_state()
         try:
-            with recorder:
+            with recorder, nullcontext(set[str]()) if owner is None else watched(self._model.get_submodule(owner)) as looked:
                 run_call(self._model, call, self._callables)
+            if owner is not None and looked:
+                self._looking.add(owner)
             if python_state() != state:
                 failed = "its code draws from Python's or NumPy's generator"
         except Exception as error:  # noqa: BLE001  it is the user's code, and what it raises is reported
@@ -184,6 +217,31 @@ class Tracer:
                 known: evolve(touch, operations=None, cause=failed, of=of - {known}) for known, touch in touched.items()
             }
         return Traced(evolve(call, opaque=bool(failed)), touched, places), replaced
+
+
+def _is_of_a_library(model: nn.Module, call: ModuleCall) -> bool:
+    owner = model.get_submodule(call.owner if call.kind == "_init_weights" else call.module)
+    library = "transformers." if call.kind == "_init_weights" else "torch."
+    return all(cls.__module__.startswith(library) for cls in type(owner).__mro__ if call.kind in vars(cls))
+
+
+@contextmanager
+def _disabled(logger: logging.Logger) -> Iterator[None]:
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _writes_numbers_down(traced: Traced) -> bool:
+    return any(
+        node.op.startswith("lift_fresh")
+        for touch in traced.touched.values()
+        for constant in InitProgram(touch.operations or ()).constants
+        for node in constant.nodes
+    )
 
 
 def _writes(traced: Traced) -> bool:

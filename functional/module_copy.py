@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..specs.errors import PlanError, Problem
 from .skeleton import named_tensors, tensors_in
 
-_ATOMS = frozenset([int, float, bool, complex, str, bytes, type(None), type, FunctionType, torch.dtype])
+_VALUES = frozenset([int, float, bool, complex, str, bytes, type(None), torch.dtype])
+_ATOMS = _VALUES | {type, FunctionType}  # what a copy shares with the original
 _SAYS_HOW_IT_IS_COPIED = frozenset(
     [
         *("__copy__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__new__"),
@@ -172,6 +173,8 @@ def _closures(path: str, module: nn.Module, names: dict[int, str]) -> Iterator[P
     if isinstance(module, torch.jit.ScriptModule):
         return
     for name, value in vars(module).items():
+        if type(value) in _VALUES or (name in _HOOKS and not value):
+            continue
         functions = value.values() if name in _HOOKS else [value]
         for function in functions:
             for held in _held(function, names):

@@ -54,7 +54,13 @@ def draw(out: NDArray[Any], table: NDArray[np.int64], operation: int, *, unit: b
     kernel(out, table, np.uint32(operation), unit)
 
 
-_compiled: Any = numba.njit(nogil=True, cache=True)
+def _compiled(function: Any) -> Any:
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # nowhere to keep what is compiled: each process does it anew
+        return numba.njit(nogil=True)(function)
+
+
 _inlined: Any = numba.njit(inline="always")
 _M0, _M1 = map(np.uint64, MULTIPLIERS)
 _W0, _W1 = map(np.uint32, WEYL)

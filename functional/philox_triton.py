@@ -55,7 +55,7 @@ def _draw(
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     zero = low * 0
-    w0, w1, w2, w3 = tl.philox(key, low, high, zero + operation.to(tl.uint32), zero)
+    w0, w1, w2, w3 = tl.philox(key, low, high, (zero + operation).to(tl.uint32), zero)
     to = out + at + run * length + block * lanes - begin
     left = begin - block * lanes  # lanes of this block that come before the run
     right = tl.where(run < num_runs, begin + length - block * lanes, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..specs.plain import to_plain
+from ..specs.plain import to_argument
 from ..specs.program import (
     Bernoulli,
     Cauchy,
@@ -166,7 +166,7 @@ def mapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], constant
 
     def plain(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return to_plain(value)
+            return to_argument(value)
         constants.append(constant(value))
         return {"node": len(constants) - 1}
 

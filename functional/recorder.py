@@ -101,11 +101,13 @@ class Recorder(TorchDispatchMode):
         self._overwritten: dict[str, set[View]] = {}
         self._standing: dict[str, int] = {}  # the storage that stands for a known tensor now
         self._tape = Tape()
-        self._alive: list[Tensor] = []
+        self._alive: list[object] = []  # storages, so that the identity of none is used again
         self._num_draws = 0
         self._guesses = Guesses()
         self._looked_at: frozenset[str] = frozenset()
-        self._seed = torch.initial_seed()
+        with _disable_current_modes():
+            self._before = torch.default_generator.get_state()
+        self._state: Tensor | None = None  # of the generator, after the last draw
         self._has_seeded = False
 
     @property
@@ -132,8 +134,6 @@ class Recorder(TorchDispatchMode):
                 operations, cause = None, "its code seeds the generator itself"
             elif sharing:
                 operations, cause = None, f"it shares its random numbers with {', '.join(sorted(sharing))}"
-            elif operations and len(operations) > _MAX_OPERATIONS:
-                operations, cause = None, f"its code is {len(operations)} operations"
             views = frozenset(self._overwritten.get(path, ()))
             touched[path] = Touch(path in self._overwritten, views, operations, cause, of)
         return touched
@@ -141,7 +141,7 @@ class Recorder(TorchDispatchMode):
     def assign(self, path: str, tensor: Tensor) -> None:
         """Note that another tensor stands for a known one now: ``weight.data = tensor``."""
         storage, value = _storage(tensor), self._get(tensor)
-        self._alive.append(tensor)
+        self._alive.append(tensor.untyped_storage())
         self._standing[path] = storage
         views = self._overwritten.setdefault(path, set())
         if path not in value.of:
@@ -162,19 +162,20 @@ class Recorder(TorchDispatchMode):
         if asks_for_value(func):
             return self._one_value(args[0])
         changed, read = _arguments(func, args, kwargs)
-        if any(not isinstance(tensor, FakeTensor) for tensor in changed):
-            msg = "the code changes a tensor from elsewhere"
+        if any(not isinstance(tensor, FakeTensor) for tensor in changed) or operator_name(func)[0] in ("set_", "resize_"):
+            msg = "the code changes a tensor from elsewhere, or what a tensor is made of"
             raise DependsOnValuesError(msg)
         for tensor in (*changed, *read):
             self._meet(tensor)
-        self._has_seeded |= is_random(func) and torch.initial_seed() != self._seed
+        if is_random(func):
+            self._watch_generator()
         result = func(*args, **kwargs)
-        self._alive += [out for out in tree_leaves(result) if isinstance(out, Tensor)]
+        self._alive += [out.untyped_storage() for out in tree_leaves(result) if isinstance(out, Tensor)]
         if changed:
             self._write(func, args, kwargs, changed, read, result)
         elif not is_view(func) or not isinstance(args[0], FakeTensor):
             self._make(func, args, kwargs, read, result)
-        elif self._get(args[0]).is_constant and not self._tape.record(func, args, kwargs, result, frozenset()):
+        elif self._get(args[0]).is_constant and not self._tape.record(func, args, kwargs, result):
             self._values[_storage(args[0])] = _Value(cause=f"{operator_name(func)[0]} cannot be computed again")
         return result
 
@@ -182,8 +183,6 @@ class Recorder(TorchDispatchMode):
         """Note an operator that gives new tensors."""
         if needs_shape_only(func):
             read = [tensor for tensor in read if tensor is not args[0]]
-            if not self._get(args[0]).is_constant:
-                self._tape.empty(args[0])
         value = self._made(func, args, kwargs, read, result)
         for out in (out for out in tree_leaves(result) if isinstance(out, Tensor)):
             self._wholes[_storage(out)] = tuple(out.shape), out.dtype
@@ -210,7 +209,8 @@ class Recorder(TorchDispatchMode):
         of, draws = _union(value.of for value in inputs), _union(value.draws for value in inputs)
         other = _Value(of=of, draws=draws)
         if (not drawn or is_lifted) and not is_random(func):
-            other = _Value(is_constant=self._tape.record(func, args, kwargs, result, frozenset()))
+            shape_only = needs_shape_only(func)
+            other = _Value(is_constant=self._tape.record(func, args, kwargs, result, shape_only=shape_only))
         elif is_random(func):
             other = evolve(other, draws=draws | self._new_draw())
         try:
@@ -276,6 +276,9 @@ class Recorder(TorchDispatchMode):
     ) -> tuple[Operation, ...]:
         """Return the operations of a tensor after an operator has written it, or a view of it."""
         target = args[0]
+        if before.operations is None and not self._is_whole(target):
+            raise NotPointwiseError(before.cause)
+        _check(len(before.operations or ()) < _MAX_OPERATIONS, f"its code is more than {_MAX_OPERATIONS} operations")
         if operator_name(func)[0] == "copy_" and not self._get(args[1]).is_constant:
             source = self._get(args[1])
             return self._copied(args[1], target, source.of if path is None else frozenset([path]))
@@ -321,7 +324,7 @@ class Recorder(TorchDispatchMode):
 
     def _computed(self, func: Any, *args: Any) -> Tensor:
         result = func(*args)
-        if not self._tape.record(func, args, {}, result, frozenset()):
+        if not self._tape.record(func, args, {}, result):
             raise NotPointwiseError(_ELSEWHERE.cause)
         return result
 
@@ -339,6 +342,9 @@ class Recorder(TorchDispatchMode):
         _check(is_same, "its code looks at it in another shape or dtype")
         return shape
 
+    def _is_whole(self, tensor: Tensor) -> bool:
+        return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
     def _is_in_order(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is all of its storage, in the order in which it lies there."""
         return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -346,6 +352,14 @@ class Recorder(TorchDispatchMode):
     def _new_draw(self) -> frozenset[int]:
         self._num_draws += 1
         return frozenset([self._num_draws])
+
+    def _watch_generator(self) -> None:
+        """Draw a number for each random operator, since fake ones draw none: then code that goes back is seen."""
+        with _disable_current_modes():
+            state = torch.default_generator.get_state()
+            self._has_seeded |= not torch.equal(state, self._before if self._state is None else self._state)
+            torch.empty(1, device="cpu").uniform_()
+            self._state = torch.default_generator.get_state()
 
     def _one_value(self, asked: Tensor) -> bool | int | float:
         self._meet(asked)

@@ -140,11 +140,13 @@ def first_and_last(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
 
 def elements(table: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the flat index of every element that a table stands for, in order."""
-    rows = np.repeat(table, table[:, NUM_RUNS], axis=0)
-    nth = np.arange(len(rows)) - np.repeat(np.cumsum(table[:, NUM_RUNS]) - table[:, NUM_RUNS], table[:, NUM_RUNS])
-    starts = _flat_start(rows, rows[:, FIRST] + nth)
-    before = np.cumsum(rows[:, LENGTH]) - rows[:, LENGTH]
-    return np.repeat(starts - before, rows[:, LENGTH]) + np.arange(rows[:, LENGTH].sum())
+    return np.concatenate([np.empty(0, np.int64), *(_of_row(row) for row in table[:, None])])
+
+
+def _of_row(row: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the flat index of every element of a table of one row."""
+    starts = _flat_start(row, row[0, FIRST] + np.arange(row[0, NUM_RUNS]))
+    return (starts[:, None] + np.arange(row[0, LENGTH])).reshape(-1)
 
 
 def _flat_start(table: NDArray[np.int64], run: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ..specs.dtypes import human_bytes
-from ..specs.plain import to_plain
+from ..specs.plain import to_argument, to_plain
 from ..specs.program import Constant, Node
 from .constants import compute
 from .pointwise import NotPointwiseError, operator_name
@@ -21,30 +21,48 @@ from .pointwise import NotPointwiseError, operator_name
 MAX_CONSTANT_BYTES = 32 * 2**20
 """Most bytes that computing one constant may take; each rank does it by itself."""
 
+_MAX_NODES = 256
 _MAX_STORED = 1024  # elements whose values the plan has
 _MAX_WRITTEN = 4096  # elements of a tensor that is written down in the code
 _PLACES = frozenset({"device", "layout", "pin_memory", "generator"})
+
+Identity = tuple[object, ...]
+"""What a tensor is made of: storage, offset, shape, stride, dtype. Code may exchange it: ``x.data = y``."""
+
+
+def identity(tensor: Tensor) -> Identity:
+    """Return what a tensor is made of now."""
+    return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 @frozen
 class _Entry:
     number: int
     node: Node
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    needs: frozenset[int]
+    inputs: frozenset[int]
     writes: frozenset[int]
     num_bytes: int
 
 
 @define
 class Tape:
-    """What has been recorded. Tensors are known by identity, and kept, so that no identity is used again."""
+    """What has been recorded. Storages are kept, so that the identity of none is used again."""
 
     entries: list[_Entry] = Factory(list)
-    places: dict[int, tuple[int, int | None]] = Factory(dict)
-    kept: list[Tensor] = Factory(list)
+    places: dict[Identity, tuple[int, int | None]] = Factory(dict)
+    kept: list[object] = Factory(list)
 
-    def record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, writes: frozenset[int]) -> bool:
+    def record(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        writes: frozenset[int] = frozenset(),
+        *,
+        shape_only: bool = False,
+    ) -> bool:
         """Note an operator; return False if it cannot be computed again.
 
         Args:
@@ -53,76 +71,83 @@ class Tape:
             kwargs: Its keyword arguments.
             result: What it gave.
             writes: Storages that it wrote in place.
+            shape_only: Whether it takes its first argument for shape and dtype alone.
         """
         schema = func._schema  # noqa: SLF001  torch says it nowhere else
         if not schema.name.startswith("aten::") or not all(isinstance(out, Tensor) for out in tree_leaves(result)):
             return False
-        outputs = tuple(tree_leaves(result))
+        outputs: list[Tensor] = tree_leaves(result)
         given = {name: value for name, value in kwargs.items() if name not in _PLACES}
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))) and any(
-            a.name == "dtype" for a in schema.arguments
-        ):
+        inputs = [leaf for leaf in tree_leaves((args[shape_only:], kwargs)) if isinstance(leaf, Tensor)]
+        if not inputs and outputs and any(a.name == "dtype" for a in schema.arguments):
             given["dtype"] = outputs[0].dtype  # else it would follow torch's default dtype
         is_written_down = schema.name in ("aten::lift_fresh", "aten::lift_fresh_copy")  # torch.tensor([1, 2])
+        needs: set[int] = set()
         try:
-            node = Node(
-                ".".join(filter(None, operator_name(func))),
-                tuple(self._encode(value, is_written_down=is_written_down) for value in args),
-                {name: self._encode(value) for name, value in given.items()},
-            )
+            first = [self._empty(args[0], needs)] if shape_only else []
+            written = [self._encode(value, needs, is_written_down=is_written_down) for value in args[shape_only:]]
+            named = {name: self._encode(value, needs) for name, value in given.items()}
         except NotPointwiseError:
             return False
-        inputs = tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        fresh = {_storage(t): t.untyped_storage().nbytes() for t in outputs if isinstance(t, FakeTensor)}
-        num_bytes = sum(size for storage, size in fresh.items() if storage not in {_storage(t) for t in inputs})
-        self._add(
-            _Entry(len(self.entries), node, inputs, outputs, writes, num_bytes), several=not isinstance(result, Tensor)
-        )
+        node = Node(".".join(filter(None, operator_name(func))), (*first, *written), named)
+        read = frozenset(_storage(tensor) for tensor in inputs if isinstance(tensor, FakeTensor))
+        fresh = {_storage(out): out.untyped_storage().nbytes() for out in outputs if _storage(out) not in read}
+        number = self._add(node, frozenset(needs), read, writes, sum(fresh.values()))
+        for item, output in enumerate(outputs):
+            self.kept.append(output.untyped_storage())
+            # an operator in place gives back the tensor that it was given
+            if not writes or identity(output) not in self.places:
+                self.places[identity(output)] = number, None if isinstance(result, Tensor) else item
         return True
-
-    def empty(self, like: Tensor) -> None:
-        """Note a tensor of which only shape and dtype are used, as an empty one."""
-        node = Node("empty.memory_format", (tuple(like.shape),), {"dtype": {"dtype": _name(like.dtype)}})
-        self._add(_Entry(len(self.entries), node, (), (like,), frozenset(), like.nbytes), several=False)
 
     def constant(self, tensor: Tensor) -> Constant:
         """Return what makes a tensor, as it is now.
 
         Raises:
-            NotPointwiseError: If something in it was not recorded, or it takes too much memory.
+            NotPointwiseError: If something in it was not recorded, or it takes too much memory or too many operators.
         """
-        needed, storages, chosen = {id(tensor)}, {_storage(tensor)}, []
+        if identity(tensor) not in self.places:
+            msg = "it is not computed from constants alone"
+            raise NotPointwiseError(msg)
+        number, item = self.places[identity(tensor)]
+        needed, storages = {number}, {_storage(tensor)}
+        chosen: list[_Entry] = []
         for entry in reversed(self.entries):
-            if needed.intersection(map(id, entry.outputs)) or storages & entry.writes:
+            if entry.number in needed or storages & entry.writes:
                 chosen.append(entry)
-                needed.update(map(id, entry.inputs))
-                storages.update(map(_storage, entry.inputs))
+                needed |= entry.needs
+                storages |= entry.inputs
+            if len(chosen) > _MAX_NODES:
+                msg = f"it is computed by more than {_MAX_NODES} operators"
+                raise NotPointwiseError(msg)
         chosen.reverse()
         if (total := tensor.nbytes + sum(entry.num_bytes for entry in chosen)) > MAX_CONSTANT_BYTES:
             msg = f"it is computed from constants of {human_bytes(total)}"
             raise NotPointwiseError(msg)
-        if id(tensor) not in self.places:
-            msg = "it is not computed from constants alone"
-            raise NotPointwiseError(msg)
-        numbers = {entry.number: number for number, entry in enumerate(chosen)}
+        numbers = {entry.number: place for place, entry in enumerate(chosen)}
         nodes = [Node(e.node.op, _renumber(e.node.args, numbers), _renumber(e.node.kwargs, numbers)) for e in chosen]
-        number, item = self.places[id(tensor)]
         if numbers[number] != len(nodes) - 1 or item is not None:  # something was written in place after it was made
             nodes.append(Node("alias", (_reference(numbers[number], item),)))
-        return _checked(Constant(tuple(tensor.shape), _name(tensor.dtype), nodes))
+        shape, dtype = tuple(tensor.shape), _name(tensor.dtype)
+        return _checked(Constant(shape, dtype, nodes, default_dtype=_name(torch.get_default_dtype())))
 
-    def _add(self, entry: _Entry, *, several: bool) -> None:
-        self.entries.append(entry)
-        self.kept += [*entry.inputs, *entry.outputs]
-        for item, output in enumerate(entry.outputs):
-            # an operator in place gives back the tensor that it was given
-            if id(output) not in self.places or not entry.writes:
-                self.places[id(output)] = entry.number, item if several else None
+    def _add(self, node: Node, needs: frozenset[int], inputs: frozenset[int], writes: frozenset[int], num_bytes: int) -> int:
+        self.entries.append(_Entry(len(self.entries), node, needs, inputs, writes, num_bytes))
+        return len(self.entries) - 1
 
-    def _encode(self, value: Any, *, is_written_down: bool = False) -> Any:
+    def _empty(self, like: Tensor, needs: set[int]) -> dict[str, int]:
+        """Note a tensor of which only shape and dtype are used, as an empty one."""
+        node = Node("empty.memory_format", (tuple(like.shape),), {"dtype": {"dtype": _name(like.dtype)}})
+        number = self._add(node, frozenset(), frozenset(), frozenset(), like.nbytes)
+        needs.add(number)
+        return _reference(number, None)
+
+    def _encode(self, value: Any, needs: set[int], *, is_written_down: bool = False) -> Any:
         match value:
-            case FakeTensor() if id(value) in self.places:
-                return _reference(*self.places[id(value)])
+            case FakeTensor() if identity(value) in self.places:
+                number, item = self.places[identity(value)]
+                needs.add(number)
+                return _reference(number, item)
             case Tensor() if is_written_down and not isinstance(value, FakeTensor) and value.numel() <= _MAX_WRITTEN:
                 return {"tensor": _values(value), "shape": list(value.shape), "dtype": _name(value.dtype)}
             case torch.dtype() | torch.memory_format():
@@ -130,9 +155,9 @@ class Tape:
             case torch.device() | torch.layout():
                 return None
             case list() | tuple():
-                return [self._encode(item) for item in value]
+                return [self._encode(item, needs) for item in value]
             case None | bool() | int() | str() | float():
-                return to_plain(value)
+                return to_argument(value)
             case _:
                 msg = f"{value!r} cannot be written down"
                 raise NotPointwiseError(msg)
@@ -143,13 +168,22 @@ def _checked(constant: Constant) -> Constant:
     try:
         with _disable_current_modes():
             computed = compute(constant)
+            blank = any(node.op.startswith(("empty", "new_empty")) for node in constant.nodes)
+            is_filled = not blank or _same(computed, compute(constant, blank=1))
     except Exception as error:
         msg = f"computing it again fails: {error}"
         raise NotPointwiseError(msg) from error
     if tuple(computed.shape) != constant.shape or _name(computed.dtype) != constant.dtype:
         msg = "computing it again gives another shape or dtype"
         raise NotPointwiseError(msg)
+    if not is_filled:
+        msg = "it holds memory that no code has written"
+        raise NotPointwiseError(msg)
     return evolve(constant, values=_values(computed)) if computed.numel() <= _MAX_STORED else constant
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  what is not itself is no number
 
 
 def _values(tensor: Tensor) -> list[Any]:
@@ -181,4 +215,4 @@ def _name(what: object) -> str:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001  torch says it nowhere else
+    return tensor.untyped_storage()._cdata  # noqa: SLF001  the only identity of a fake storage

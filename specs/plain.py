@@ -71,6 +71,18 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def to_argument(value: Any) -> Any:
+    """Write an argument of an operator, to which 200 and 200.0 are two things.
+
+    >>> to_argument(200.0), to_argument(200), to_argument(0.5)
+    (frozendict.frozendict({'float': '200.0'}), 200, 0.5)
+    """
+    if isinstance(value, float) and value.is_integer():
+        written: frozendict[str, str] = frozendict({"float": repr(value)})
+        return written
+    return to_plain(value)
+
+
 def from_plain(value: Any) -> Any:
     """Undo ``to_plain``.
 

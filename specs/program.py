@@ -64,6 +64,11 @@ class Uniform:
     low: float = _number()
     high: float = _number()
 
+    def __attrs_post_init__(self) -> None:
+        if self.low > self.high:
+            msg = f"nothing lies between {self.low} and {self.high}"
+            raise ValueError(msg)
+
     def __str__(self) -> str:
         if self.low == -self.high:
             return f"uniform(±{_short(self.high)})"
@@ -171,12 +176,14 @@ class Constant:
         nodes: The operators; the last one's result is the constant.
         values: What they gave while planning, row-major, if that is little; outside equality and fingerprint, since
             the last digit of a logarithm differs between machines.
+        default_dtype: torch's default dtype, which the operators follow where whole numbers become floats.
     """
 
     shape: tuple[int, ...] = field(converter=tuple)
     dtype: str
     nodes: tuple[Node, ...] = field(converter=tuple)
     values: tuple[Any, ...] | None = field(default=None, eq=False, repr=False, converter=_freeze, validator=check_plain)
+    default_dtype: str = "float32"
 
     def __attrs_post_init__(self) -> None:
         if self.values is not None:

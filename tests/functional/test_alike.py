@@ -3,20 +3,30 @@
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    xLSTMConfig,
+    xLSTMModel,
+)
 
 from shardplan.functional import create_schedule, plan_build
+from shardplan.functional.alike import Likeness
 from shardplan.functional.init_trace import Tracer
+from shardplan.functional.skeleton import read_tensors
 from shardplan.specs import Mesh
 
-CALLS = []
 
-
-class Counted(nn.Linear):
-    """Notes each time that its code runs."""
+class Own(nn.Linear):
+    """Its code is not torch's."""
 
     def reset_parameters(self):
-        CALLS.append(self)
         super().reset_parameters()
 
 
@@ -65,11 +75,55 @@ def on_meta(build, *args):
         return build(*args)
 
 
-def test_equal_layers_are_followed_twice():
-    model = on_meta(lambda: nn.Sequential(*(Counted(4, 4) for _ in range(10))))
-    CALLS.clear()
+@pytest.mark.parametrize(("kind", "num"), [(nn.Linear, 2), (Own, 10)])
+def test_equal_layers_of_torch_are_followed_twice(kind, num, monkeypatch):
+    followed, run = [], Tracer._run
+    monkeypatch.setattr(Tracer, "_run", lambda self, call, places: followed.append(call) or run(self, call, places))
+    model = on_meta(lambda: nn.Sequential(*(kind(4, 4) for _ in range(10))))
     assert set(sources(model).values()) == {"uniform(±0.5)"}
-    assert len(CALLS) == 2
+    assert len(followed) == num
+
+
+def test_what_is_noted_on_a_parameter_counts():
+    def build():
+        layers = [nn.LayerNorm(4) for _ in range(4)]
+        for number, layer in enumerate(layers):
+            layer.weight.number = number
+        return nn.Sequential(*layers)
+
+    likeness = Likeness()
+    model = Tracer(model := on_meta(build), read_tensors(model)[0], {})._model
+    assert len({likeness.number(layer) for layer in model}) == 4
+
+
+class Looking(PreTrainedModel):
+    """As if it were a model of transformers whose code looks around."""
+
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(5))
+        self.seen = 0
+
+    def _init_weights(self, module):
+        names = {id(child): name for name, child in self.named_modules()}
+        if isinstance(module, nn.Linear):
+            nn.init.constant_(module.weight, int(names[id(module)][-1]))
+
+
+class Counting(Looking):
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            self.seen += 1
+            nn.init.constant_(module.weight, self.seen - 1)
+
+
+@pytest.mark.parametrize("kind", [Looking, Counting])
+def test_code_that_looks_around_is_followed_every_time(kind, monkeypatch):
+    monkeypatch.setattr(kind, "__module__", "transformers.models.none")  # whose code is trusted to keep no count
+    model = on_meta(kind, LlamaConfig())
+    assert list(sources(model).values()) == ["zero", *(f"fill({number})" for number in range(1, 5))]
 
 
 def test_layers_that_differ_in_what_code_reads_are_not_alike():
@@ -109,10 +163,13 @@ def test_code_that_counts_its_calls_is_followed_every_time():
                 num_local_experts=4,
             )
         ),
+        lambda: xLSTMModel(
+            xLSTMConfig(hidden_size=64, num_hidden_layers=4, num_blocks=4, num_heads=4, vocab_size=128, weight_mode="single")
+        ),
         lambda: nn.Transformer(16, 4, 3, 3, 32, batch_first=True),
         lambda: nn.LSTM(8, 8, num_layers=4),
     ],
-    ids=["gpt2", "t5", "mixtral", "transformer", "lstm"],
+    ids=["gpt2", "t5", "mixtral", "xlstm", "transformer", "lstm"],
 )
 def test_the_plan_is_that_of_following_all(build, monkeypatch):
     model = on_meta(build)
