@@ -167,7 +167,7 @@ def _notes(report: Report) -> list[str]:
         "- **same**: tensors of a tiny model that are bit for bit the same on 1, 2 and 4 ranks.",
         "- **twins**: split random tensors of it of which two ranks hold the same values.",
         "",
-        "The time of shardplan's ways is that of `execute`: ranks agree on the plan and audit it, make groups, copy the",
+        "The time of shardplan's ways is that of `execute`: ranks agree on the plan, check the model, make groups, copy the",
         "module, and register the hooks of split layers. Planning comes before, and is timed below.",
     ]
 
