@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def derive_seed(seed: int, path: str) -> int:
@@ -25,6 +26,22 @@ def python_state() -> tuple[object, ...]:
     """Return where Python's and NumPy's global generators stand, to be compared."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
+
+
+class Rewinds:
+    """Notices code that sets torch's generator, whose draws are made on fake tensors, which draw nothing from it."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        with _disable_current_modes():
+            self._expected = torch.default_generator.get_state()
+
+    def draw(self) -> None:
+        """Note one random operator: draw a number in its place, so that going back can be told from standing still."""
+        with _disable_current_modes():
+            self.seen |= not torch.equal(torch.default_generator.get_state(), self._expected)
+            torch.empty(1, device="cpu").uniform_()
+            self._expected = torch.default_generator.get_state()
 
 
 @contextmanager

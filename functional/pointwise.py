@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..specs.plain import to_argument
 from ..specs.program import (
@@ -74,6 +75,21 @@ def needs_shape_only(func: Any) -> bool:
     """Tell whether an operator takes a tensor for its shape and dtype alone: ``zeros_like``, ``new_empty``."""
     packet, _ = operator_name(func)
     return packet.endswith("_like") or packet.startswith("new_")
+
+
+def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that an operator writes, and those that it reads."""
+    declared = func._schema.arguments  # noqa: SLF001  torch says it nowhere else
+    by_name = {argument.name: argument for argument in declared}
+    given = [*zip(declared, args, strict=False), *((by_name[k], v) for k, v in kwargs.items() if k in by_name)]
+    changed: list[Tensor] = []
+    read: list[Tensor] = []
+    for argument, value in given:
+        is_write = argument.alias_info is not None and argument.alias_info.is_write
+        (changed if is_write else read).extend(
+            leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.layout == torch.strided
+        )
+    return changed, read
 
 
 def overwrites(func: Any) -> bool:

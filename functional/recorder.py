@@ -21,9 +21,11 @@ from ..specs.program import Box, Constant, InitProgram, Normal, Operation, Set, 
 from .boxes import box_of, box_shape
 from .constants import compute
 from .coverage import View, whole_view
+from .generators import Rewinds
 from .guesses import DependsOnValuesError, Guesses, asks_for_value
 from .pointwise import (
     NotPointwiseError,
+    arguments,
     is_random,
     is_view,
     made,
@@ -105,10 +107,7 @@ class Recorder(TorchDispatchMode):
         self._num_draws = 0
         self._guesses = Guesses()
         self._looked_at: frozenset[str] = frozenset()
-        with _disable_current_modes():
-            self._before = torch.default_generator.get_state()
-        self._state: Tensor | None = None  # of the generator, after the last draw
-        self._has_seeded = False
+        self._rewinds = Rewinds()
 
     @property
     def has_guessed(self) -> bool:
@@ -130,7 +129,7 @@ class Recorder(TorchDispatchMode):
             if path in self._overwritten and self.has_guessed:
                 operations, cause = None, "its code looks at values that are drawn"
                 of |= self._looked_at - {path}
-            elif path in self._overwritten and self._has_seeded:
+            elif path in self._overwritten and self._rewinds.seen:
                 operations, cause = None, "its code seeds the generator itself"
             elif sharing:
                 operations, cause = None, f"it shares its random numbers with {', '.join(sorted(sharing))}"
@@ -161,14 +160,14 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if asks_for_value(func):
             return self._one_value(args[0])
-        changed, read = _arguments(func, args, kwargs)
+        changed, read = arguments(func, args, kwargs)
         if any(not isinstance(tensor, FakeTensor) for tensor in changed) or operator_name(func)[0] in ("set_", "resize_"):
             msg = "the code changes a tensor from elsewhere, or what a tensor is made of"
             raise DependsOnValuesError(msg)
         for tensor in (*changed, *read):
             self._meet(tensor)
         if is_random(func):
-            self._watch_generator()
+            self._rewinds.draw()
         result = func(*args, **kwargs)
         self._alive += [out.untyped_storage() for out in tree_leaves(result) if isinstance(out, Tensor)]
         if changed:
@@ -353,14 +352,6 @@ class Recorder(TorchDispatchMode):
         self._num_draws += 1
         return frozenset([self._num_draws])
 
-    def _watch_generator(self) -> None:
-        """Draw a number for each random operator, since fake ones draw none: then code that goes back is seen."""
-        with _disable_current_modes():
-            state = torch.default_generator.get_state()
-            self._has_seeded |= not torch.equal(state, self._before if self._state is None else self._state)
-            torch.empty(1, device="cpu").uniform_()
-            self._state = torch.default_generator.get_state()
-
     def _one_value(self, asked: Tensor) -> bool | int | float:
         self._meet(asked)
         value = self._get(asked)
@@ -383,21 +374,6 @@ class Recorder(TorchDispatchMode):
         *before, drawn = value.operations
         self._values[_storage(target)] = evolve(value, operations=(*before, evolve(drawn, what=truncated)))
         return True
-
-
-def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors that an operator writes, and those that it reads."""
-    declared = func._schema.arguments  # noqa: SLF001  torch says it nowhere else
-    by_name = {argument.name: argument for argument in declared}
-    given = [*zip(declared, args, strict=False), *((by_name[k], v) for k, v in kwargs.items() if k in by_name)]
-    changed: list[Tensor] = []
-    read: list[Tensor] = []
-    for argument, value in given:
-        is_write = argument.alias_info is not None and argument.alias_info.is_write
-        (changed if is_write else read).extend(
-            leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.layout == torch.strided
-        )
-    return changed, read
 
 
 def _check(condition: bool, cause: str) -> None:  # noqa: FBT001

@@ -170,3 +170,23 @@ def test_a_split_over_data_must_be_joined_over_data():
     assert [finding[:2] for finding in findings(sch)][:2] == [("error", "2.weight"), ("error", "2.bias")]
     joined = sch.at["2"].sync("forward_post", "all_gather", -1, mesh_axis="data")
     assert [severity for severity, _, _ in findings(joined)] == ["warning"]
+
+
+class Orthogonal(nn.Linear):
+    def reset_parameters(self):
+        nn.init.orthogonal_(self.weight)
+
+
+def test_what_one_rank_makes_whole_is_told_with_its_cause_and_repeated_layers_once():
+    with torch.device("meta"):
+        model = nn.Sequential(*(Orthogonal(8, 8, bias=False) for _ in range(3)), nn.Linear(8, 8))
+
+    def warnings(mesh):
+        return [f for f in audit(plan_build(create_schedule(model, mesh))).findings if "made whole" in f.cause]
+
+    [finding] = warnings(Mesh(tensor=2))
+    assert (finding.severity, finding.path) == ("warning", "{0..2}.weight")
+    assert finding.cause == (
+        "f32[8, 8] is made whole (256 B) on one rank by Orthogonal.reset_parameters, and sent: linalg_qr is not pointwise"
+    )
+    assert warnings(Mesh()) == []
