@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .resolve import resolve as resolve
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
+    from .stages import stage_modules as stage_modules
 
 __all__ = [
     "Built",
@@ -40,6 +41,7 @@ __all__ = [
     "plan_build",
     "predict",
     "resolve",
+    "stage_modules",
     "to_device_mesh",
 ]
 
@@ -57,6 +59,7 @@ _HOMES = {
     "plan_build": "plan",
     "predict": "audit",
     "resolve": "resolve",
+    "stage_modules": "stages",
     "to_device_mesh": "device_mesh",
 }
 

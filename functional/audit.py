@@ -60,7 +60,7 @@ def predict(plan: Plan, rank: int) -> Receipt:
 
 def _share(plan: Plan, stage: int, tensor: int, distinct: dict[tuple[int, int, int], Receipt]) -> Share:
     here = Coordinate(pipe=stage, data=0, tensor=tensor, mesh=plan.mesh)
-    mine = [spec for spec in plan.tree.values() if stage in (spec.stage, *spec.also_on)]
+    mine = [spec for spec in plan.tree.values() if stage in spec.places(plan.mesh)]
     return Share(
         stage=stage,
         tensor=tensor,

@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..specs.errors import Problem
-from ..specs.mesh import MESH_AXES, MeshAxis
 from ..specs.steps import SetAttributes
 from .generators import own_generators
 from .guesses import AnswerZero
-from .layout import Local, apply_layout
-from .module_copy import copy_module
+from .local_copy import local_copy
 from .parts import Parts
-from .skeleton import named_tensors
-from .sync import SyncGroup
 
 if TYPE_CHECKING:
     from ..specs.mesh import Mesh
@@ -44,20 +40,11 @@ def check_forward(
         fix = f"forward takes {inspect.signature(model.forward)}"
         return [Problem("example_inputs", f"the model cannot be called with them: {error}", fix)]
     first = mesh.coordinate(0)
-    shapes = {id(tensor): tree[path].local_shape(first) for path, _, tensor in named_tensors(model) if path in tree}
     open_modules: list[str] = []
     called: set[str] = set()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(tensor: Tensor) -> Tensor:
-        with mode:
-            return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
-
-    local = copy_module(model, fake, for_planning=True)
+    local = local_copy(model, tree, layout, first, callables, mode)
     with mode, torch.no_grad(), own_generators(0), AnswerZero():
-        groups: dict[MeshAxis, SyncGroup] = {mesh_axis: SyncGroup("", mesh.num(mesh_axis), 0) for mesh_axis in MESH_AXES}
-        for step in layout:
-            apply_layout(local, step, Local(first, groups, callables))
         for path, module in local.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 _follow(module, path, open_modules, called)
@@ -82,8 +69,11 @@ def _follow(module: nn.Module, path: str, open_modules: list[str], called: set[s
         open_modules.append(path)
         called.add(path)
 
+    def leave(*_: object) -> None:
+        open_modules.pop()
+
     module.register_forward_pre_hook(enter, prepend=True)
-    module.register_forward_hook(lambda *_: open_modules.pop() and None)
+    module.register_forward_hook(leave)
 
 
 def _never_called(path: str) -> Problem:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.steps import LayoutStep
-    from .resolve import Alias, Exchange, Make, OpenGroups, Piece
+    from .resolve import Alias, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 AGREEMENT_BYTES = 8 * 16
 """Bytes that each rank tells the others in one agreement: 16 integers of 8 bytes."""
@@ -42,6 +42,9 @@ class DryEffects:
 
     def open_groups(self, work: OpenGroups) -> None:
         self.ledger.num_groups += work.num_groups
+
+    def open_tie_groups(self, work: OpenTieGroups) -> None:
+        self.ledger.num_groups += sum(map(len, work.groups))
 
     def make(self, work: Make, seed: int) -> Sequence[int]:
         made = [self._allocate(piece.num_bytes) for piece in work.pieces]
@@ -86,6 +89,12 @@ class DryEffects:
         pass
 
     def change(self, step: LayoutStep) -> None:
+        pass
+
+    def keep_stages(self, plan: Plan, work: KeepStages) -> None:
+        pass
+
+    def sum_gradients(self, work: SumGradients) -> None:
         pass
 
     def make_optimizer(self) -> None:

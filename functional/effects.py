@@ -26,6 +26,7 @@ from .init_calls import run_call
 from .layout import Local, apply_layout
 from .ledger import Ledger
 from .module_copy import get_tensor, like, module_of, put_tensor, tied
+from .stages import make_stage
 from .sync import SyncGroup
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from ..specs.plan import Plan
     from ..specs.source import Call
     from ..specs.steps import LayoutStep
-    from .resolve import Alias, Exchange, Make, OpenGroups, Piece
+    from .partition import Partition
+    from .resolve import Alias, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 
 @define
@@ -51,8 +53,12 @@ class TorchEffects:
         callables: The user's functions by name.
         optimizer: Function from parameters to an optimizer, for the dialect.
         loss_fn: Function for the dialect.
+        parts: The graphs of the pipeline's stages; None without a pipeline.
         ledger: What was allocated and sent.
         groups: Process groups of this rank by mesh axes.
+        tie_groups: Those that join stages, by the stages' places along ``pipe``.
+        tied: Tensors whose gradients are summed over stages, with their places.
+        modules: What this rank runs: its stages, or the whole module.
         made_optimizer: What ``optimizer`` gave.
         wrapped: What the dialect gave.
     """
@@ -64,8 +70,12 @@ class TorchEffects:
     callables: Mapping[str, Any]
     optimizer: Callable[..., Any] | None = None
     loss_fn: Callable[..., Any] | None = None
+    parts: Partition | None = None
     ledger: Ledger = Factory(Ledger)
     groups: dict[tuple[MeshAxis, ...], dist.ProcessGroup] = Factory(dict)
+    tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = Factory(dict)
+    tied: dict[str, tuple[int, ...]] = Factory(dict)
+    modules: tuple[nn.Module, ...] = Factory(lambda self: (self.module,), takes_self=True)
     made_optimizer: Any = None
     wrapped: Wrapped | None = None
 
@@ -88,6 +98,15 @@ class TorchEffects:
                     assert isinstance(group, dist.ProcessGroup), "a member gets the group itself"
                     self.groups[mesh_axes] = group
 
+    def open_tie_groups(self, work: OpenTieGroups) -> None:
+        for between, groups in zip(work.between, work.groups, strict=True):
+            for ranks in groups:
+                group = dist.new_group(sorted(ranks))
+                self.ledger.num_groups += 1
+                if self.rank in ranks:
+                    assert isinstance(group, dist.ProcessGroup), "a member gets the group itself"
+                    self.tie_groups[between] = group
+
     def make(self, work: Make, seed: int) -> Sequence[Tensor]:
         lent = [path for piece in (*work.pieces, *work.scratch) for path in piece.spec.paths]
         placeholders = {path: get_tensor(self.module, path) for path in lent}
@@ -99,7 +118,7 @@ class TorchEffects:
             for piece in work.scratch:
                 has_values = isinstance(piece.spec.source, (ModuleValues, OwnValues))
                 self._lend(piece, self.take(piece) if has_values else self.empty(piece.shape, piece.spec.dtype))
-            with torch.no_grad(), one_thread(), own_generators(derive_seed(seed, work.pieces[0].path), self.device):
+            with torch.no_grad(), one_thread(), own_generators(derive_seed(seed, work.key), self.device):
                 for call in work.calls:
                     with self._untied(work, call, placeholders):
                         run_call(self.module, call, self.callables)
@@ -146,7 +165,8 @@ class TorchEffects:
         return [self._own(part.clone().view(piece.shape)) for part, piece in zip(parts, pieces, strict=True)]
 
     def broadcast(self, message: Tensor, exchange: Exchange) -> None:
-        dist.broadcast(_bytes(message), src=exchange.group.start, group=self.groups[exchange.mesh_axes])
+        group = self.tie_groups[exchange.between] if exchange.between else self.groups[exchange.mesh_axes]
+        dist.broadcast(_bytes(message), src=exchange.group.start, group=group)
         self._note("broadcast", message, exchange)
 
     def scatter(self, message: Tensor, parts: Sequence[Tensor], exchange: Exchange) -> None:
@@ -175,14 +195,34 @@ class TorchEffects:
     def change(self, step: LayoutStep) -> None:
         apply_layout(self.module, step, self._local)
 
+    def keep_stages(self, plan: Plan, work: KeepStages) -> None:
+        assert self.parts is not None, "the opening agreement checks it"
+        numbers = range(work.place, len(plan.stages), plan.mesh.pipe)
+        self.modules = tuple(
+            make_stage(plan, self.parts, number, self.module, self._local, self.device) for number in numbers
+        )
+
+    def sum_gradients(self, work: SumGradients) -> None:
+        self.tied[work.spec.path] = work.between
+
     def make_optimizer(self) -> None:
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        found = [parameter for module in self.modules for parameter in module.parameters()]
+        trained = [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
         self.made_optimizer = self.optimizer(trained) if self.optimizer else None
 
     def hand(self, plan: Plan) -> None:
         dialect, _ = find_dialect(plan.target)
         assert dialect is not None, "the opening agreement checks it"
-        self.wrapped = dialect.wrap(Handover(self.module, plan, self.groups, self.made_optimizer, self.loss_fn))
+        tied = [
+            (self._parameter(path), self.coordinate.pipe == between[0], self.tie_groups[between])
+            for path, between in self.tied.items()
+        ]
+        self.wrapped = dialect.wrap(
+            Handover(self.modules, plan, self.device, self.groups, tied, self.made_optimizer, self.loss_fn)
+        )
+
+    def _parameter(self, path: str) -> nn.Parameter:
+        return get_tensor(self.module, path)  # type: ignore[return-value]  only parameters are trained
 
     @cached_property
     def _local(self) -> Local:

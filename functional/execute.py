@@ -28,12 +28,14 @@ from .effects import TorchEffects
 from .findings import find as find_risks
 from .interpret import Effects, interpret
 from .module_copy import copy_module
+from .stages import planned_partition
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
     from ..specs.receipt import Receipt
     from ..specs.report import Finding
     from ..specs.steps import Step
+    from .partition import Partition
 
 _log = logging.getLogger("shardplan")
 
@@ -45,7 +47,8 @@ class Built:
     Args:
         model: What is trained: the module, or the target's engine around it. None with effects of the caller's.
         optimizer: The target's optimizer, or the given one; None if there is none.
-        module: This rank's own torch module.
+        module: This rank's own torch module: the whole model's, or that of its (first) pipeline stage.
+        modules: All of this rank's stages, several under an interleaved pipeline; else the one module.
         extras: Whatever else the target returned, by name.
         receipt: What was really allocated, sent and taken.
     """
@@ -53,6 +56,7 @@ class Built:
     model: Any
     optimizer: Any
     module: nn.Module | None = field(repr=False)
+    modules: tuple[nn.Module, ...] = field(repr=False)
     extras: Any = field(repr=False)
     receipt: Receipt
 
@@ -116,23 +120,25 @@ def _execute(
     start = time.monotonic()
     if effects is not None:
         interpret(plan, plan.mesh.coordinate(effects.rank), effects)
-        return Built(None, None, None, {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
+        return Built(None, None, None, (), {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
     coordinate, error = stand(plan)
+    parts: Partition | None = None
     given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
     try:
         chosen = _device(device)
         findings = _refuse(plan, given, optimizer, loss_fn)
+        parts = planned_partition(plan, given) if plan.pipeline else None
         copied = copy_module(given, _on_meta, for_planning=False)
         for finding in findings if coordinate.rank == 0 else ():
             _log.warning("%s", finding)
     except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
         error = error or refused
-    real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn)
+    real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn, parts)
     with _bar(plan, shown=progress and coordinate.rank == 0) as on_step:
         interpret(plan, coordinate, real, error=error, on_step=on_step)
     assert real.wrapped is not None, "every plan ends with a Wrap step"
     receipt = real.ledger.receipt(coordinate.rank, time.monotonic() - start)
-    return Built(real.wrapped.model, real.wrapped.optimizer, copied, real.wrapped.extras, receipt)
+    return Built(real.wrapped.model, real.wrapped.optimizer, real.modules[0], real.modules, real.wrapped.extras, receipt)
 
 
 @contextmanager
@@ -182,10 +188,13 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
             f"the plan is for version {plan.random_scheme} of the random numbers, and this shardplan draws {RANDOM_SCHEME}"
         )
         problems.append(Problem("random_scheme", cause, "Plan again, or execute with the shardplan that planned it"))
-    _, unknown = find_dialect(plan.target)
+    dialect, unknown = find_dialect(plan.target)
     problems += unknown
-    if loss_fn is not None:
-        problems.append(Problem("loss_fn", "it is for a pipeline, and this plan has one stage", "Compute the loss yourself"))
+    if loss_fn is not None and not callable(loss_fn):
+        cause = f"it is a function from the model's output and the targets to the loss, not a {type(loss_fn).__name__}"
+        problems.append(Problem("loss_fn", cause, "loss_fn=lambda output, target: ..."))
+    elif dialect is not None and (plan.pipeline or loss_fn is not None):
+        problems += dialect.check_loss(plan, loss_fn)
     if optimizer is not None and not callable(optimizer):
         cause = f"it is a function from parameters to an optimizer, not a {type(optimizer).__name__}"
         problems.append(Problem("optimizer", cause, "optimizer=lambda parameters: torch.optim.AdamW(parameters)"))

@@ -22,11 +22,14 @@ from .resolve import (
     Exchange,
     Hand,
     Install,
+    KeepStages,
     Make,
     Nothing,
     OpenGroups,
+    OpenTieGroups,
     Piece,
     Reserve,
+    SumGradients,
     Take,
     Work,
     resolve,
@@ -60,6 +63,10 @@ class Effects(Protocol[T]):
 
     def open_groups(self, work: OpenGroups) -> None:
         """Make process groups."""
+        ...
+
+    def open_tie_groups(self, work: OpenTieGroups) -> None:
+        """Make process groups that join stages."""
         ...
 
     def make(self, work: Make, seed: int) -> Sequence[T]:
@@ -118,6 +125,14 @@ class Effects(Protocol[T]):
         """Change how a module computes."""
         ...
 
+    def keep_stages(self, plan: Plan, work: KeepStages) -> None:
+        """Make the stages that this rank runs out of the module."""
+        ...
+
+    def sum_gradients(self, work: SumGradients) -> None:
+        """Note a tensor whose gradients are summed over stages."""
+        ...
+
     def make_optimizer(self) -> None:
         """Make the user's optimizer."""
         ...
@@ -173,12 +188,18 @@ class _Run(Generic[T]):
                 self.effects.agree(self.plan, self.error)
             case OpenGroups():
                 self.effects.open_groups(work)
+            case OpenTieGroups():
+                self.effects.open_tie_groups(work)
             case Exchange(op="broadcast"):
                 self.broadcast(work)
             case Exchange():
                 self.scatter(work)
             case Hand():
                 self.effects.hand(self.plan)
+            case KeepStages():
+                self.attempt(self.effects.keep_stages, self.plan, work)
+            case SumGradients():
+                self.attempt(self.effects.sum_gradients, work)
             case Make() | Evaluate() | Take() | Reserve() | Cut() | Install() | Alias() | Change() | MakeOptimizer():
                 self.attempt(self.do_alone, work)
             case _:

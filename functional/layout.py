@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..specs.steps import AddBiasAfterSync, LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel
 from .callables import find
-from .sync import SyncGroup, sync_function
+from .sync import SyncGroup, own_ids, sync_function
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate, MeshAxis
@@ -43,7 +43,7 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:
                 setattr(module, name, value)
         case VocabParallel():
             assert isinstance(module, nn.Embedding), "the schedule checks it"
-            _own_rows(module, local.coordinate.index("tensor") * module.weight.shape[0])
+            _own_rows(module, local)
         case AddBiasAfterSync():
             assert isinstance(module, nn.Linear), "the plan checks it"
             module.forward = MethodType(_without_bias, module)
@@ -115,22 +115,26 @@ def _add_bias(module: nn.Linear, _: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + module.bias
 
 
-def _own_rows(module: nn.Embedding, first_row: int) -> None:
-    """Make an embedding look up the rows that it has, from ``first_row`` on, and give zeros for all others."""
-    num_rows = module.weight.shape[0]
-    if module.padding_idx is not None:
-        local_padding = module.padding_idx - first_row
-        module.padding_idx = local_padding if 0 <= local_padding < num_rows else None
+def _own_rows(module: nn.Embedding, local: Local) -> None:
+    """Make an embedding look up the rows that it has, and give zeros for all others.
+
+    What differs from rank to rank is an argument of one operator, so that all ranks have the same graph.
+    """
+    num_rows, padding = module.weight.shape[0], module.padding_idx
+    module.padding_idx = None
     whole_forward = type(module).forward
+    index, group = local.coordinate.index("tensor"), local.groups["tensor"].name
 
     name = first_argument(module)
 
     def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else kwargs[name]
-        own = ids - first_row
+        own = own_ids(ids, num_rows, index, group)
         is_mine = (own >= 0) & (own < num_rows)
         mine = torch.where(is_mine, own, 0)
         rows = whole_forward(self, mine, *args[1:], **kwargs) if args else whole_forward(self, **{**kwargs, name: mine})
+        if padding is not None:  # whose row is not trained
+            rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
         return rows.masked_fill(~is_mine.unsqueeze(-1), 0)
 
     module.forward = MethodType(forward, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -23,10 +23,14 @@ from ..specs.steps import (
     LayoutStep,
     MakeGroups,
     MakeOptimizer,
+    MakeTieGroups,
     Scatter,
+    SendCopy,
     SetAttributes,
     Step,
+    SumTied,
     Sync,
+    TakeStages,
     Tie,
     VocabParallel,
     Wrap,
@@ -36,12 +40,14 @@ from .check_forward import check_forward
 from .dialects import find_dialect
 from .init_calls import wrong_signature
 from .init_code import Unit, find_units
+from .pipeline import cut, is_cut, place, tied_across, wrong_stages
 from .route import Strategy, born_sharded, local_only, route
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..specs.pipeline import Pipeline
     from ..specs.tree import SpecTree
 
 
@@ -68,7 +74,8 @@ def plan_build(
         seed: What all random numbers derive from.
         config: The target's configuration: plain JSON values.
         example_inputs: Tensors by the names of the model's arguments, meta ones will do; with them a forward pass at local
-            shapes is tried on fake tensors, and gradients that would be partial are found.
+            shapes is tried on fake tensors, and gradients that would be partial are found. A model that is cut into stages
+            is exported with them; the first stage takes them in this order.
 
     Raises:
         PlanError: With everything that is wrong, at once.
@@ -90,7 +97,7 @@ def plan_build(
     problems = [
         *sch.problems,
         *misfits(sch.mesh, sch.tree),
-        *_wrong_arguments(sch.mesh, strategy, seed, init_weights, config),
+        *_wrong_arguments(strategy, seed, init_weights, config),
     ]
     problems += _wrong_scripted(model, sch.tree)
     runtime = sch.runtime
@@ -109,25 +116,40 @@ def plan_build(
     problems += unknown
     if dialect is not None:
         problems += dialect.check(sch.mesh, tree, config)
+    problems += wrong_stages(sch, example_inputs)
     if example_inputs is not None and not problems:
         problems += check_forward(model, tree, layout, sch.mesh, runtime.callables, example_inputs)
     if problems or dialect is None:
         raise PlanError(problems)
-    moves = [*_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy), *_ties(tree)]
+    pipeline: Pipeline | None = None
+    if is_cut(sch) and example_inputs is not None:
+        found = cut(evolve(sch, runtime=runtime), tree, layout, example_inputs)
+        pipeline, tree, runtime = found.pipeline, place(tree, found), evolve(runtime, partition=found)
+        problems += dialect.check_pipeline(sch.mesh, tree, pipeline, config)
+        if problems:
+            raise PlanError(problems)
+    tied = tied_across(sch.mesh, tree)
+    moves = [*_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy), *_ties(sch.mesh, tree)]
     over = _groups([*moves, *layout], dialect.groups(sch.mesh))
+    between = _between([*moves, *tied])
     steps = [
         Agree("opening"),
         *([MakeGroups(over)] if over else []),
+        *([MakeTieGroups(between)] if between else []),
         *moves,
         *layout,
+        *([TakeStages()] if pipeline else []),
+        *tied,
         MakeOptimizer(),
         Agree("closing"),
         Wrap(target),
     ]
-    return Plan(mesh=sch.mesh, tree=tree, steps=steps, target=target, config=config, seed=seed, runtime=runtime)
+    return Plan(
+        mesh=sch.mesh, tree=tree, steps=steps, target=target, config=config, seed=seed, pipeline=pipeline, runtime=runtime
+    )
 
 
-def _wrong_arguments(mesh: Mesh, strategy: object, seed: object, init_weights: object, config: object) -> Iterator[Problem]:
+def _wrong_arguments(strategy: object, seed: object, init_weights: object, config: object) -> Iterator[Problem]:
     strategies = ("auto", *get_args(Strategy))
     if strategy not in strategies:
         yield Problem("strategy", f"{strategy!r} is unknown", f"There are {', '.join(strategies)}")
@@ -143,9 +165,6 @@ def _wrong_arguments(mesh: Mesh, strategy: object, seed: object, init_weights: o
     for path, value in not_plain("config", config):
         cause = f"a plan holds plain, finite JSON values with strings as keys, and this is {value!r}"
         yield Problem(path, cause, "Write its value")
-    if mesh.pipe > 1:
-        cause = f"the mesh has pipe={mesh.pipe}, and nothing is cut: ranks past the first stage would hold nothing"
-        yield Problem("", cause, f"Mesh(data={mesh.data * mesh.pipe}, tensor={mesh.tensor}) has as many ranks")
 
 
 def _wrong_scripted(model: nn.Module, tree: SpecTree) -> Iterator[Problem]:
@@ -210,21 +229,42 @@ def _matters(step: LayoutStep, mesh: Mesh) -> bool:
 
 
 def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy) -> Iterator[Step]:
-    place = {path: number for number, path in enumerate(tree)}
-    made: list[tuple[Unit | None, tuple[ParamSpec, ...]]] = [(unit, tuple(tree[p] for p in unit.paths)) for unit in units]
-    made += [(None, (spec,)) for spec in tree.values() if isinstance(spec.source, ModuleValues)]
-    evaluated = [spec for spec in tree.values() if isinstance(spec.source, InitProgram)]
-    if strategy == "local":
-        yield from born_sharded(evaluated, 0)
-    else:
-        made += [(None, (spec,)) for spec in evaluated]
-    made.sort(key=lambda item: place[item[1][0].path])
-    yield from route(made, mesh, 0, "scatter" if strategy == "local" else strategy)
-    yield from local_only((s for s in tree.values() if isinstance(s.source, (OwnValues, Uninitialised))), 0)
+    """Iterate over the steps that give the tensors their values, place by place along ``pipe``."""
+    order = {path: number for number, path in enumerate(tree)}
+    for at in range(mesh.pipe):
+        held = [spec for spec in tree.values() if at in spec.places(mesh)]
+        owned = {spec.path for spec in held if spec.places(mesh)[0] == at}
+        made: list[tuple[Unit | None, tuple[ParamSpec, ...]]] = []
+        for unit in units:
+            if own := tuple(tree[path] for path in unit.paths if tree[path].path in owned):
+                made.append((unit, own))
+        made += [(None, (spec,)) for spec in held if isinstance(spec.source, ModuleValues) and spec.path in owned]
+        evaluated = [spec for spec in held if isinstance(spec.source, InitProgram)]
+        if strategy == "local":
+            yield from born_sharded(evaluated, at)
+        else:
+            made += [(None, (spec,)) for spec in evaluated]
+        made.sort(key=lambda item: order[item[1][0].path])
+        yield from route(made, mesh, at, "scatter" if strategy == "local" else strategy)
+        yield from local_only((s for s in held if isinstance(s.source, (OwnValues, Uninitialised))), at)
 
 
-def _ties(tree: SpecTree) -> Iterator[Tie]:
-    return (Tie(spec.stage, spec.path, spec.tie) for spec in tree.values() if spec.tie)
+def _ties(mesh: Mesh, tree: SpecTree) -> Iterator[Tie]:
+    return (Tie(at, spec.path, spec.tie) for spec in tree.values() if spec.tie for at in spec.places(mesh))
+
+
+def _between(steps: Iterable[Step]) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of places along ``pipe`` that tensors in common join, each once."""
+    sets: dict[tuple[int, ...], None] = {}
+    for step in steps:
+        match step:
+            case SendCopy(stage=stage, to=to):
+                sets[stage, to] = None
+            case SumTied(between=between):
+                sets[between] = None
+            case _:
+                pass
+    return tuple(sorted(sets))
 
 
 def _groups(steps: list[Step], wanted: tuple[tuple[MeshAxis, ...], ...]) -> tuple[tuple[MeshAxis, ...], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Literal, assert_never
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ..specs.dtypes import num_bytes
 from ..specs.param import Index, ParamSpec, index_shape
@@ -20,13 +20,17 @@ from ..specs.steps import (
     LayoutStep,
     MakeGroups,
     MakeOptimizer,
+    MakeTieGroups,
     Place,
     Scatter,
+    SendCopy,
     SetAttributes,
     Slice,
     Step,
+    SumTied,
     Sync,
     TakeShard,
+    TakeStages,
     TakeWhole,
     Tie,
     VocabParallel,
@@ -34,7 +38,9 @@ from ..specs.steps import (
 )
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Coordinate, MeshAxis
+    from collections.abc import Iterator
+
+    from ..specs.mesh import Coordinate, Mesh, MeshAxis
     from ..specs.source import Call
     from ..specs.tree import SpecTree
 
@@ -88,6 +94,14 @@ class OpenGroups:
 
 
 @frozen
+class OpenTieGroups:
+    """Take part in making, for each of these sets of places along ``pipe``, the groups of ranks that differ in it only."""
+
+    between: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@frozen
 class Make:
     """Allocate whole tensors, lend them to the module at ``paths``, run the calls in order, keep them."""
 
@@ -95,6 +109,7 @@ class Make:
     pieces: tuple[Piece, ...]
     scratch: tuple[Piece, ...]
     calls: tuple[Call, ...]
+    key: str
 
 
 @frozen
@@ -129,6 +144,7 @@ class Exchange:
         is_root: Whether this rank is the first.
         pieces: What this rank holds of each tensor afterwards.
         parts: For the sender of a scatter, what each member gets, in the order of the group.
+        between: Places along ``pipe`` of a group that joins two stages; else empty.
     """
 
     op: Literal["broadcast", "scatter"]
@@ -137,6 +153,7 @@ class Exchange:
     is_root: bool
     pieces: tuple[Piece, ...]
     parts: tuple[tuple[Piece, ...], ...] = ()
+    between: tuple[int, ...] = ()
 
 
 @frozen
@@ -175,11 +192,29 @@ class Hand:
     target: str | None
 
 
+@frozen
+class KeepStages:
+    """Keep the stages that this rank runs."""
+
+    place: int
+
+
+@frozen
+class SumGradients:
+    """Note a trained tensor whose gradients are summed over stages, this rank's among them."""
+
+    spec: ParamSpec
+    between: tuple[int, ...]
+
+
 Work = (
     Nothing
     | Agree
     | MakeOptimizer
     | OpenGroups
+    | OpenTieGroups
+    | KeepStages
+    | SumGradients
     | Make
     | Evaluate
     | Take
@@ -209,14 +244,26 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
             return Hand(target)
         case MakeGroups(over=over):
             return OpenGroups(over, sum(len(coordinate.mesh.groups(*mesh_axes)) for mesh_axes in over))
+        case MakeTieGroups(between=between):
+            return OpenTieGroups(between, tuple(tuple(_tied_ranks(coordinate.mesh, places)) for places in between))
         case SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
             return Change(step)
+        case TakeStages():
+            return KeepStages(coordinate.pipe)
+        case SumTied(path=path, between=between):
+            return SumGradients(tree[path], between) if coordinate.pipe in between else Nothing()
+        case SendCopy(stage=stage, to=to, paths=paths):
+            if coordinate.pipe not in (stage, to):
+                return Nothing()
+            first, second = (_rank_at(coordinate, place) for place in (stage, to))
+            group, is_root = range(first, 2 * second - first, second - first), coordinate.pipe == stage
+            return Exchange("broadcast", ("pipe",), group, is_root, _parts(tree, paths, coordinate), between=(stage, to))
         case _ if step.stage != coordinate.pipe:
             return Nothing()
-        case Generate(paths=paths, calls=calls, scratch=scratch):
+        case Generate(paths=paths, calls=calls, scratch=scratch, key=key):
             if not coordinate.is_first("data", "tensor"):
                 return Nothing()
-            return Make(paths, _whole(tree, paths), _whole(tree, scratch), calls)
+            return Make(paths, _whole(tree, paths), _whole(tree, scratch), calls, key)
         case EvaluateWhole(paths=paths):
             return Evaluate(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
         case EvaluateShard(paths=paths):
@@ -240,6 +287,15 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
             return Alias(tree[path], aliases)
         case _:
             assert_never(step)
+
+
+def _tied_ranks(mesh: Mesh, places: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Iterate over the groups of ranks that stand at some places along ``pipe`` and are alike otherwise."""
+    return (tuple(_rank_at(mesh.coordinate(rank), place) for place in places) for rank in mesh.stage(0))
+
+
+def _rank_at(coordinate: Coordinate, place: int) -> int:
+    return evolve(coordinate, pipe=place).rank
 
 
 def _scatter(pieces: tuple[Piece, ...], over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Work:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import Factory, define
 
 from ..specs.program import InitProgram
-from ..specs.source import ModuleValues, OwnValues
+from ..specs.source import Made, ModuleValues, OwnValues
 from ..specs.steps import (
     Allocate,
     Broadcast,
@@ -18,6 +18,7 @@ from ..specs.steps import (
     Generate,
     Place,
     Scatter,
+    SendCopy,
     Slice,
     Step,
     TakeShard,
@@ -45,7 +46,7 @@ def route(
     """Iterate over the steps that make, send, slice and place the tensors of one stage.
 
     Args:
-        units: What is made together, with its tensors; None for init programs and values that the module already has.
+        units: What is made together, with those of its tensors that the stage owns; None for init programs and values that the module already has.
         mesh: The ranks.
         stage: Pipeline stage.
         strategy: ``scatter`` (each rank gets its part only) or ``broadcast`` (each gets all, then slices).
@@ -53,7 +54,9 @@ def route(
     road = _Road(mesh.coordinate(mesh.stage(stage).start), stage, strategy)
     for unit, specs in units:
         if unit is not None:
-            yield Generate(stage, unit.paths, unit.calls, unit.scratch)
+            own = tuple(path for path in unit.paths if any(path in spec.paths for spec in specs))
+            lent = tuple(path for path in unit.paths if path not in own)
+            yield Generate(stage, own, unit.calls, (*unit.scratch, *lent), unit.paths[0])
         for spec in specs:
             yield from road.add(spec)
     yield from road.flush()
@@ -77,6 +80,11 @@ def local_only(specs: Iterable[ParamSpec], stage: int) -> Iterator[Step]:
         yield Allocate(stage, bare)
     if chosen:
         yield Place(stage, own + bare)
+
+
+def copies(spec: ParamSpec, mesh: Mesh) -> tuple[int, ...]:
+    """Return the places along ``pipe`` that are sent a tensor by its owner's; init programs are evaluated there instead."""
+    return spec.places(mesh)[1:] if isinstance(spec.source, (Made, ModuleValues)) else ()
 
 
 @define
@@ -122,4 +130,7 @@ class _Road:
                 yield Broadcast(self.stage, paths, several)
             if split:
                 yield Slice(self.stage, paths)
+        copied = [(spec, to) for spec in specs for to in copies(spec, self.first.mesh)]
+        yield from (SendCopy(self.stage, to, (spec.path,)) for spec, to in copied)
         yield Place(self.stage, paths)
+        yield from (Place(to, (spec.path,)) for spec, to in copied)

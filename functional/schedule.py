@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from ..specs.program import Fill, InitProgram, Operation
 from ..specs.source import Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
 from .callables import register
+from .cuts import By, Even, wrong_even
 from .skeleton import ModuleSpec, read_modules, read_tensors
 from .verb_checks import sharded, wrong_attribute, wrong_embedding, wrong_fill, wrong_sync
 
@@ -75,6 +76,10 @@ class Schedule:
         tree: Every tensor with what was said of it.
         modules: Every module.
         layout: Changes of how modules compute, in order.
+        cuts: Modules after which a pipeline stage ends.
+        leaves: Modules that run as they are, as one operation of a stage.
+        handed: The modules of each stage, where they were handed over.
+        even: The stages that are to be balanced, if any.
         problems: What is wrong so far.
         pattern: What the verbs apply to.
         runtime: Model and callables; outside equality.
@@ -84,6 +89,10 @@ class Schedule:
     tree: SpecTree = field(repr=False)
     modules: tuple[ModuleSpec, ...] = field(repr=False)
     layout: tuple[LayoutStep, ...] = field(default=(), repr=False)
+    cuts: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    handed: tuple[tuple[str, ...], ...] = ()
+    even: Even | None = None
     problems: tuple[Problem, ...] = field(default=(), converter=tuple, repr=False)
     pattern: str | None = field(default=None, eq=False)
     runtime: Runtime = field(factory=Runtime, eq=False, repr=False)
@@ -235,6 +244,53 @@ class Schedule:
         sch = sch._split_named("vocab_parallel", embeddings, "weight", 0)
         sch = sch._with_layout(VocabParallel(module.path) for module in embeddings)
         return sch._with_syncs(embeddings, "forward_post", "all_reduce")._with_local(embeddings, "num_embeddings")
+
+    def cut_pipeline_stage(self) -> Schedule:
+        """End a pipeline stage after each selected module; there is one stage more than cuts."""
+        sch = self._or_unmatched(modules=True)
+        paths = [module.path for module in self._modules()]
+        if "" in paths:
+            cause = "it is the model itself, and nothing comes after it"
+            return sch._wrong(Problem(self._pattern(), cause, "Cut a module inside it"))
+        return evolve(sch, cuts=tuple(dict.fromkeys((*self.cuts, *paths))))
+
+    def leaf(self) -> Schedule:
+        """Let modules run as they are, as one operation of their stage: their code is not exported, and not cut."""
+        sch = self._or_unmatched(modules=True)
+        paths = [module.path for module in self._modules()]
+        if "" in paths:
+            return sch._wrong(Problem(self._pattern(), "it is the model itself", "Mark the module that cannot be exported"))
+        return evolve(sch, leaves=tuple(dict.fromkeys((*self.leaves, *paths))))
+
+    def cut_evenly(self, num_stages: int, by: By = "parameters") -> Schedule:
+        """Cut the longest chain of repeated modules so that the stages weigh alike, embeddings and head counted.
+
+        Args:
+            num_stages: How many stages.
+            by: ``parameters`` (their elements) or ``flops`` (of a forward pass on the example inputs).
+        """
+        if problem := wrong_even(num_stages, by):
+            return self._wrong(problem)
+        return evolve(self, even=Even(num_stages, by))
+
+    def with_stages(self, stages: Sequence[nn.Module]) -> Schedule:
+        """Hand over the stages: modules of the model that are called one after another; nothing is exported.
+
+        Args:
+            stages: One module a stage. The first is called with the example inputs, each other one with what the one before
+                gave: a tensor, or a tuple of tensors.
+        """
+        names = {id(self._module(module)): module.path for module in self.modules}
+        strange = [stage for stage in stages if id(stage) not in names]
+        if strange or not stages:
+            what = f"{type(strange[0]).__name__} is no module of the model" if strange else "there are none"
+            fix = "sch.with_stages([model.first, model.second])"
+            return self._wrong(Problem("with_stages", f"a stage is a module of the model, and {what}", fix))
+        paths = [names[id(stage)] for stage in stages]
+        if len(set(paths)) < len(paths) or ("" in paths and len(paths) > 1):
+            fix = "Give each module once"
+            return self._wrong(Problem("with_stages", f"a module is in one stage, and these are {', '.join(paths)}", fix))
+        return evolve(self, handed=tuple((path,) for path in paths))
 
     # -- selection
 

@@ -161,11 +161,18 @@ def split(x: Tensor, axis: int, num: int, index: int, group: str) -> Tensor:
     return _equal_parts(x, axis, num)[index].clone(memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("shardplan::own_ids", mutates_args=())
+def own_ids(ids: Tensor, num_rows: int, index: int, group: str) -> Tensor:
+    """Count the rows of an embedding from the first one that this rank has."""
+    return ids - index * num_rows
+
+
 all_reduce.register_fake(lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format))
 sum_gradient.register_fake(lambda x, group: torch.empty_like(x))
 all_gather.register_fake(lambda x, axis, num, index, group: _longer(x, axis, num))
 gather_sum.register_fake(lambda x, axis, num, index, group: _longer(x, axis, num))
 reduce_scatter.register_fake(lambda x, axis, num, index, group: _shorter(x, axis, num, index))
+own_ids.register_fake(lambda ids, num_rows, index, group: torch.empty_like(ids))
 split.register_fake(lambda x, axis, num, index, group: _shorter(x, axis, num, index))
 
 

@@ -4,6 +4,7 @@ from .codec import dumps, loads
 from .errors import PlanError, Problem
 from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
 from .param import Index, Kind, Origin, ParamSpec, Shard
+from .pipeline import Activation, ExampleInput, Pipeline, PlainInput, Stage, TensorInput, VariableSize
 from .plan import SCHEMA_VERSION, Plan, Runtime
 from .program import Constant, InitProgram, Node, Operation
 from .receipt import Collective, Receipt
@@ -15,10 +16,12 @@ from .tree import SpecTree
 __all__ = [
     "MESH_AXES",
     "SCHEMA_VERSION",
+    "Activation",
     "Call",
     "Collective",
     "Constant",
     "Coordinate",
+    "ExampleInput",
     "Finding",
     "Groups",
     "Index",
@@ -34,6 +37,8 @@ __all__ = [
     "Origin",
     "OwnValues",
     "ParamSpec",
+    "Pipeline",
+    "PlainInput",
     "Plan",
     "PlanError",
     "Problem",
@@ -43,9 +48,12 @@ __all__ = [
     "Shard",
     "Source",
     "SpecTree",
+    "Stage",
     "Step",
     "TensorCall",
+    "TensorInput",
     "Uninitialised",
+    "VariableSize",
     "dumps",
     "loads",
 ]

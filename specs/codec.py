@@ -14,6 +14,7 @@ from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
 from .param import ParamSpec
+from .pipeline import ExampleInput
 from .plan import SCHEMA_VERSION, Plan
 from .program import Constant, What
 from .source import Call, Source
@@ -102,7 +103,7 @@ def _converter(*, origins: bool) -> cattrs.Converter:
     converter.register_unstructure_hook(
         Constant, make_dict_unstructure_fn(Constant, converter, values=override(omit=not origins))
     )
-    for union in (What, Call, Source, Step):  # what the later ones contain comes first
+    for union in (What, Call, Source, Step, ExampleInput):  # what the later ones contain comes first
         configure_tagged_union(union, converter, tag_name="is")
     converter.register_structure_hook_func(
         lambda cls: cls is frozendict or get_origin(cls) is frozendict,

@@ -17,7 +17,7 @@ from .source import Source, Unknown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .mesh import Coordinate
+    from .mesh import Coordinate, Mesh
 
 Kind = Literal["parameter", "buffer", "non_persistent_buffer"]
 """What a tensor is to its module."""
@@ -156,6 +156,15 @@ class ParamSpec:
     def module(self) -> str:
         """Path of the module that holds it, by its canonical path."""
         return self.path.rpartition(".")[0]
+
+    def places(self, mesh: Mesh) -> tuple[int, ...]:
+        """Return the places along ``pipe`` that hold it, that of the owner first.
+
+        >>> from shardplan.specs import Mesh
+        >>> ParamSpec("head.weight", (4, 4), "float32", stage=0, also_on=(3, 4)).places(Mesh(pipe=2))
+        (0, 1)
+        """
+        return tuple(dict.fromkeys(stage % mesh.pipe for stage in (self.stage, *self.also_on)))
 
     @property
     def num_elements(self) -> int:

@@ -12,6 +12,7 @@ from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
 from .mesh import Mesh
+from .pipeline import Pipeline, Stage
 from .plain import check_plain
 from .program import RANDOM_SCHEME
 from .source import ModuleCall, TensorCall
@@ -25,14 +26,18 @@ from .steps import (
     Generate,
     MakeGroups,
     MakeOptimizer,
+    MakeTieGroups,
     Place,
     Scatter,
+    SendCopy,
     SetAttributes,
     Slice,
     Step,
+    SumTied,
     Sync,
     SyncOp,
     TakeShard,
+    TakeStages,
     TakeWhole,
     Tie,
     VocabParallel,
@@ -40,15 +45,16 @@ from .steps import (
 )
 from .tree import SpecTree
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the JSON form; a plan of another version is refused."""
 
 
 @frozen(eq=False, repr=False)
 class Runtime:
-    """What a plan needs to be executed but cannot be saved: the model, and the callables by name."""
+    """What a plan needs to be executed but cannot be saved: the model, the graphs of its stages, callables by name."""
 
     model: Any = None
+    partition: Any = None
     callables: frozendict[str, Any] = field(factory=frozendict, converter=frozendict)
 
 
@@ -65,6 +71,7 @@ class Plan:
         seed: What all random numbers derive from.
         random_scheme: Version of the function from seed, path and element to random values.
         schema_version: Version of the JSON form.
+        pipeline: How the model is cut along ``pipe``; None if it is not.
         runtime: Model and callables; outside equality, hash, repr and JSON.
 
     Raises:
@@ -79,12 +86,18 @@ class Plan:
     seed: int = 0
     random_scheme: int = RANDOM_SCHEME
     schema_version: int = SCHEMA_VERSION
+    pipeline: Pipeline | None = None
     runtime: Runtime = field(factory=Runtime, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        problems = [*misfits(self.mesh, self.tree), *_strangers(self.mesh, self.tree, self.steps)]
+        problems = [*misfits(self.mesh, self.tree, len(self.stages)), *_strangers(self.mesh, self.tree, self.steps)]
         if problems:
             raise PlanError(problems)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The pipeline's stages; none if the model is not cut."""
+        return self.pipeline.stages if self.pipeline else ()
 
     @property
     def ties(self) -> tuple[Tie, ...]:
@@ -133,11 +146,17 @@ class Plan:
         return f"Plan({self.mesh}, {len(self.tree)} tensors, {len(self.steps)} steps, {self.fingerprint[:12]})"
 
 
-def misfits(mesh: Mesh, tree: SpecTree) -> list[Problem]:
-    """Return the tensors that do not fit a mesh: stages that it has not, splits that do not divide."""
+def misfits(mesh: Mesh, tree: SpecTree, num_stages: int = 0) -> list[Problem]:
+    """Return the tensors that do not fit a mesh: stages that are not there, splits that do not divide.
+
+    Args:
+        mesh: The ranks.
+        tree: The tensors.
+        num_stages: Stages of the pipeline; 0 for as many as the mesh has places along ``pipe``.
+    """
     problems: list[Problem] = []
     for spec in tree.values():
-        missing = [stage for stage in (spec.stage, *spec.also_on) if stage >= mesh.pipe]
+        missing = [stage for stage in (spec.stage, *spec.also_on) if stage >= (num_stages or mesh.pipe)]
         problems += [Problem(spec.path, f"stage {stage} is not on {mesh}", type=spec.type) for stage in missing]
         for shard in spec.shards:
             num, size = mesh.num(shard.mesh_axis), spec.orig_shape[shard.axis]
@@ -162,28 +181,35 @@ def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Prob
         match step:
             case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
                 continue
-            case MakeOptimizer() | Wrap():
+            case MakeOptimizer() | TakeStages() | Wrap():
                 continue
-            case Generate(paths=paths, scratch=scratch):
-                named = (*paths, *scratch)
-            case Tie(path=path, aliases=aliases):
-                named = (path, *aliases)
+            case MakeTieGroups(between=between):
+                named, places = (), [place for places in between for place in places]
+            case SumTied(path=path, between=places):
+                named = (path,)
+            case SendCopy(stage=stage, to=to, paths=named):
+                places = (stage, to)
+            case Generate(stage=stage, paths=paths, scratch=scratch):
+                named, places = (*paths, *scratch), (stage,)
+            case Tie(stage=stage, path=path, aliases=aliases):
+                named, places = (path, *aliases), (stage,)
             case (
-                EvaluateWhole(paths=paths)
-                | EvaluateShard(paths=paths)
-                | TakeWhole(paths=paths)
-                | TakeShard(paths=paths)
-                | Allocate(paths=paths)
-                | Scatter(paths=paths)
-                | Broadcast(paths=paths)
-                | Slice(paths=paths)
-                | Place(paths=paths)
+                EvaluateWhole(stage=stage, paths=named)
+                | EvaluateShard(stage=stage, paths=named)
+                | TakeWhole(stage=stage, paths=named)
+                | TakeShard(stage=stage, paths=named)
+                | Allocate(stage=stage, paths=named)
+                | Scatter(stage=stage, paths=named)
+                | Broadcast(stage=stage, paths=named)
+                | Slice(stage=stage, paths=named)
+                | Place(stage=stage, paths=named)
             ):
-                named = paths
+                places = (stage,)
             case _:
                 assert_never(step)
         name = type(step).__name__
         problems += [Problem(path, f"a {name} step names it, but no tensor has it") for path in named if path not in tree]
-        if not 0 <= step.stage < mesh.pipe:
-            problems.append(Problem("", f"a {name} step is for stage {step.stage}, which is not on {mesh}"))
+        for place in places:
+            if not 0 <= place < mesh.pipe:
+                problems.append(Problem("", f"a {name} step is for stage {place}, which is not on {mesh}"))
     return problems

@@ -1,14 +1,15 @@
 """The instructions of a plan: one list for all ranks.
 
 A step names stages, mesh axes and paths, never ranks, groups or intervals. What it asks of one rank is computed by
-``shardplan.functional.resolve``.
+``shardplan.functional.resolve``. Its ``stage`` is the place along ``pipe`` of the ranks that it is for: where each place has
+one stage, the stage.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from frozendict import deepfreeze, frozendict
 
 from .mesh import MeshAxis
@@ -37,20 +38,33 @@ class MakeGroups:
 
 
 @frozen
+class MakeTieGroups:
+    """Every rank takes part in making the groups of ranks that hold a tensor in common across stages.
+
+    Args:
+        between: For each group its places along ``pipe``; there is one such group at each place along the other mesh axes.
+    """
+
+    between: tuple[tuple[int, ...], ...]
+
+
+@frozen
 class Generate:
     """The first rank of a stage makes some whole tensors by running init code that no init program stands for.
 
     Args:
         stage: Pipeline stage.
         paths: Tensors that are kept, each under the path at which the code writes it.
-        calls: The code, in the order in which it runs. Its generator is keyed by (seed, first path).
+        calls: The code, in the order in which it runs.
         scratch: Other tensors that the code touches: lent to it whole, then dropped.
+        key: Its generator is keyed by (seed, key): the first tensor that the code makes, on whichever stage.
     """
 
     stage: int
     paths: tuple[str, ...]
     calls: tuple[Call, ...]
     scratch: tuple[str, ...] = ()
+    key: str = field(default=Factory(lambda self: next(iter(self.paths), ""), takes_self=True))
 
 
 @frozen
@@ -118,6 +132,18 @@ class Broadcast:
 
 
 @frozen
+class SendCopy:
+    """The ranks of a stage give what they hold of tensors to the ranks at the same place of another one that holds them.
+
+    ``stage`` and ``to`` are places along ``pipe``.
+    """
+
+    stage: int
+    to: int
+    paths: tuple[str, ...]
+
+
+@frozen
 class Slice:
     """Every rank of a stage keeps its part of whole tensors, and drops the rest."""
 
@@ -140,6 +166,24 @@ class Tie:
     stage: int
     path: str
     aliases: tuple[str, ...]
+
+
+@frozen
+class SumTied:
+    """The gradients of a tensor are summed over the stages that hold it, before each step of the optimizer.
+
+    Args:
+        path: The tensor.
+        between: Their places along ``pipe``; the first belongs to the stage that owns it.
+    """
+
+    path: str
+    between: tuple[int, ...]
+
+
+@frozen
+class TakeStages:
+    """Of the whole module each rank keeps the stages that it runs; what other stages hold was never filled."""
 
 
 @frozen
@@ -205,6 +249,7 @@ LayoutStep = SetAttributes | VocabParallel | AddBiasAfterSync | Sync
 Step = (
     Agree
     | MakeGroups
+    | MakeTieGroups
     | Generate
     | EvaluateWhole
     | EvaluateShard
@@ -213,6 +258,7 @@ Step = (
     | Allocate
     | Scatter
     | Broadcast
+    | SendCopy
     | Slice
     | Place
     | Tie
@@ -220,6 +266,8 @@ Step = (
     | VocabParallel
     | AddBiasAfterSync
     | Sync
+    | TakeStages
+    | SumTied
     | MakeOptimizer
     | Wrap
 )

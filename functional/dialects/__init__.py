@@ -10,9 +10,11 @@ from ...specs.pattern import closest
 from .plain import PlainDialect
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ...specs.mesh import Mesh, MeshAxis
+    from ...specs.pipeline import Pipeline
+    from ...specs.plan import Plan
     from ...specs.tree import SpecTree
     from .handover import Handover, Wrapped
 
@@ -25,6 +27,16 @@ class Dialect(Protocol):
 
     def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
         """Return what the runtime would refuse, or get wrong. Pure; the runtime is not imported."""
+        ...
+
+    def check_pipeline(
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+    ) -> list[Problem]:
+        """Return what the runtime would refuse, or get wrong, with these stages. Pure."""
+        ...
+
+    def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
+        """Return why the runtime cannot train with this loss; None is none."""
         ...
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:

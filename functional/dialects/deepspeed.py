@@ -10,10 +10,16 @@ from frozendict import frozendict
 
 from ...specs.errors import Problem
 from ...specs.mesh import Mesh, MeshAxis
-from .deepspeed_config import check_config
-from .handover import Handover, Wrapped
+from .deepspeed_config import check_boundaries, check_config
+from .deepspeed_pipeline import to_pipeline_module
+from .handover import Handover, Wrapped, split_parameters
+from .places import one_stage_a_place
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...specs.pipeline import Pipeline
+    from ...specs.plan import Plan
     from ...specs.tree import SpecTree
 
 
@@ -34,33 +40,41 @@ class DeepSpeedDialect:
         fix = "Split it over 'tensor', or leave it to ZeRO 3"
         return [*check_config(mesh, config), *(Problem(spec.path, cause, fix, spec.type) for spec in split if mesh.data > 1)]
 
+    def check_pipeline(
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+    ) -> list[Problem]:
+        return [*one_stage_a_place(mesh, pipeline), *check_boundaries(mesh, pipeline, config or {})]
+
+    def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
+        if not plan.pipeline:
+            return [Problem("loss_fn", "it is for a pipeline, and this plan has one stage", "Compute the loss yourself")]
+        last = plan.stages[-1].outputs
+        if loss_fn is None and [output.shape for output in last] != [()]:
+            cause = f"engine.train_batch needs a loss, and the last stage gives {', '.join(map(str, last))}"
+            return [Problem("loss_fn", cause, "execute(plan, loss_fn=lambda output, target: ...)")]
+        return []
+
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
         return (("data",), ("tensor",))
 
     def wrap(self, handover: Handover) -> Wrapped:
         import deepspeed
 
-        module, plan = handover.module, handover.plan
-        if next(module.parameters()).device.type == "cpu":
+        (module,), plan = handover.modules, handover.plan
+        if handover.device.type == "cpu":
             # else a C++ build of a minute for an all-reduce in shared memory; gloo does it
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        for spec in plan.tree.values():
-            if (
-                any(shard.mesh_axis == "tensor" for shard in spec.shards)
-                and plan.mesh.tensor > 1
-                and spec.kind == "parameter"
-            ):
-                parameter = module.get_parameter(spec.path)
-                # what DeepSpeed's is_model_parallel_parameter reads, so that the gradient norm counts every part
-                parameter.model_parallel = True  # type: ignore[attr-defined]
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        for parameter in split_parameters(module, plan):
+            # what DeepSpeed's is_model_parallel_parameter reads, so that the gradient norm counts every part
+            parameter.model_parallel = True
+            parameter.tensor_model_parallel = True
         initialize: Any = deepspeed.initialize  # its annotation of model_parameters is wrong
         engine, made, dataloader, scheduler = initialize(
-            model=module,
+            model=to_pipeline_module(handover, to_topology(plan.mesh)) if plan.pipeline else module,
             model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
             optimizer=handover.optimizer,
             config=_thawed(plan.config),
-            mpu=MeshUnit(plan.mesh, handover.groups),
+            mpu=None if plan.pipeline else MeshUnit(plan.mesh, handover.groups),
             dist_init_required=False,
         )
         return Wrapped(engine, made, frozendict(dataloader=dataloader, lr_scheduler=scheduler))

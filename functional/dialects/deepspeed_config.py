@@ -12,6 +12,7 @@ from ...specs.errors import Problem
 
 if TYPE_CHECKING:
     from ...specs.mesh import Mesh
+    from ...specs.pipeline import Pipeline
 
 _MAX_ZERO_STAGE = 3
 _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
@@ -20,6 +21,30 @@ _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
 def check_config(mesh: Mesh, config: Mapping[str, Any]) -> list[Problem]:
     """Return what is wrong with a DeepSpeed configuration on a mesh."""
     return [*_batch(mesh, config), *_clipping(config), *_zero(mesh, config)]
+
+
+def check_boundaries(mesh: Mesh, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Iterate over what DeepSpeed cannot send from stage to stage.
+
+    With ``tensor`` it splits over its ranks what it sends, unless it is told not to, and then sends one gradient only.
+    """
+    section = config.get("pipeline", {})
+    wanted = [
+        name
+        for name in ("pipe_partitioned", "grad_partitioned")
+        if not isinstance(section, Mapping) or section.get(name, True)
+    ]
+    if mesh.tensor == 1 or not wanted:
+        return
+    for number, stage in enumerate(pipeline.stages[:-1]):
+        gradients = [output for output in stage.outputs if output.requires_grad]
+        if len(gradients) != 1:
+            cause = (
+                f"stage {number} gives {len(gradients)} tensors whose gradients come back"
+                f" ({', '.join(map(str, gradients))}), and with tensor={mesh.tensor} DeepSpeed sends one gradient alone"
+            )
+            fix = f'Write "pipeline": {{{", ".join(f"{name!r}: false" for name in wanted)}}}'.replace("'", '"')
+            yield Problem("config.pipeline", cause, fix)
 
 
 def _batch(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -56,6 +81,11 @@ def _zero(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= _MAX_ZERO_STAGE:
         yield Problem("config.zero_optimization.stage", f"it is 0, 1, 2 or 3, not {stage!r}", _FIX_ZERO)
         return
+    if mesh.pipe > 1 and stage > 1:
+        cause = (
+            f"ZeRO {stage} splits gradients, which a pipeline adds up over micro-batches: DeepSpeed refuses it with pipe > 1"
+        )
+        yield Problem("config.zero_optimization.stage", cause, _FIX_ZERO)
     half = next((name for name in ("bf16", "fp16") if _enabled(config, name)), None)
     clips = bool(config.get("gradient_clipping", 1.0))
     optimizer = config.get("optimizer")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import field, frozen
@@ -17,18 +17,34 @@ class Handover:
     """A filled module on its way to a runtime.
 
     Args:
-        module: This rank's torch module.
-        plan: The plan that it was filled by.
+        modules: This rank's torch modules: its stages, or the whole.
+        plan: The plan that they were filled by.
+        device: Where their tensors are.
         groups: This rank's process group along each set of mesh axes that the dialect asked for.
+        tied: Trained tensors that other stages hold too: the parameter, whether this rank's stage owns it, and the group
+            over which its gradients are summed.
         optimizer: The user's optimizer over the trained parameters; None if there is none.
         loss_fn: The user's loss, for a pipeline.
     """
 
-    module: Any
+    modules: tuple[Any, ...]
     plan: Plan
+    device: Any
     groups: Mapping[tuple[MeshAxis, ...], Any]
+    tied: Sequence[tuple[Any, bool, Any]] = ()
     optimizer: Any = None
     loss_fn: Callable[..., Any] | None = None
+
+
+def split_parameters(module: Any, plan: Plan) -> Iterator[Any]:
+    """Iterate over the parameters of a module of which other ranks along ``tensor`` have other parts."""
+    split = {
+        path
+        for spec in plan.tree.values()
+        for path in spec.paths
+        if plan.mesh.tensor > 1 and any(shard.mesh_axis == "tensor" for shard in spec.shards)
+    }
+    return (parameter for path, parameter in module.named_parameters() if path in split)
 
 
 @frozen

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...specs.errors import Problem
 from .handover import Handover, Wrapped
+from .places import one_stage_a_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ...specs.mesh import Mesh, MeshAxis
+    from ...specs.pipeline import Pipeline
+    from ...specs.plan import Plan
     from ...specs.tree import SpecTree
 
 
@@ -22,8 +25,20 @@ class PlainDialect:
             return [Problem("config", "it is given, and there is no target to read it", "Name one, e.g. target='deepspeed'")]
         return []
 
+    def check_pipeline(
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+    ) -> list[Problem]:
+        return one_stage_a_place(mesh, pipeline)
+
+    def check_loss(self, plan: Plan, loss_fn: object) -> list[Problem]:
+        if loss_fn is None:
+            return []
+        return [
+            Problem("loss_fn", "it is given, and there is no target to call it", "Name one, or compute the loss yourself")
+        ]
+
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
         return ()
 
     def wrap(self, handover: Handover) -> Wrapped:
-        return Wrapped(handover.module, handover.optimizer)
+        return Wrapped(handover.modules[0], handover.optimizer)

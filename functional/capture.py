@@ -1,0 +1,142 @@
+"""A model as a flat graph of operations, exported on fake tensors: what ``torch.export`` sees of one rank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import TreeSpec
+
+from ..specs.errors import PlanError, Problem
+from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
+from .generators import own_generators
+from .local_copy import local_copy
+from .opaque import Opaque, OpaqueCall
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Mesh
+    from ..specs.steps import LayoutStep
+    from ..specs.tree import SpecTree
+
+
+@frozen
+class Captured:
+    """A model in one mode, as a graph.
+
+    Args:
+        graph: Every operation, in the order in which the model's code runs them.
+        root: Holds what the graph refers to besides the model's own tensors: constants, regions without gradients.
+        returns: How what the model returns is put together from the graph's outputs.
+        calls: The calls that the export did not follow.
+        num_calls: How often each module was called, by path.
+        ranges: The sizes for which the graph stands, by the symbol that it has for each.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    returns: TreeSpec
+    calls: Sequence[OpaqueCall]
+    num_calls: Mapping[str, int]
+    ranges: Mapping[str, tuple[int, int | None]]
+
+
+@frozen
+class Subject:
+    """What is exported: a model as the first rank has it.
+
+    Args:
+        model: The user's model.
+        tree: Its tensors, with their layout.
+        layout: What changes how its modules compute.
+        mesh: The ranks.
+        callables: The user's functions, by name.
+        leaves: Modules that are not followed.
+        example: What the model is called with.
+    """
+
+    model: nn.Module
+    tree: SpecTree
+    layout: Sequence[LayoutStep]
+    mesh: Mesh
+    callables: Mapping[str, Any]
+    leaves: tuple[str, ...]
+    example: tuple[ExampleInput, ...]
+
+
+def capture(subject: Subject, *, training: bool) -> Captured:
+    """Export a model in training or in evaluation.
+
+    Raises:
+        PlanError: If it cannot be exported; it says where it stopped.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
+    opaque = Opaque()
+    callables = {name: opaque.function(name, function) for name, function in subject.callables.items()}
+    first = subject.mesh.coordinate(0)
+    local = local_copy(subject.model, subject.tree, subject.layout, first, callables, mode)
+    local.train(training)
+    num_calls: dict[str, int] = {}
+    open_modules: list[str] = []
+    for path, module in local.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            _follow(path, module, open_modules, num_calls)
+    for path in subject.leaves:
+        opaque.hide(path, local.get_submodule(path))
+    inputs, sizes = _inputs(subject.example, mode)
+    try:
+        with mode, own_generators(0), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported: Any = torch.export.export(local, (), inputs, dynamic_shapes=sizes, strict=False)
+            module = exported.module(check_guards=False)
+    except Exception as error:
+        raise PlanError([_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
+    ranges = {str(symbol): _range(found) for symbol, found in exported.range_constraints.items()}
+    return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges)
+
+
+def _range(found: Any) -> tuple[int, int | None]:
+    """Return the least and the most of a size; torch says 2 for the least where it has only left out 0 and 1."""
+    least = int(found.lower)
+    return (0 if least <= 2 else least), int(found.upper) if found.upper.is_Integer else None  # noqa: PLR2004
+
+
+def _inputs(example: tuple[ExampleInput, ...], mode: FakeTensorMode) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the model is called with, and that each size of a tensor may differ as far as the model allows it."""
+    inputs: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
+    for given in example:
+        match given:
+            case TensorInput(name=name, shape=shape, dtype=dtype):
+                with mode:
+                    inputs[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+                sizes[name] = dict.fromkeys(range(len(shape)), torch.export.Dim.AUTO)
+            case PlainInput(name=name, value=value):
+                inputs[name] = value
+                sizes[name] = None
+    return inputs, sizes
+
+
+def _follow(path: str, module: nn.Module, open_modules: list[str], num_calls: dict[str, int]) -> None:
+    def enter(*_: object) -> None:
+        open_modules.append(path)
+        num_calls[path] = num_calls.get(path, 0) + 1
+
+    def leave(*_: object) -> None:
+        open_modules.pop()
+
+    module.register_forward_pre_hook(enter, prepend=True)
+    module.register_forward_hook(leave)
+
+
+def _not_exported(local: nn.Module, path: str, error: Exception) -> Problem:
+    lines = str(error).strip().splitlines()
+    kind = type(local.get_submodule(path)).__name__
+    cause = f"torch.export stops in this {kind}: {type(error).__name__}: {lines[0] if lines else ''}"
+    leaf = f"Mark it as a leaf: sch.at[{path!r}].leaf(); or " if path else ""
+    return Problem(path, cause, f"{leaf}hand over the stages yourself: sch.with_stages([...])")

@@ -1,0 +1,191 @@
+"""Where a model is cut: what was said of it, checked, and cuts that balance the stages. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from attrs import frozen
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..specs.errors import PlanError, Problem
+from ..specs.pipeline import TensorInput
+from .generators import own_generators
+from .guesses import AnswerZero
+from .local_copy import local_copy
+
+if TYPE_CHECKING:
+    from ..specs.tree import SpecTree
+    from .capture import Subject
+
+By = Literal["parameters", "flops"]
+"""What is balanced: elements of parameters, or floating-point operations of a forward pass."""
+
+
+@frozen
+class Even:
+    """Stages that are to be balanced.
+
+    Args:
+        num_stages: How many.
+        by: What is balanced.
+    """
+
+    num_stages: int
+    by: By
+
+
+def wrong_even(num_stages: object, by: object) -> Problem | None:
+    """Return what is wrong with a wish for balanced stages, if anything."""
+    if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
+        return Problem("cut_evenly", f"num_stages is a positive integer, not {num_stages!r}", "sch.cut_evenly(4)")
+    if by not in get_args(By):
+        return Problem("cut_evenly", f"stages cannot be balanced by {by!r}", f"There are {', '.join(get_args(By))}")
+    return None
+
+
+def wrong_cuts(cuts: Sequence[str], leaves: Sequence[str]) -> Iterator[Problem]:
+    """Iterate over cuts that no export can find."""
+    for path in cuts:
+        for leaf in leaves:
+            if path.startswith(f"{leaf}."):
+                cause = f"it is inside {leaf!r}, a leaf, which runs as one operation"
+                yield Problem(path, cause, f"Cut after {leaf!r}, or do not mark it as a leaf")
+
+
+def even_cuts(subject: Subject, even: Even) -> tuple[str, ...]:
+    """Return cuts between the modules of the longest chain of repeated ones, so that the stages weigh alike.
+
+    With w the weights of the chain's modules, what comes before them added to the first and what comes after to the last,
+    the stages' sums of w have the least sum of squares.
+
+    Args:
+        subject: The model as one rank has it.
+        even: What is wished for.
+
+    Raises:
+        PlanError: If there is no such chain, or it is too short.
+    """
+    paths = longest_chain(subject.model)
+    if len(paths) < even.num_stages:
+        chain = f"the longest chain of repeated modules has {len(paths)}" + (f": {paths[0]} to {paths[-1]}" if paths else "")
+        raise PlanError([Problem("cut_evenly", f"{even.num_stages} stages, and {chain}", "Ask for fewer, or cut by hand")])
+    weights = _parameters(subject.tree, paths) if even.by == "parameters" else _flops(subject, paths)
+    ends = balance(weights, even.num_stages)
+    return tuple(paths[end - 1] for end in ends[:-1])
+
+
+def balance(weights: Sequence[int], num_stages: int) -> list[int]:
+    """Return where each of ``num_stages`` runs of weights ends, none empty, with the least sum of squared sums.
+
+    Bellman's recursion over the number of runs and the place of the last end, O(len² · num_stages).
+
+    >>> balance([1] * 10, 4)
+    [3, 6, 8, 10]
+    """
+    sums = [0, *accumulate(weights)]
+    count = len(weights)
+    best: list[tuple[int, list[int]] | None] = [(0, []), *[None] * count]
+    for _ in range(num_stages):
+        after: list[tuple[int, list[int]] | None] = [None] * (count + 1)
+        for end in range(1, count + 1):
+            reached = [
+                (before[0] + (sums[end] - sums[start]) ** 2, start)
+                for start in range(end)
+                if (before := best[start]) is not None
+            ]
+            if reached:
+                cost, start = min(reached, key=lambda item: (item[0], -item[1]))
+                found = best[start]
+                assert found is not None, "it was reached"
+                after[end] = (cost, [*found[1], end])
+        best = after
+    final = best[count]
+    assert final is not None, "there are at least as many weights as runs"
+    return final[1]
+
+
+def longest_chain(model: nn.Module) -> list[str]:
+    """Return the paths of the longest run of modules of one class in one container.
+
+    >>> longest_chain(nn.ModuleDict({"head": nn.Linear(2, 2), "layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}))
+    ['layers.0', 'layers.1', 'layers.2']
+    """
+    longest: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        kinds: dict[type, list[str]] = {}
+        for name, child in module.named_children():
+            if any(True for _ in child.parameters()):
+                kinds.setdefault(type(child), []).append(f"{path}.{name}" if path else name)
+        longest = max([longest, *kinds.values()], key=len)
+    return longest
+
+
+def _parameters(tree: SpecTree, paths: Sequence[str]) -> list[int]:
+    """Return the elements of each module's parameters; a tied one counts where any of its paths is."""
+    weights = [0] * len(paths)
+    order = {path: place for place, path in enumerate(tree.all_paths)}
+    inside = [place for path, place in order.items() if path.startswith(f"{paths[0]}.")]
+    start = min(inside, default=0)
+    for spec in tree.values():
+        if spec.kind == "parameter":
+            for at in {_chain_place(paths, path, before=order[path] < start) for path in spec.paths}:
+                weights[at] += spec.num_elements
+    return weights
+
+
+def _flops(subject: Subject, paths: Sequence[str]) -> list[int]:
+    """Return the operations of each module in a forward pass on fake tensors, as torch counts them."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    first = subject.mesh.coordinate(0)
+    local = local_copy(subject.model, subject.tree, subject.layout, first, subject.callables, mode)
+    done: dict[str, tuple[int, int]] = {}
+    counter = FlopCounterMode(display=False)
+    for path in paths:
+        _count(local.get_submodule(path), path, counter, done)
+    with mode, torch.no_grad(), own_generators(0), AnswerZero(), counter:
+        local(**_example(subject))
+    missing = [path for path in paths if path not in done]
+    if missing:
+        raise PlanError(
+            [Problem(path, "it is never called, so that it has no flops", "cut_evenly(by='parameters')") for path in missing]
+        )
+    weights = [end - start for start, end in (done[path] for path in paths)]
+    weights[0] += min(start for start, _ in done.values())
+    weights[-1] += counter.get_total_flops() - max(end for _, end in done.values())
+    return weights
+
+
+def _count(module: nn.Module, path: str, counter: FlopCounterMode, done: dict[str, tuple[int, int]]) -> None:
+    start: list[int] = []
+
+    def enter(*_: object) -> None:
+        start.append(counter.get_total_flops())
+
+    def leave(*_: object) -> None:
+        done[path] = (start.pop(), counter.get_total_flops())
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+
+
+def _example(subject: Subject) -> Mapping[str, Any]:
+    return {
+        given.name: torch.empty(given.shape, dtype=getattr(torch, given.dtype), device="cpu")
+        if isinstance(given, TensorInput)
+        else given.value
+        for given in subject.example
+    }
+
+
+def _chain_place(paths: Sequence[str], path: str, *, before: bool) -> int:
+    for place, module in enumerate(paths):
+        if path.startswith(f"{module}."):
+            return place
+    return 0 if before else len(paths) - 1

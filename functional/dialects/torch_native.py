@@ -1,0 +1,105 @@
+"""torch alone: DDP around the tensor-parallel module, and its own pipelining where the model is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from frozendict import frozendict
+
+from ...specs.errors import Problem
+from .handover import Handover, Wrapped
+from .places import one_stage_a_place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...specs.mesh import Mesh, MeshAxis
+    from ...specs.pipeline import Pipeline
+    from ...specs.plan import Plan
+    from ...specs.tree import SpecTree
+
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
+"""torch's pipeline schedules: all forwards first, one forward one backward, the same with several stages a place."""
+
+_EXAMPLE = 'config={"schedule": "1f1b", "num_microbatches": 8}'
+
+
+class TorchDialect:
+    """``target="torch"``.
+
+    Without stages: ``DistributedDataParallel`` over ``data``, the module itself where ``data`` is 1; no config. With
+    stages: a ``TorchPipeline``; the config names the ``schedule`` and ``num_microbatches``. ``extras["clip_grad_norm_"]``
+    clips by the norm of the whole model's gradient.
+    """
+
+    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
+        split = [
+            spec for spec in tree.values() if spec.kind == "parameter" and any(s.mesh_axis == "data" for s in spec.shards)
+        ]
+        cause = "it is split over 'data', over which DDP averages gradients as if its parts were copies"
+        problems = [Problem(spec.path, cause, "Split it over 'tensor'", spec.type) for spec in split if mesh.data > 1]
+        if mesh.pipe == 1 and config is not None and not isinstance(config, Mapping):
+            problems.append(Problem("config", f"it is plain JSON values by name, not {config!r}", "Leave it out"))
+        return problems
+
+    def check_pipeline(
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+    ) -> list[Problem]:
+        if not isinstance(config, Mapping):
+            return [Problem("config", "torch's pipelining needs the number of micro-batches", _EXAMPLE)]
+        return list(_wrong_schedule(mesh, tree, pipeline, config))
+
+    def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
+        if not plan.pipeline:
+            return [Problem("loss_fn", "it is for a pipeline, and this plan has one stage", "Compute the loss yourself")]
+        if loss_fn is None:
+            cause = "a pipeline computes the loss on its last stage, and there is no function for it"
+            return [Problem("loss_fn", cause, "execute(plan, loss_fn=lambda output, target: ...)")]
+        return []
+
+    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
+        sizes: tuple[MeshAxis, ...] = ("pipe", "data", "tensor")
+        return tuple((mesh_axis,) for mesh_axis in sizes if mesh.num(mesh_axis) > 1)
+
+    def wrap(self, handover: Handover) -> Wrapped:
+        from .gradient_norm import GradientNorm
+        from .torch_pipeline import TorchPipeline, replicated
+
+        norm = GradientNorm.of(handover)
+        extras = frozendict(clip_grad_norm_=norm.clip)
+        if handover.plan.pipeline:
+            return Wrapped(TorchPipeline(handover, norm), handover.optimizer, extras)
+        return Wrapped(replicated(handover.modules[0], handover), handover.optimizer, extras)
+
+
+def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:
+    schedule, num = config.get("schedule", "1f1b"), config.get("num_microbatches")
+    num_stages = len(pipeline.stages)
+    unknown = sorted(set(config) - {"schedule", "num_microbatches"})
+    if unknown:
+        yield Problem(f"config.{unknown[0]}", "torch's pipelining is not asked for it", f"There are {_EXAMPLE}")
+    if schedule not in get_args(PipelineSchedule):
+        yield Problem("config.schedule", f"{schedule!r} is unknown", f"There are {', '.join(get_args(PipelineSchedule))}")
+        return
+    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+        yield Problem("config.num_microbatches", f"it is a positive integer, not {num!r}", _EXAMPLE)
+        return
+    if schedule == "1f1b" and num < num_stages:
+        cause = f"1f1b keeps {num_stages} stages busy with as many micro-batches, and there are {num}"
+        yield Problem("config.num_microbatches", cause, f'Write {num_stages} or more, or "schedule": "gpipe"')
+    if schedule != "interleaved_1f1b":
+        yield from one_stage_a_place(mesh, pipeline)
+        return
+    if num_stages % mesh.pipe or num_stages == mesh.pipe:
+        cause = f"the model is cut into {num_stages} stages, and interleaved_1f1b puts 2 or more at each of pipe={mesh.pipe} places"
+        yield Problem("", cause, f"Cut it into {2 * mesh.pipe} stages: sch.cut_evenly({2 * mesh.pipe})")
+    rounds = max(1, num // mesh.pipe)
+    if num % rounds:
+        cause = f"interleaved_1f1b runs {num} micro-batches in {rounds} rounds, which does not divide"
+        yield Problem("config.num_microbatches", cause, f"Write {rounds * mesh.pipe}")
+    for spec in tree.values() if mesh.data > 1 else ():
+        if spec.requires_grad and spec.kind == "parameter" and len(spec.places(mesh)) <= len(spec.also_on):
+            held = ", ".join(map(str, (spec.stage, *spec.also_on)))
+            cause = f"stages {held} hold it, two of them at one place, and two DDP modules there would average it twice"
+            yield Problem(spec.path, cause, "Mesh(data=1), or another number of stages", spec.type)

@@ -1,0 +1,209 @@
+"""A pipeline on torch's own ``torch.distributed.pipelining``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...specs.pipeline import size_in
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ...specs.pipeline import Activation, Pipeline
+    from .gradient_norm import GradientNorm
+    from .handover import Handover
+
+_SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
+
+
+def replicated(module: nn.Module, handover: Handover) -> nn.Module:
+    """Return a module whose gradients are averaged over ``data``; the plan has made its values equal already."""
+    if handover.plan.mesh.data == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    return DistributedDataParallel(module, process_group=handover.groups["data",], init_sync=False)
+
+
+class TorchPipeline:
+    """Trains the stages of a plan, this rank's among them; every rank of the mesh makes the same calls.
+
+    ::
+
+        for inputs, target in batches:  # this data rank's own
+            loss = model.train_batch(inputs, target=target)
+            model.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        handover: The stages, and what they need.
+        norm: Of the gradient.
+    """
+
+    def __init__(self, handover: Handover, norm: GradientNorm) -> None:
+        plan = handover.plan
+        assert plan.pipeline is not None, "only a plan with stages comes here"
+        assert plan.config is not None, "the plan was checked"
+        self.modules = handover.modules
+        self.clip_grad_norm_ = norm.clip
+        self._pipeline: Pipeline = plan.pipeline
+        self._handover = handover
+        self._num_microbatches: int = plan.config["num_microbatches"]
+        self._schedule_type: Any = _SCHEDULES[plan.config.get("schedule", "1f1b")]
+        self._flat = [_Flat(module) for module in handover.modules]
+        self._replicated = [replicated(module, handover) for module in self._flat]
+        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._group = handover.groups.get(("pipe",))
+
+    def train_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
+        """Run all micro-batches forward and backward, and add up what stages hold in common; return the mean loss.
+
+        Gradients are added to those that are there; stepping the optimizer is the caller's.
+
+        Args:
+            inputs: The model's inputs in the order of ``example_inputs``, all micro-batches of this data rank along axis 0;
+                on ranks of the first stage, ignored on others.
+            target: What the loss is computed against, along axis 0 too; on ranks of the last stage, ignored on others.
+
+        Returns:
+            The mean over micro-batches and data ranks, on every rank.
+
+        Raises:
+            ValueError: On the first stage, if the inputs are no equal micro-batches, or of other sizes than planned.
+        """
+        for module in self.modules:
+            module.train()
+        losses: list[Tensor] = []
+        schedule = self._schedule(inputs)
+        schedule.step(*(inputs if self._is_first else ()), target=target, losses=losses, return_outputs=False)
+        for parameter, _, group in self._handover.tied:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+        return self._mean(losses)
+
+    def eval_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the mean loss of all micro-batches without gradients; the arguments are those of ``train_batch``."""
+        for module in self.modules:
+            module.eval()
+        losses: list[Tensor] = []
+        schedule = self._schedule(inputs)
+        with torch.no_grad():
+            schedule.eval(*(inputs if self._is_first else ()), target=target, losses=losses, return_outputs=False)
+        return self._mean(losses)
+
+    @property
+    def _is_first(self) -> bool:
+        return any(module.number == 0 for module in self.modules)
+
+    def _schedule(self, inputs: Sequence[Tensor]) -> Any:
+        """Return the schedule for micro-batches of these sizes, which the first stage tells the others."""
+        sizes = self._sizes(inputs)
+        if sizes not in self._schedules:
+            named = dict(zip((size.name for size in self._pipeline.sizes), sizes, strict=True))
+            stages = [self._stage(place, named) for place in range(len(self.modules))]
+            several = self._schedule_type is ScheduleInterleaved1F1B
+            self._schedules[sizes] = self._schedule_type(
+                stages if several else stages[0],
+                n_microbatches=self._num_microbatches,
+                loss_fn=self._loss,
+                scale_grads=False,  # the loss is scaled: what two stages share would be scaled twice
+            )
+        return self._schedules[sizes]
+
+    def _sizes(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+        message = torch.zeros(1 + len(self._pipeline.sizes), dtype=torch.int64)
+        error: Exception | None = None
+        if self._is_first:
+            try:
+                message[1:] = torch.tensor(self._microbatch(inputs), dtype=torch.int64)
+            except (TypeError, ValueError) as wrong:
+                message[0], error = 1, wrong
+        if self._group is not None:
+            message = message.to(self._handover.device)
+            dist.broadcast(message, group_src=0, group=self._group)
+        is_wrong, *sizes = message.tolist()
+        if error is not None:
+            raise error
+        if is_wrong:
+            msg = "the first stage was given inputs that are not as planned"
+            raise ValueError(msg)
+        return tuple(sizes)
+
+    def _microbatch(self, inputs: Sequence[Tensor]) -> list[int]:
+        """Return the variable sizes of one micro-batch."""
+        planned = self._pipeline.stages[0].inputs
+        if len(inputs) != len(planned):
+            msg = f"the model takes {len(planned)} tensors, not {len(inputs)}: {', '.join(map(str, planned))}"
+            raise TypeError(msg)
+        sizes = {size.name: size.example for size in self._pipeline.sizes}
+        for expected, given in zip(planned, inputs, strict=True):
+            if given.shape[0] % self._num_microbatches:
+                msg = (
+                    f"{expected} has {given.shape[0]} rows for {self._num_microbatches} micro-batches, which does not divide"
+                )
+                raise ValueError(msg)
+            shape = (given.shape[0] // self._num_microbatches, *given.shape[1:])
+            sizes |= {name: size for name, size in zip(expected.shape, shape, strict=True) if name in sizes}  # type: ignore[misc]
+        return list(sizes.values())
+
+    def _stage(self, place: int, sizes: dict[str, int]) -> PipelineStage:
+        module: Any = self.modules[place]
+        stage = self._pipeline.stages[module.number]
+        return PipelineStage(
+            self._replicated[place],
+            module.number,
+            len(self._pipeline.stages),
+            self._handover.device,
+            input_args=tuple(_like(activation, sizes) for activation in stage.inputs),
+            output_args=tuple(_like(activation, sizes) for activation in stage.outputs),
+            group=self._group,
+        )
+
+    def _loss(self, output: Any, target: Any) -> Tensor:
+        assert self._handover.loss_fn is not None, "the opening agreement checks it"
+        last = next(flat for flat in self._flat if flat.stage.number == len(self._pipeline.stages) - 1)
+        returned = last.returned(output if isinstance(output, tuple) else (output,))
+        return self._handover.loss_fn(returned, target) / self._num_microbatches
+
+    def _mean(self, losses: Sequence[Tensor]) -> Tensor:
+        device = self._handover.device
+        loss = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else torch.zeros((), device=device)
+        if self._group is not None:
+            dist.broadcast(
+                loss, group_src=(len(self._pipeline.stages) - 1) % dist.get_world_size(self._group), group=self._group
+            )
+        if self._handover.plan.mesh.data > 1:
+            dist.all_reduce(loss, group=self._handover.groups["data",])
+            loss /= self._handover.plan.mesh.data
+        return loss
+
+
+class _Flat(nn.Module):
+    """A stage that returns a tuple of tensors, as torch's pipelining wants of each, the last one too."""
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self._leaves, self._spec = tree_flatten(self.stage(*inputs))
+        return tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+
+    def returned(self, tensors: Sequence[Tensor]) -> Any:
+        """Return what the stage returned, put together from its tensors."""
+        found = iter(tensors)
+        leaves = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return tree_unflatten(leaves, self._spec)
+
+
+def _like(activation: Activation, sizes: dict[str, int]) -> Tensor:
+    shape = [size_in(size, sizes) for size in activation.shape]
+    tensor = torch.empty(shape, dtype=getattr(torch, activation.dtype), device="meta")
+    return tensor.requires_grad_(activation.requires_grad)

@@ -1,0 +1,48 @@
+"""A model as one rank has it, on fake tensors: local shapes, layout applied. For looking at, never for running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..specs.mesh import MESH_AXES, MeshAxis
+from .layout import Local, apply_layout
+from .module_copy import copy_module
+from .skeleton import named_tensors
+from .sync import SyncGroup
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ..specs.mesh import Coordinate
+    from ..specs.steps import LayoutStep
+    from ..specs.tree import SpecTree
+
+
+def local_copy(
+    model: nn.Module,
+    tree: SpecTree,
+    layout: Sequence[LayoutStep],
+    coordinate: Coordinate,
+    callables: Mapping[str, Any],
+    mode: FakeTensorMode,
+) -> nn.Module:
+    """Return a copy of a model with fake CPU tensors of the local shapes at a coordinate, changed as the layout says.
+
+    The name of a synchronisation group in it is its mesh axis: there are no process groups yet.
+    """
+    shapes = {id(tensor): tree[path].local_shape(coordinate) for path, _, tensor in named_tensors(model) if path in tree}
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
+
+    local = copy_module(model, fake, for_planning=True)
+    groups: dict[MeshAxis, SyncGroup] = {m: SyncGroup(m, coordinate.mesh.num(m), coordinate.index(m)) for m in MESH_AXES}
+    with mode:
+        for step in layout:
+            apply_layout(local, step, Local(coordinate, groups, callables))
+    return local

@@ -1,0 +1,181 @@
+"""A model, cut into stages: what each computes, holds, takes and gives. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+from attrs import frozen
+from torch import fx
+from torch.utils._pytree import TreeSpec
+
+from ..specs.errors import PlanError, Problem
+from ..specs.pipeline import Activation, Pipeline, Stage, VariableSize
+from .capture import Subject, capture
+from .crossing import crossing
+from .flow import Flow, read_flow
+from .sizes import SizeNames
+from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
+
+if TYPE_CHECKING:
+    from ..specs.tree import SpecTree
+
+MODES = {True: "training", False: "evaluating"}
+
+
+@frozen
+class StageCode:
+    """What one stage computes.
+
+    Args:
+        graphs: Its graph in training (True) and in evaluation (False).
+        returns: For the last stage, how what the model returns is put together; None for others.
+    """
+
+    graphs: Mapping[bool, StageGraph]
+    returns: TreeSpec | None
+
+
+@frozen
+class Partition:
+    """A model, cut.
+
+    Args:
+        pipeline: The stages as data.
+        codes: The stages as graphs.
+        holders: For each tensor, by canonical path, the stages that hold it; the first owns it.
+    """
+
+    pipeline: Pipeline
+    codes: tuple[StageCode, ...]
+    holders: Mapping[str, tuple[int, ...]]
+
+
+@frozen
+class _Half:
+    """The partition in one mode."""
+
+    flow: Flow
+    names: SizeNames
+    ends: list[list[Any]]
+    graphs: list[StageGraph]
+
+
+def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
+    """Cut a model after some modules: export it once in training and once in evaluation, and divide both graphs.
+
+    Args:
+        subject: The model as one rank has it.
+        cuts: Paths of modules, each called once.
+
+    Raises:
+        PlanError: If it cannot be exported, or not be cut there.
+    """
+    halves = {training: _half(subject, cuts, training=training) for training in MODES}
+    train = halves[True]
+    stages: list[Stage] = []
+    codes: list[StageCode] = []
+    problems: list[Problem] = []
+    for stage in range(train.flow.num_stages):
+        sides = {training: _sides(half, stage) for training, half in halves.items()}
+        types = {training: [[a.type for a in side] for side in both] for training, both in sides.items()}
+        if types[True] != types[False]:
+            cause = f"stage {stage} takes and gives {types[True]} in training, and {types[False]} in evaluation"
+            problems.append(Problem("", cause, "Hand over the stages yourself: sch.with_stages([...])"))
+        graphs = {training: half.graphs[stage] for training, half in halves.items()}
+        text = "\n\n".join(graph.text for graph in graphs.values())
+        inputs, outputs = sides[True]
+        stages.append(Stage(_modules(train.flow, stage), inputs, outputs, hashlib.sha256(text.encode()).hexdigest()))
+        codes.append(StageCode(graphs, train.flow.captured.returns if stage == train.flow.num_stages - 1 else None))
+    if problems:
+        raise PlanError(problems)
+    pipeline = Pipeline(
+        stages=tuple(stages),
+        cuts=train.flow.cuts,
+        leaves=subject.leaves,
+        example=subject.example,
+        sizes=tuple(_both(*(half.names.sizes for half in halves.values()))),
+    )
+    held = [
+        {path for h in halves.values() for path in tensors_held(h.flow, h.graphs[stage])} for stage in range(len(stages))
+    ]
+    return Partition(pipeline, tuple(codes), holders(subject.tree, held))
+
+
+def holders(tree: SpecTree, held: Sequence[set[str]]) -> dict[str, tuple[int, ...]]:
+    """Return the stages that hold each tensor; one that nothing uses stays with the tensor before it.
+
+    Args:
+        tree: The tensors.
+        held: The paths that each stage uses.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    last = (0,)
+    for spec in tree.values():
+        stages = tuple(stage for stage, paths in enumerate(held) if not paths.isdisjoint(spec.paths))
+        found[spec.path] = stages or last[:1]
+        last = stages or last
+    return found
+
+
+def _half(subject: Subject, cuts: Sequence[str], *, training: bool) -> _Half:
+    captured = capture(subject, training=training)
+    flow, problems = read_flow(captured, subject.tree, cuts)
+    problems = problems or list(flow.torn())
+    if problems:
+        raise PlanError(problems)
+    ends: list[list[Any]] = [flow.outputs]
+    for stage in reversed(range(1, flow.num_stages)):
+        _, wanted = flow.needed(stage, ends[0], lambda node, at=stage: node in flow.fixed and flow.stage.get(node) == at)
+        try:
+            ends.insert(0, crossing(flow, stage, wanted))
+        except nx.NetworkXUnbounded:
+            cause = f"stage {stage} needs something that is no tensor of the stage before"
+            raise PlanError([Problem(flow.cuts[stage - 1], cause, "Cut another module")]) from None
+    graphs: list[StageGraph] = []
+    for stage, outputs in enumerate(ends):
+        try:
+            graphs.append(build(flow, stage, MODES[training], ends[stage - 1] if stage else flow.inputs, outputs))
+        except UnknownSizeError as error:
+            raise PlanError(
+                [Problem(flow.cuts[max(0, stage - 1)], f"stage {stage}: {error}", "Cut another module")]
+            ) from None
+    return _Half(flow, SizeNames(((node.name, node.meta["val"]) for node in flow.inputs), captured.ranges), ends, graphs)
+
+
+def _sides(half: _Half, stage: int) -> tuple[tuple[Activation, ...], tuple[Activation, ...]]:
+    """Return what a stage takes and what it gives."""
+    before = half.ends[stage - 1] if stage else half.flow.inputs
+    inputs, outputs = ([n for n in side if isinstance(n, fx.Node)] for side in (before, half.ends[stage]))
+    needing = half.flow.needs_gradient
+    return tuple(half.names.activation(n.name, n.meta["val"], requires_grad=n in needing) for n in inputs), tuple(
+        half.names.activation(n.name, n.meta["val"], requires_grad=n in needing) for n in outputs
+    )
+
+
+def _both(training: Mapping[str, VariableSize], evaluating: Mapping[str, VariableSize]) -> Iterator[VariableSize]:
+    """Return the sizes for which both graphs stand."""
+    for name, size in training.items():
+        other = evaluating.get(name, size)
+        most = min((bound for bound in (size.most, other.most) if bound is not None), default=None)
+        yield VariableSize(name, size.example, max(size.least, other.least), most)
+
+
+def _modules(flow: Flow, stage: int) -> tuple[str, ...]:
+    """Return the outermost modules that run in a stage alone."""
+    stages: dict[str, set[int]] = {}
+    for node, at in flow.stage.items():
+        for path, _ in node.meta.get("nn_module_stack", {}).values():
+            stages.setdefault(path, set()).add(at)
+    whole = [path for path, found in stages.items() if found == {stage}]
+    return tuple(_outermost(whole))
+
+
+def _outermost(paths: Sequence[str]) -> Iterator[str]:
+    inside = set(paths)
+    for path in paths:
+        names = path.split(".")
+        if path and not any(".".join(names[:depth]) in inside for depth in range(1, len(names))):
+            yield path

@@ -1,0 +1,98 @@
+"""From what a schedule says of stages to the stages: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve
+from torch import Tensor
+
+from ..specs.dtypes import is_known
+from ..specs.errors import PlanError, Problem
+from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
+from ..specs.plain import is_plain
+from ..specs.steps import LayoutStep, SumTied
+from .capture import Subject
+from .chain import chain, is_sequence, slices
+from .cuts import even_cuts, wrong_cuts
+from .partition import Partition, partition
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Mesh
+    from ..specs.tree import SpecTree
+    from .schedule import Schedule
+
+
+def is_cut(sch: Schedule) -> bool:
+    """Tell whether anything was said of stages."""
+    return bool(sch.cuts or sch.handed or sch.even)
+
+
+def wrong_stages(sch: Schedule, example_inputs: object) -> list[Problem]:
+    """Return what is wrong with what was said of stages, as far as it can be seen without the model's code."""
+    problems = list(wrong_cuts(sch.cuts, sch.leaves))
+    said = [
+        name
+        for name, given in (("cut_pipeline_stage", sch.cuts), ("cut_evenly", sch.even), ("with_stages", sch.handed))
+        if given
+    ]
+    if len(said) > 1:
+        problems.append(Problem("", f"stages are declared by {' and by '.join(said)}", "Keep one of them"))
+    if sch.mesh.pipe > 1 and not said:
+        cause = f"the mesh has pipe={sch.mesh.pipe}, and nothing is cut: ranks past the first stage would hold nothing"
+        as_many = f"Mesh(data={sch.mesh.data * sch.mesh.pipe}, tensor={sch.mesh.tensor}) has as many ranks"
+        fix = f"sch.at[module].cut_pipeline_stage(), or sch.cut_evenly({sch.mesh.pipe}); {as_many}"
+        problems.append(Problem("", cause, fix))
+    if said and example_inputs is None:
+        cause = "stages are found by calling the model on fake tensors, and it is not known with what"
+        fix = "plan_build(..., example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.long)}); meta tensors will do"
+        problems.append(Problem("example_inputs", cause, fix))
+    return problems
+
+
+def cut(sch: Schedule, tree: SpecTree, layout: Sequence[LayoutStep], example_inputs: Mapping[str, Any]) -> Partition:
+    """Return the stages that a schedule declares.
+
+    Raises:
+        PlanError: If the model cannot be cut like this.
+    """
+    subject = Subject(sch.runtime.model, tree, layout, sch.mesh, sch.runtime.callables, sch.leaves, _example(example_inputs))
+    if sch.handed:
+        return chain(subject, sch.handed)
+    cuts = even_cuts(subject, sch.even) if sch.even else sch.cuts
+    changed = {step.module for step in layout}
+    if is_sequence(subject.model, cuts) and "" not in changed:
+        return chain(subject, slices(subject.model, cuts))
+    return partition(subject, cuts)
+
+
+def place(tree: SpecTree, found: Partition) -> SpecTree:
+    """Return the tensors with the stages that hold them: the first owns it, the others hold copies."""
+    return tree.map(lambda spec: evolve(spec, stage=found.holders[spec.path][0], also_on=found.holders[spec.path][1:]))
+
+
+def tied_across(mesh: Mesh, tree: SpecTree) -> list[SumTied]:
+    """Return the trained tensors that several places along ``pipe`` hold."""
+    return [
+        SumTied(spec.path, spec.places(mesh))
+        for spec in tree.values()
+        if spec.kind == "parameter" and spec.requires_grad and len(spec.places(mesh)) > 1
+    ]
+
+
+def _example(example_inputs: Mapping[str, Any]) -> tuple[ExampleInput, ...]:
+    inputs: list[ExampleInput] = []
+    problems: list[Problem] = []
+    for name, value in example_inputs.items():
+        dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+        if isinstance(value, Tensor) and is_known(dtype):
+            inputs.append(TensorInput(name, tuple(value.shape), dtype))
+        elif is_plain(value):
+            inputs.append(PlainInput(name, value))
+        else:
+            cause = f"a plan holds tensors and plain values, and this is {type(value).__name__} {dtype}".rstrip()
+            problems.append(Problem(f"example_inputs[{name!r}]", cause, "Leave it out, or give a plain value"))
+    if problems:
+        raise PlanError(problems)
+    return tuple(inputs)

@@ -1,0 +1,201 @@
+"""A stage as a module: the tensors under their paths, and the stage's graphs as its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_unflatten
+
+from ..specs.mesh import MESH_AXES
+from .callables import find
+from .module_copy import get_tensor
+from .stage_graph import FUNCTIONS
+
+if TYPE_CHECKING:
+    from ..specs.pipeline import Pipeline
+    from .layout import Local
+    from .partition import StageCode
+    from .stage_graph import StageGraph
+    from .sync import SyncGroup
+
+
+class StageModule(nn.Module):
+    """One pipeline stage of a model.
+
+    It takes what the stage before gives, as positional arguments in the plan's order; the first stage takes the model's
+    inputs. It returns a tuple in the plan's order; the last stage returns what the model returns. Parameters, buffers and
+    leaves stand under the paths that they have in the model. ``train()`` and ``eval()`` work as they do for the model.
+
+    Args:
+        number: Which stage it is.
+        pipeline: All stages, in the plan.
+        code: What it computes.
+        model: Has the stage's tensors, and its leaves.
+        paths: Paths of the tensors that it holds.
+        local: The rank that it is for.
+        device: Where its tensors are.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        pipeline: Pipeline,
+        code: StageCode,
+        model: nn.Module,
+        paths: Iterable[str],
+        local: Local,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.number = number
+        self.pipeline = pipeline
+        self._returns = code.returns
+        for path in _leaves(code):
+            _place(self, path, model.get_submodule(path))
+        for path in paths:
+            if not any(path.startswith(f"{leaf}.") for leaf in _leaves(code)):
+                _place_tensor(self, path, model)
+        self._forwards = {training: _compile(self, graph, local, device) for training, graph in code.graphs.items()}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the stage on what the one before gave, or on the model's inputs."""
+        check_inputs(self.number, self.pipeline, inputs)
+        outputs = self._forwards[self.training](self, *inputs)
+        if self._returns is not None:
+            return tree_unflatten(outputs, self._returns)
+        return tuple(output.contiguous() for output in outputs)  # no runtime sends others
+
+    def extra_repr(self) -> str:
+        stage = self.pipeline.stages[self.number]
+        inputs, outputs = (", ".join(map(str, side)) for side in (stage.inputs, stage.outputs))
+        return f"stage {self.number}: ({inputs}) -> ({outputs})"
+
+
+def check_inputs(number: int, pipeline: Pipeline, inputs: tuple[Tensor, ...]) -> None:
+    """Compare what a stage is called with to what the plan says.
+
+    Raises:
+        TypeError: If they are not as many tensors.
+        ValueError: If a size is another one than the plan's, or sizes of one name differ.
+    """
+    stage = pipeline.stages[number]
+    if len(inputs) != len(stage.inputs):
+        msg = f"stage {number} takes {len(stage.inputs)} tensors, not {len(inputs)}: {', '.join(map(str, stage.inputs))}"
+        raise TypeError(msg)
+    if pipeline.chain:
+        return  # its modules run as they are
+    wrong: list[str] = []
+    sizes: dict[str, int] = {}
+    for expected, given in zip(stage.inputs, inputs, strict=True):
+        if given.dim() != len(expected.shape):
+            wrong.append(f"{expected} is given with shape {list(given.shape)}")
+            continue
+        for axis, (planned, size) in enumerate(zip(expected.shape, given.shape, strict=True)):
+            if isinstance(planned, int) and size != planned:
+                fixed = f"the model's code fixes it at the {planned} of the example inputs"
+                wrong.append(f"axis {axis} of {expected} is {size}, and {fixed}; plan again with {size}")
+            elif isinstance(planned, str) and sizes.setdefault(planned, size) != size:
+                wrong.append(f"axis {axis} of {expected} is {size}, and {planned} is {sizes[planned]} before")
+    for size in pipeline.sizes:
+        given_size = sizes.get(size.name, size.example)
+        if given_size < size.least or (size.most is not None and given_size > size.most):
+            most = "" if size.most is None else f" to {size.most}"
+            cause = f"the model's code goes another way than with the {size.example} of the example inputs"
+            wrong.append(f"{size.name} is {given_size}, and the plan is for {size.least}{most}: outside {cause}")
+    if wrong:
+        msg = f"stage {number}: {'; '.join(wrong)}"
+        raise ValueError(msg)
+
+
+def _leaves(code: StageCode) -> list[str]:
+    found = {
+        str(node.target): None
+        for graph in code.graphs.values()
+        for node in graph.graph.nodes
+        if node.op == "call_module" and not str(node.target).startswith(FUNCTIONS)
+    }
+    return list(found)
+
+
+def _place(root: nn.Module, path: str, value: nn.Module) -> None:
+    owner, name = _owner(root, path)
+    owner.add_module(name, value)
+
+
+def _place_tensor(root: nn.Module, path: str, model: nn.Module) -> None:
+    owner, name = _owner(root, path)
+    source = model.get_submodule(path.rpartition(".")[0])
+    tensor = get_tensor(model, path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(name, tensor)
+    else:
+        owner.register_buffer(name, tensor, persistent=name not in source._non_persistent_buffers_set)  # noqa: SLF001
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *names, last = path.split(".")
+    for name in names:
+        if name not in root._modules:  # noqa: SLF001
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root, last
+
+
+def _compile(stage: StageModule, graph: StageGraph, local: Local, device: torch.device) -> Callable[..., Any]:
+    """Return the forward of a graph for one rank: its own place, groups and device in the operators that name one."""
+    for name, kept in graph.kept.items():
+        owner, last = _owner(stage, name)
+        if isinstance(kept, Tensor):
+            owner.register_buffer(last, kept.to(device), persistent=False)
+        else:
+            owner.add_module(last, kept)
+    for name, call in graph.functions.items():
+        _place(stage, name, _Function(find(call.name, local.callables), local.groups[call.mesh_axis]))
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph.graph, {}))
+    for node in copied.nodes:
+        if getattr(node.target, "namespace", "") == "shardplan":
+            _address(node, local.groups, local)
+        node.args = _on_device(node.args, device)
+        node.kwargs = _on_device(node.kwargs, device)
+    compiled = fx.GraphModule(stage, copied, class_name=f"Stage{stage.number}")
+    return type(compiled).forward
+
+
+def _address(node: fx.Node, groups: Mapping[Any, SyncGroup], local: Local) -> None:
+    """Give a collective operator the group and the place of this rank, where the plan has a mesh axis."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # noqa: SLF001
+    values = dict(zip(names, node.args, strict=False)) | node.kwargs
+    mesh_axis: Any = values["group"]
+    assert mesh_axis in MESH_AXES, "an exported operator names its mesh axis"
+    values["group"] = groups[mesh_axis].name
+    if "index" in values:
+        values["index"] = local.coordinate.index(mesh_axis)
+    node.args, node.kwargs = tuple(values[name] for name in names), {}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """Exchange the device on which the model was exported."""
+    match value:
+        case torch.device(type="cpu"):
+            return device
+        case tuple() | list():
+            return type(value)(_on_device(item, device) for item in value)
+        case dict():
+            return {key: _on_device(item, device) for key, item in value.items()}
+        case _:
+            return value
+
+
+class _Function(nn.Module):
+    """A user's synchronisation, bound to its group."""
+
+    def __init__(self, function: Callable[..., Any], group: SyncGroup) -> None:
+        super().__init__()
+        self._function, self._group = function, group
+
+    def forward(self, x: Tensor) -> Any:
+        return self._function(x, self._group)

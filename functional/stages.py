@@ -1,0 +1,101 @@
+"""The stages of a plan as modules: exported again where the plan was loaded, and compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from ..specs.errors import PlanError, Problem
+from ..specs.steps import LayoutStep
+from .capture import Subject
+from .chain import chain
+from .layout import Local
+from .partition import Partition, partition
+from .skeleton import named_tensors
+from .stage_graph import FUNCTIONS
+from .stage_module import StageModule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..specs.plan import Plan
+
+
+def stage_modules(plan: Plan, model: nn.Module) -> tuple[StageModule, ...]:
+    """Return all stages of a plan around the tensors of one model, to be called one after another in one process.
+
+    Args:
+        plan: A plan whose mesh has several places along ``pipe``, and one along ``tensor``.
+        model: The planned model, with its values. It is not changed; its tensors are those of the stages.
+
+    Raises:
+        PlanError: If the plan has no stages, splits tensors, or is for another model.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from shardplan.specs import Mesh
+    >>> from shardplan.functional import create_schedule, plan_build, stage_modules
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> sch = create_schedule(model, Mesh(pipe=2)).at["1"].cut_pipeline_stage()
+    >>> first, last = stage_modules(plan_build(sch, example_inputs={"input": torch.ones(3, 4)}), model)
+    >>> x = torch.randn(5, 4)
+    >>> torch.equal(last(*first(x)), model(x))
+    True
+    """
+    if plan.pipeline is None or plan.mesh.tensor > 1:
+        cause = f"all stages stand in one process only where none is split, and the plan is for {plan.mesh}"
+        raise PlanError([Problem("", cause, "Plan for a mesh with pipe > 1 and tensor=1")])
+    local = Local(plan.mesh.coordinate(0), {}, plan.runtime.callables)
+    parts = planned_partition(plan, model)
+    device = next((tensor.device for _, _, tensor in named_tensors(model) if not tensor.is_meta), torch.device("cpu"))
+    return tuple(make_stage(plan, parts, number, model, local, device) for number in range(len(parts.codes)))
+
+
+def planned_partition(plan: Plan, model: nn.Module) -> Partition:
+    """Return the graphs of a plan's stages: those that it was planned with, or the model's, compared with the plan.
+
+    Raises:
+        PlanError: If the model computes something else than the planned one.
+    """
+    if plan.runtime.partition is not None and plan.runtime.model is model:
+        return plan.runtime.partition
+    assert plan.pipeline is not None, "the plan is cut"
+    planned = plan.pipeline
+    layout = [step for step in plan.steps if isinstance(step, get_args(LayoutStep))]
+    subject = Subject(model, plan.tree, layout, plan.mesh, plan.runtime.callables, planned.leaves, planned.example)
+    found = chain(subject, planned.chain) if planned.chain else partition(subject, planned.cuts)
+    pairs = zip(found.pipeline.stages, planned.stages, strict=True)
+    different = [number for number, (ours, theirs) in enumerate(pairs) if ours.digest != theirs.digest]
+    if different:
+        cause = f"stage {', '.join(map(str, different))} computes something else than the planned one: its graph differs"
+        raise PlanError([Problem("", cause, "Plan again with this model and this version of torch and of the model's code")])
+    return found
+
+
+def make_stage(  # noqa: PLR0913, PLR0917  each is what the stage is made of
+    plan: Plan, parts: Partition, number: int, model: nn.Module, local: Local, device: torch.device
+) -> StageModule:
+    """Return a stage around the tensors that a model has for it."""
+    assert plan.pipeline is not None, "the plan is cut"
+    paths = list(_paths(plan, parts, number))
+    return StageModule(number, plan.pipeline, parts.codes[number], model, paths, local, device)
+
+
+def _paths(plan: Plan, parts: Partition, number: int) -> Iterable[str]:
+    """Iterate over the paths of the tensors of a stage: those that its graphs name, and canonical ones of unused tensors."""
+    named = {
+        str(node.target)
+        for graph in parts.codes[number].graphs.values()
+        for node in graph.graph.nodes
+        if node.op == "get_attr" or (node.op == "call_module" and not str(node.target).startswith(FUNCTIONS))
+    }
+    for spec in plan.tree.values():
+        if number in (spec.stage, *spec.also_on):
+            used = [path for path in spec.paths if path in named]
+            yield from used or ([] if _is_in(spec.paths, named) else [spec.path])
+
+
+def _is_in(paths: Iterable[str], modules: set[str]) -> bool:
+    return any(path.startswith(f"{module}.") for path in paths for module in modules)

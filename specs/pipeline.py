@@ -1,0 +1,164 @@
+"""How a model is cut along ``pipe``: its stages, and what crosses from one to the next."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import field, frozen
+from frozendict import deepfreeze
+
+from .dtypes import short_name
+from .plain import check_plain
+
+Size = int | str
+"""A size of a tensor's axis: a number, or the name of one that may differ from batch to batch, or a formula of names."""
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def size_in(size: Size, sizes: Mapping[str, int]) -> int:
+    """Return a size where the variable ones are known: a number, a name, or a formula of names with ``+ - * //``.
+
+    Raises:
+        ValueError: If it is no such formula.
+
+    >>> size_in("2*batch + 1", {"batch": 4})
+    9
+    """
+    return size if isinstance(size, int) else _value(ast.parse(size, mode="eval").body, sizes)
+
+
+def _value(tree: ast.expr, sizes: Mapping[str, int]) -> int:
+    match tree:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name) if name in sizes:
+            return sizes[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, sizes)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, sizes), _value(right, sizes))
+        case _:
+            msg = f"{ast.unparse(tree)} is no size that can be computed from {', '.join(sizes)}"
+            raise ValueError(msg)
+
+
+@frozen
+class TensorInput:
+    """A tensor that the model is called with.
+
+    Args:
+        name: The argument of the model's ``forward``.
+        shape: Its shape in the example.
+        dtype: torch's name of its element type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@frozen
+class PlainInput:
+    """A plain value that the model is called with; it is the same in every call."""
+
+    name: str
+    value: Any = field(converter=deepfreeze, validator=check_plain)
+
+
+ExampleInput = TensorInput | PlainInput
+
+
+@frozen
+class VariableSize:
+    """A size that may differ from batch to batch.
+
+    Args:
+        name: What shapes call it.
+        example: What it is in the example inputs.
+        least: The smallest for which the model's code does what was planned.
+        most: The largest; None if there is none.
+    """
+
+    name: str
+    example: int
+    least: int = 0
+    most: int | None = None
+
+
+@frozen
+class Activation:
+    """A tensor that a stage takes or gives, for one micro-batch.
+
+    Args:
+        name: The model's input, or the operation that computes it.
+        shape: Its shape; a size that may differ is named.
+        dtype: torch's name of its element type.
+        num_bytes: Its bytes at the sizes of the example inputs.
+        requires_grad: Whether a gradient comes back for it.
+    """
+
+    name: str
+    shape: tuple[Size, ...]
+    dtype: str
+    num_bytes: int
+    requires_grad: bool = False
+
+    @property
+    def type(self) -> str:
+        """The printed form of its type, e.g. ``bf16[batch, sequence, 4096]``."""
+        return f"{short_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.type}"
+
+
+@frozen
+class Stage:
+    """One part of the model along ``pipe``.
+
+    Args:
+        modules: The outermost modules that run in it as a whole.
+        inputs: What it takes: the model's inputs, or what the stage before gives.
+        outputs: What it gives to the next one, in this order; of the last stage the tensors that the model returns.
+        digest: SHA-256 over its graphs, in training and in evaluation, in hexadecimal digits.
+    """
+
+    modules: tuple[str, ...]
+    inputs: tuple[Activation, ...]
+    outputs: tuple[Activation, ...]
+    digest: str
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of what it gives, for one micro-batch of the size of the example inputs."""
+        return sum(output.num_bytes for output in self.outputs)
+
+
+@frozen
+class Pipeline:
+    """How a model is cut, and what comes of it.
+
+    Args:
+        stages: The stages, in order. Stage s runs at place s mod ``pipe`` of the mesh axis ``pipe``.
+        cuts: The module after which each stage but the last ends.
+        chain: The modules of the stages where they were handed over, or the model is a sequence; then nothing is exported.
+        leaves: Modules that run as they are, as one operation.
+        example: What the model was called with while planning.
+        sizes: The sizes that may differ from batch to batch.
+    """
+
+    stages: tuple[Stage, ...]
+    cuts: tuple[str, ...] = ()
+    chain: tuple[tuple[str, ...], ...] = ()
+    leaves: tuple[str, ...] = ()
+    example: tuple[ExampleInput, ...] = ()
+    sizes: tuple[VariableSize, ...] = ()
