@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import TreeSpec
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
@@ -20,6 +19,8 @@ from .local_copy import local_copy
 from .opaque import Opaque, OpaqueCall
 
 if TYPE_CHECKING:
+    from torch.utils._pytree import TreeSpec
+
     from ..specs.mesh import Mesh
     from ..specs.steps import LayoutStep
     from ..specs.tree import SpecTree

@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
 def is_sequence(model: nn.Module, cuts: Sequence[str]) -> bool:
     """Tell whether a model calls its modules one after another, and is cut between them."""
-    return (
-        isinstance(model, nn.Sequential)
-        and type(model).forward is nn.Sequential.forward
-        and set(cuts) <= set(model._modules)
-    )  # noqa: SLF001
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return False
+    return set(cuts) <= {name for name, _ in model.named_children()}
 
 
 def slices(model: nn.Module, cuts: Sequence[str]) -> tuple[tuple[str, ...], ...]:

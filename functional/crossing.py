@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _START, _END = "start", "end"
 
 
-def crossing(flow: Flow, stage: int, wanted: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return the values that ``stage`` is sent by the one before it, in the order in which they are computed.
+def crossing(flow: Flow, wanted: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the values that a stage is sent by the one before it: first those whose gradients come back, in order.
 
     A value that hangs on no parameter may be computed again instead, from what is sent of what it hangs on. With a node
     for each value, an edge of its bytes through it, and edges without limit from a value to those computed from it, the
@@ -27,7 +27,6 @@ def crossing(flow: Flow, stage: int, wanted: Iterable[fx.Node]) -> list[fx.Node]
 
     Args:
         flow: The graph.
-        stage: The stage that is sent to.
         wanted: The values that it uses or passes on, and does not compute itself.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,11 +167,9 @@ class Flow:
                 readers = {
                     self.stage[user] for member in group if self.held(member) for user in member.users if user in self.stage
                 }
-                if early or readers - {stage}:
-                    where = ", ".join(
-                        f"stage {other}" for other in sorted({self.stage[m] for m in early} | readers - {stage})
-                    )
-                    cause = f"{node.target} writes in place in stage {stage} what {where} holds too, and they do not share memory"
+                if others := sorted({self.stage[member] for member in early} | readers - {stage}):
+                    where = ", ".join(f"stage {other}" for other in others)
+                    cause = f"{node.target} writes in stage {stage} what {where} holds too, and they do not share memory"
                     yield Problem(module_path(node), cause, "Cut before or after both, or write a new tensor")
 
 
@@ -204,7 +203,7 @@ def read_flow(captured: Captured, tree: SpecTree, cuts: Sequence[str]) -> tuple[
             last[path] = place
     problems = [problem for path in cuts if (problem := _wrong_cut(captured, path, last))]
     ends = sorted((last[path], path) for path in cuts if path in last)
-    for (end, path), (next_end, other) in zip(ends, ends[1:], strict=False):
+    for (end, path), (next_end, other) in pairwise(ends):
         if end == next_end:
             problems.append(Problem(other, f"it ends where {path!r} ends, and both are cut there", "Cut one of them"))
     if ends and ends[-1][0] == len(nodes) - 1:

@@ -180,7 +180,7 @@ class _Run(Generic[T]):
     error: BaseException | None
     held: dict[str, T] = Factory(dict)
 
-    def do(self, work: Work) -> None:
+    def do(self, work: Work) -> None:  # noqa: C901  one case a work
         match work:
             case Nothing():
                 pass

@@ -84,14 +84,14 @@ class NotCallableError(TypeError):
 
 
 @torch.library.custom_op("shardplan::opaque", mutates_args=())
-def opaque(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
+def opaque(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG001  its schema
     """Stand for a call that is not followed; the placeholder never runs."""
     msg = "a placeholder of an export was run"
     raise AssertionError(msg)
 
 
 @opaque.register_fake
-def _(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
+def _(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG001  its schema
     return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in _RESULTS[number]]
 
 

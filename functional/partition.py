@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from attrs import frozen
 from torch import fx
-from torch.utils._pytree import TreeSpec
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import Activation, Pipeline, Stage, VariableSize
@@ -20,6 +19,8 @@ from .sizes import SizeNames
 from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
 
 if TYPE_CHECKING:
+    from torch.utils._pytree import TreeSpec
+
     from ..specs.tree import SpecTree
 
 MODES = {True: "training", False: "evaluating"}
@@ -130,7 +131,7 @@ def _half(subject: Subject, cuts: Sequence[str], *, training: bool) -> _Half:
     for stage in reversed(range(1, flow.num_stages)):
         _, wanted = flow.needed(stage, ends[0], lambda node, at=stage: node in flow.fixed and flow.stage.get(node) == at)
         try:
-            ends.insert(0, crossing(flow, stage, wanted))
+            ends.insert(0, crossing(flow, wanted))
         except nx.NetworkXUnbounded:
             cause = f"stage {stage} needs something that is no tensor of the stage before"
             raise PlanError([Problem(flow.cuts[stage - 1], cause, "Cut another module")]) from None

@@ -234,10 +234,9 @@ def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy) ->
     for at in range(mesh.pipe):
         held = [spec for spec in tree.values() if at in spec.places(mesh)]
         owned = {spec.path for spec in held if spec.places(mesh)[0] == at}
-        made: list[tuple[Unit | None, tuple[ParamSpec, ...]]] = []
-        for unit in units:
-            if own := tuple(tree[path] for path in unit.paths if tree[path].path in owned):
-                made.append((unit, own))
+        made: list[tuple[Unit | None, tuple[ParamSpec, ...]]] = [
+            (unit, own) for unit in units if (own := tuple(tree[path] for path in unit.paths if tree[path].path in owned))
+        ]
         made += [(None, (spec,)) for spec in held if isinstance(spec.source, ModuleValues) and spec.path in owned]
         evaluated = [spec for spec in held if isinstance(spec.source, InitProgram)]
         if strategy == "local":

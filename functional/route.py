@@ -46,7 +46,8 @@ def route(
     """Iterate over the steps that make, send, slice and place the tensors of one stage.
 
     Args:
-        units: What is made together, with those of its tensors that the stage owns; None for init programs and values that the module already has.
+        units: What is made together, with those of its tensors that the stage owns; None for init programs and for values
+            that the module already has.
         mesh: The ranks.
         stage: Pipeline stage.
         strategy: ``scatter`` (each rank gets its part only) or ``broadcast`` (each gets all, then slices).

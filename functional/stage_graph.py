@@ -15,8 +15,6 @@ from .module_copy import module_of
 from .opaque import FunctionCall, LeafCall, opaque, tensors_of
 
 if TYPE_CHECKING:
-    from torch.utils._pytree import TreeSpec
-
     from .capture import Captured
 
 CONSTANTS, FUNCTIONS = "_constants", "_functions"
@@ -108,12 +106,11 @@ class _Builder:
         call = self.captured.calls[number]  # type: ignore[index]
         values = [self._value(tensor, node) for tensor in tensors]  # type: ignore[union-attr]
         args, kwargs = call.fill(values)
-        match call.what:
-            case LeafCall(path=path):
-                target = path
-            case FunctionCall() as function:
-                target = f"{FUNCTIONS}.{self.mode}_{number}"
-                self.functions[target] = function
+        if isinstance(call.what, LeafCall):
+            target = call.what.path
+        else:
+            target = f"{FUNCTIONS}.{self.mode}_{number}"
+            self.functions[target] = call.what
         returned = self.graph.create_node("call_module", target, args, kwargs, name=node.name)
         return self.graph.call_function(tensors_of, (returned, call.kept))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from .module_copy import get_tensor
 from .stage_graph import FUNCTIONS
 
 if TYPE_CHECKING:
-    from ..specs.pipeline import Pipeline
+    from ..specs.pipeline import Activation, Pipeline, VariableSize
     from .layout import Local
     from .partition import StageCode
     from .stage_graph import StageGraph
@@ -47,6 +47,7 @@ class StageModule(nn.Module):
         model: nn.Module,
         paths: Iterable[str],
         local: Local,
+        *,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -69,6 +70,7 @@ class StageModule(nn.Module):
         return tuple(output.contiguous() for output in outputs)  # no runtime sends others
 
     def extra_repr(self) -> str:
+        """Say what it takes and gives."""
         stage = self.pipeline.stages[self.number]
         inputs, outputs = (", ".join(map(str, side)) for side in (stage.inputs, stage.outputs))
         return f"stage {self.number}: ({inputs}) -> ({outputs})"
@@ -87,27 +89,37 @@ def check_inputs(number: int, pipeline: Pipeline, inputs: tuple[Tensor, ...]) ->
         raise TypeError(msg)
     if pipeline.chain:
         return  # its modules run as they are
-    wrong: list[str] = []
     sizes: dict[str, int] = {}
-    for expected, given in zip(stage.inputs, inputs, strict=True):
-        if given.dim() != len(expected.shape):
-            wrong.append(f"{expected} is given with shape {list(given.shape)}")
-            continue
-        for axis, (planned, size) in enumerate(zip(expected.shape, given.shape, strict=True)):
-            if isinstance(planned, int) and size != planned:
-                fixed = f"the model's code fixes it at the {planned} of the example inputs"
-                wrong.append(f"axis {axis} of {expected} is {size}, and {fixed}; plan again with {size}")
-            elif isinstance(planned, str) and sizes.setdefault(planned, size) != size:
-                wrong.append(f"axis {axis} of {expected} is {size}, and {planned} is {sizes[planned]} before")
-    for size in pipeline.sizes:
-        given_size = sizes.get(size.name, size.example)
-        if given_size < size.least or (size.most is not None and given_size > size.most):
-            most = "" if size.most is None else f" to {size.most}"
-            cause = f"the model's code goes another way than with the {size.example} of the example inputs"
-            wrong.append(f"{size.name} is {given_size}, and the plan is for {size.least}{most}: outside {cause}")
+    wrong = [
+        text
+        for expected, tensor in zip(stage.inputs, inputs, strict=True)
+        for text in _wrong_axes(expected, tuple(tensor.shape), sizes)
+    ]
+    wrong += [text for size in pipeline.sizes for text in _out_of_range(size, sizes.get(size.name, size.example))]
     if wrong:
         msg = f"stage {number}: {'; '.join(wrong)}"
         raise ValueError(msg)
+
+
+def _wrong_axes(expected: Activation, shape: tuple[int, ...], sizes: dict[str, int]) -> Iterator[str]:
+    if len(shape) != len(expected.shape):
+        yield f"{expected} is given with shape {list(shape)}"
+        return
+    for axis, (planned, size) in enumerate(zip(expected.shape, shape, strict=True)):
+        if isinstance(planned, int) and size != planned:
+            fixed = f"the model's code fixes it at the {planned} of the example inputs"
+            yield f"axis {axis} of {expected} is {size}, and {fixed}; plan again with {size}"
+        elif isinstance(planned, str) and sizes.setdefault(planned, size) != size:
+            yield f"axis {axis} of {expected} is {size}, and {planned} is {sizes[planned]} before"
+
+
+def _out_of_range(size: VariableSize, given: int) -> Iterator[str]:
+    if given < size.least or (size.most is not None and given > size.most):
+        sizes = f"{size.least} or more" if size.most is None else f"{size.least} to {size.most}"
+        yield (
+            f"{size.name} is {given}, and the plan is for {sizes}: with others the model's code goes another way than with"
+            f" the {size.example} of the example inputs"
+        )
 
 
 def _leaves(code: StageCode) -> list[str]:

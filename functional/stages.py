@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -63,7 +63,7 @@ def planned_partition(plan: Plan, model: nn.Module) -> Partition:
         return plan.runtime.partition
     assert plan.pipeline is not None, "the plan is cut"
     planned = plan.pipeline
-    layout = [step for step in plan.steps if isinstance(step, get_args(LayoutStep))]
+    layout = [step for step in plan.steps if isinstance(step, LayoutStep)]
     subject = Subject(model, plan.tree, layout, plan.mesh, plan.runtime.callables, planned.leaves, planned.example)
     found = chain(subject, planned.chain) if planned.chain else partition(subject, planned.cuts)
     pairs = zip(found.pipeline.stages, planned.stages, strict=True)
@@ -74,13 +74,13 @@ def planned_partition(plan: Plan, model: nn.Module) -> Partition:
     return found
 
 
-def make_stage(  # noqa: PLR0913, PLR0917  each is what the stage is made of
+def make_stage(
     plan: Plan, parts: Partition, number: int, model: nn.Module, local: Local, device: torch.device
 ) -> StageModule:
     """Return a stage around the tensors that a model has for it."""
     assert plan.pipeline is not None, "the plan is cut"
     paths = list(_paths(plan, parts, number))
-    return StageModule(number, plan.pipeline, parts.codes[number], model, paths, local, device)
+    return StageModule(number, plan.pipeline, parts.codes[number], model, paths, local, device=device)
 
 
 def _paths(plan: Plan, parts: Partition, number: int) -> Iterable[str]:

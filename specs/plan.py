@@ -178,38 +178,45 @@ def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Prob
     """Return what steps name that is not there: stages, tensors."""
     problems: list[Problem] = []
     for step in steps:
-        match step:
-            case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
-                continue
-            case MakeOptimizer() | TakeStages() | Wrap():
-                continue
-            case MakeTieGroups(between=between):
-                named, places = (), [place for places in between for place in places]
-            case SumTied(path=path, between=places):
-                named = (path,)
-            case SendCopy(stage=stage, to=to, paths=named):
-                places = (stage, to)
-            case Generate(stage=stage, paths=paths, scratch=scratch):
-                named, places = (*paths, *scratch), (stage,)
-            case Tie(stage=stage, path=path, aliases=aliases):
-                named, places = (path, *aliases), (stage,)
-            case (
-                EvaluateWhole(stage=stage, paths=named)
-                | EvaluateShard(stage=stage, paths=named)
-                | TakeWhole(stage=stage, paths=named)
-                | TakeShard(stage=stage, paths=named)
-                | Allocate(stage=stage, paths=named)
-                | Scatter(stage=stage, paths=named)
-                | Broadcast(stage=stage, paths=named)
-                | Slice(stage=stage, paths=named)
-                | Place(stage=stage, paths=named)
-            ):
-                places = (stage,)
-            case _:
-                assert_never(step)
+        named, places = _named(step)
         name = type(step).__name__
         problems += [Problem(path, f"a {name} step names it, but no tensor has it") for path in named if path not in tree]
-        for place in places:
-            if not 0 <= place < mesh.pipe:
-                problems.append(Problem("", f"a {name} step is for stage {place}, which is not on {mesh}"))
+        problems += [
+            Problem("", f"a {name} step is for stage {place}, which is not on {mesh}")
+            for place in places
+            if not 0 <= place < mesh.pipe
+        ]
     return problems
+
+
+def _named(step: Step) -> tuple[tuple[str, ...], tuple[int, ...]]:  # noqa: PLR0911  one case a step
+    """Return the tensors that a step names, and the places along ``pipe``."""
+    match step:
+        case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
+            return (), ()
+        case MakeOptimizer() | TakeStages() | Wrap():
+            return (), ()
+        case MakeTieGroups(between=between):
+            return (), tuple(place for places in between for place in places)
+        case SumTied(path=path, between=places):
+            return (path,), places
+        case SendCopy(stage=stage, to=to, paths=paths):
+            return paths, (stage, to)
+        case Generate(stage=stage, paths=paths, scratch=scratch):
+            return (*paths, *scratch), (stage,)
+        case Tie(stage=stage, path=path, aliases=aliases):
+            return (path, *aliases), (stage,)
+        case (
+            EvaluateWhole(stage=stage, paths=paths)
+            | EvaluateShard(stage=stage, paths=paths)
+            | TakeWhole(stage=stage, paths=paths)
+            | TakeShard(stage=stage, paths=paths)
+            | Allocate(stage=stage, paths=paths)
+            | Scatter(stage=stage, paths=paths)
+            | Broadcast(stage=stage, paths=paths)
+            | Slice(stage=stage, paths=paths)
+            | Place(stage=stage, paths=paths)
+        ):
+            return paths, (stage,)
+        case _:
+            assert_never(step)

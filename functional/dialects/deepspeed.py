@@ -11,7 +11,7 @@ from frozendict import frozendict
 from ...specs.errors import Problem
 from ...specs.mesh import Mesh, MeshAxis
 from .deepspeed_config import check_boundaries, check_config
-from .deepspeed_pipeline import to_pipeline_module
+from .deepspeed_pipeline import mend_buffers, to_pipeline_module
 from .handover import Handover, Wrapped, split_parameters
 from .places import one_stage_a_place
 
@@ -77,6 +77,8 @@ class DeepSpeedDialect:
             mpu=None if plan.pipeline else MeshUnit(plan.mesh, handover.groups),
             dist_init_required=False,
         )
+        if plan.pipeline:
+            mend_buffers(engine)
         return Wrapped(engine, made, frozendict(dataloader=dataloader, lr_scheduler=scheduler))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -24,8 +26,11 @@ def to_pipeline_module(handover: Handover, topology: Any) -> Any:
     several stages hold are told to it by overriding the method that its engine asks for them: its own ``TiedLayerSpec``
     needs whole layers that it builds itself.
     """
+    import deepspeed
     from deepspeed.pipe import PipelineModule
 
+    # the process group is there; a PipelineModule asks DeepSpeed for it before deepspeed.initialize has told it
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False)
     plan, (stage,) = handover.plan, handover.modules
     assert plan.pipeline is not None, "only a plan with stages comes here"
     tied = [(parameter, group) for parameter, _, group in handover.tied]
@@ -48,6 +53,24 @@ def to_pipeline_module(handover: Handover, topology: Any) -> Any:
     for parameter, is_owner, _ in handover.tied:
         parameter.ds_pipe_replicated = not is_owner  # else the gradient norm counts every copy
     return module
+
+
+def mend_buffers(engine: Any) -> None:
+    """Let a pipeline engine receive into buffers of the right dtype.
+
+    DeepSpeed 0.19 keeps one buffer for each place in a message, for activations and gradients alike, and looks at its
+    length alone when it uses it again: with integers among the activations, gradients are received as integers, or the
+    process is aborted.
+    """
+    kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def allocate(place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        num_elements = prod(shape)
+        if (place, dtype) not in kept or kept[place, dtype].numel() < num_elements:
+            kept[place, dtype] = torch.empty(num_elements, dtype=dtype, device=engine.device)
+        return kept[place, dtype][:num_elements].view(tuple(shape))
+
+    engine._allocate_or_extend_buffers = allocate  # noqa: SLF001
 
 
 class _Layer(nn.Module):

@@ -48,13 +48,13 @@ class GradientNorm:
         return cls(counted, trained, groups, handover.device)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that the norm of the whole model's gradient is at most ``max_norm``; return the norm before.
+        """Scale all gradients so that their norm, over the whole model, is at most ``max_norm``; return the norm before.
 
         As ``torch.nn.utils.clip_grad_norm_`` does in one process: by ``max_norm / (norm + 1e-6)`` where that is below 1.
         Every rank calls it.
         """
         gradients = [parameter.grad for parameter in self.counted if parameter.grad is not None]
-        squares = [norm.float().square() for norm in torch._foreach_norm(gradients)] if gradients else []  # noqa: SLF001
+        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float32).square() for gradient in gradients]
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
         for group in self.groups:
             dist.all_reduce(total, group=group)

@@ -92,7 +92,9 @@ def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapp
         yield from one_stage_a_place(mesh, pipeline)
         return
     if num_stages % mesh.pipe or num_stages == mesh.pipe:
-        cause = f"the model is cut into {num_stages} stages, and interleaved_1f1b puts 2 or more at each of pipe={mesh.pipe} places"
+        cause = (
+            f"the model is cut into {num_stages} stages, and interleaved_1f1b puts 2 or more at each of {mesh.pipe} places"
+        )
         yield Problem("", cause, f"Cut it into {2 * mesh.pipe} stages: sch.cut_evenly({2 * mesh.pipe})")
     rounds = max(1, num // mesh.pipe)
     if num % rounds:
