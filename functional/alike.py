@@ -44,23 +44,24 @@ class Likeness:
         if id(module) not in self._known:
             self._kept.append(module)
             self._known[id(module)] = -len(self._kept)  # for a module that is reached from itself
-            attributes = tuple((name, self._key(value)) for name, value in vars(module).items())
+            attributes = tuple((name, self.key(value)) for name, value in vars(module).items())
             self._known[id(module)] = self._numbers.setdefault((type(module), attributes), len(self._numbers))
         return self._known[id(module)]
 
-    def _key(self, value: Any) -> Hashable:  # noqa: PLR0911  one a kind
+    def key(self, value: Any) -> Hashable:  # noqa: PLR0911  one a kind
+        """Return a key that is equal for values that are alike."""
         if isinstance(value, nn.Module):
             return nn.Module, self.number(value)
         if isinstance(value, FakeTensor):
-            noted = tuple((name, self._key(item)) for name, item in vars(value).items())
+            noted = tuple((name, self.key(item)) for name, item in vars(value).items())
             return type(value), tuple(value.shape), value.dtype, value.requires_grad, noted
         if type(value) in _ATOMS:
             return type(value), value
         if type(value) in (dict, OrderedDict):
-            return type(value), tuple((self._key(name), self._key(item)) for name, item in value.items())
+            return type(value), tuple((self.key(name), self.key(item)) for name, item in value.items())
         if type(value) in (list, tuple):
-            return type(value), tuple(map(self._key, value))
+            return type(value), tuple(map(self.key, value))
         if type(value) in (set, frozenset):
-            return type(value), frozenset(map(self._key, value))
+            return type(value), frozenset(map(self.key, value))
         self._kept.append(value)
         return id(value)

@@ -17,6 +17,7 @@ from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
 from .generators import own_generators
 from .local_copy import local_copy
 from .opaque import Opaque, OpaqueCall
+from .repeats import Repeats, write_out
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
@@ -77,6 +78,12 @@ def capture(subject: Subject, *, training: bool) -> Captured:
         PlanError: If it cannot be exported; it says where it stopped.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
+    found = _export(subject, mode, training=training, once=True)
+    return found if found is not None else _export(subject, mode, training=training, once=False)
+
+
+def _export(subject: Subject, mode: FakeTensorMode, *, training: bool, once: bool) -> Captured | None:
+    """Export a model, repeated modules once where that is possible; return None if it turns out not to be."""
     opaque = Opaque()
     callables = {name: opaque.function(name, function) for name, function in subject.callables.items()}
     first = subject.mesh.coordinate(0)
@@ -84,11 +91,14 @@ def capture(subject: Subject, *, training: bool) -> Captured:
     local.train(training)
     num_calls: dict[str, int] = {}
     open_modules: list[str] = []
+    for path in subject.leaves:
+        opaque.hide(path, local.get_submodule(path))
+    repeats = Repeats(subject.layout, num_calls)
+    if once:
+        repeats.watch(subject.model, local, subject.leaves)
     for path, module in local.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             _follow(path, module, open_modules, num_calls)
-    for path in subject.leaves:
-        opaque.hide(path, local.get_submodule(path))
     inputs, sizes = _inputs(subject.example, mode)
     try:
         with mode, own_generators(0), torch.enable_grad(), warnings.catch_warnings():
@@ -97,6 +107,8 @@ def capture(subject: Subject, *, training: bool) -> Captured:
             module = exported.module(check_guards=False)
     except Exception as error:
         raise PlanError([_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
+    if not write_out(module.graph, repeats, subject.tree, opaque.calls):
+        return None
     ranges = {str(symbol): _range(found) for symbol, found in exported.range_constraints.items()}
     return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges)
 

@@ -15,9 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import Pipeline, PlainInput, Stage, TensorInput
-from .generators import own_generators
-from .guesses import AnswerZero
-from .local_copy import local_copy
+from .local_copy import following, local_copy
 from .opaque import tensors_of
 from .partition import MODES, Partition, StageCode, holders
 from .sizes import SizeNames
@@ -68,7 +66,7 @@ def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
     codes: list[StageCode] = []
     for paths in modules:
         graph = fx.Graph()
-        nodes = [graph.placeholder(name) for name, _ in named]
+        nodes = [graph.placeholder(f"input_{place}") for place in range(len(named))]
         given = [tensor for _, tensor in named]
         inputs = tuple(names.activation(name, tensor, requires_grad=tensor.requires_grad) for name, tensor in named)
         returns: TreeSpec | None = None
@@ -80,7 +78,7 @@ def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
         graph.output(tuple(nodes))
         kinds = [f"{path} {type(local.get_submodule(path)).__qualname__}" for path in paths]
         text = "\n".join([*kinds, *map(str, inputs)])
-        named = [(f"{paths[-1].replace('.', '_')}_{place}", tensor) for place, tensor in enumerate(given)]
+        named = [(paths[-1], tensor) for tensor in given]
         outputs = tuple(names.activation(name, tensor, requires_grad=tensor.requires_grad) for name, tensor in named)
         stages.append(Stage(tuple(paths), inputs, outputs, hashlib.sha256(text.encode()).hexdigest()))
         graphs = dict.fromkeys(MODES, StageGraph(graph, {}, {}, text))
@@ -116,7 +114,7 @@ def _call(
 ) -> tuple[list[Tensor], tuple[int, ...], TreeSpec]:
     module = local.get_submodule(path)
     try:
-        with mode, torch.enable_grad(), own_generators(0), AnswerZero():
+        with following(mode), torch.enable_grad():
             leaves, spec = tree_flatten(module(*given))
     except Exception as error:
         takes = ", ".join(f"{list(tensor.shape)}" for tensor in given)

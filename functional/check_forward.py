@@ -12,9 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..specs.errors import Problem
 from ..specs.steps import SetAttributes
-from .generators import own_generators
-from .guesses import AnswerZero
-from .local_copy import local_copy
+from .local_copy import following, local_copy
 from .parts import Parts
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def check_forward(
     called: set[str] = set()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     local = local_copy(model, tree, layout, first, callables, mode)
-    with mode, torch.no_grad(), own_generators(0), AnswerZero():
+    with following(mode), torch.no_grad():
         for path, module in local.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 _follow(module, path, open_modules, called)

@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import TensorInput
-from .generators import own_generators
-from .guesses import AnswerZero
-from .local_copy import local_copy
+from .local_copy import following, local_copy
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -149,7 +147,7 @@ def _flops(subject: Subject, paths: Sequence[str]) -> list[int]:
     counter = FlopCounterMode(display=False)
     for path in paths:
         _count(local.get_submodule(path), path, counter, done)
-    with mode, torch.no_grad(), own_generators(0), AnswerZero(), counter:
+    with following(mode), torch.no_grad(), counter:
         local(**_example(subject))
     missing = [path for path in paths if path not in done]
     if missing:

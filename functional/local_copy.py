@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..specs.mesh import MESH_AXES, MeshAxis
+from .generators import own_generators
+from .guesses import AnswerZero
 from .layout import Local, apply_layout
 from .module_copy import copy_module
 from .skeleton import named_tensors
@@ -46,3 +49,19 @@ def local_copy(
         for step in layout:
             apply_layout(local, step, Local(coordinate, groups, callables))
     return local
+
+
+@contextmanager
+def following(mode: FakeTensorMode) -> Iterator[None]:
+    """Let a model's code run on fake tensors within the block: it draws from nobody's generator, and values are zero.
+
+    Code that asks hears that it is compiled, as it does while it is exported: some operators have no fake kernel for what
+    others do in their place.
+    """
+    before = torch.compiler._is_compiling_flag  # noqa: SLF001  what torch.compiler.is_compiling() says
+    torch.compiler._is_compiling_flag = True  # noqa: SLF001
+    try:
+        with mode, own_generators(0), AnswerZero():
+            yield
+    finally:
+        torch.compiler._is_compiling_flag = before  # noqa: SLF001

@@ -14,7 +14,7 @@ from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import Activation, Pipeline, Stage, VariableSize
 from .capture import Subject, capture
 from .crossing import crossing
-from .flow import Flow, read_flow
+from .flow import Flow, module_path, read_flow
 from .sizes import SizeNames
 from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
 
@@ -150,10 +150,12 @@ def _sides(half: _Half, stage: int) -> tuple[tuple[Activation, ...], tuple[Activ
     """Return what a stage takes and what it gives."""
     before = half.ends[stage - 1] if stage else half.flow.inputs
     inputs, outputs = ([n for n in side if isinstance(n, fx.Node)] for side in (before, half.ends[stage]))
-    needing = half.flow.needs_gradient
-    return tuple(half.names.activation(n.name, n.meta["val"], requires_grad=n in needing) for n in inputs), tuple(
-        half.names.activation(n.name, n.meta["val"], requires_grad=n in needing) for n in outputs
-    )
+    return tuple(_activation(half, node) for node in inputs), tuple(_activation(half, node) for node in outputs)
+
+
+def _activation(half: _Half, node: fx.Node) -> Activation:
+    name = node.name if node.op == "placeholder" else module_path(node) or node.name
+    return half.names.activation(name, node.meta["val"], requires_grad=node in half.flow.needs_gradient)
 
 
 def _both(training: Mapping[str, VariableSize], evaluating: Mapping[str, VariableSize]) -> Iterator[VariableSize]:

@@ -69,6 +69,7 @@ class _Builder:
     graph: fx.Graph = Factory(fx.Graph)
     made: dict[fx.Node, fx.Node] = Factory(dict)
     held: dict[str, fx.Node] = Factory(dict)
+    sizes: dict[object, fx.Node] = Factory(dict)
     kept: dict[str, Tensor | nn.Module] = Factory(dict)
     functions: dict[str, FunctionCall] = Factory(dict)
 
@@ -152,12 +153,15 @@ class _Builder:
     def _size(self, node: fx.Node) -> fx.Node:
         """Compute a size from what the stage has."""
         value = node.meta["val"]
+        if _expression(value) in self.sizes:
+            return self.sizes[_expression(value)]
         for source, made in list(self.made.items()):
             tensor = source.meta.get("val")
             for axis, size in enumerate(tensor.shape) if isinstance(tensor, Tensor) else ():
                 if _expression(size) == _expression(value):
                     found = self.graph.call_function(torch.ops.aten.sym_size.int, (made, axis))
                     found.meta["val"] = value
+                    self.sizes[_expression(value)] = found
                     return found
         if all(arg in self.made or is_size(arg) for arg in node.all_input_nodes):
             return self._copy(node)

@@ -98,7 +98,7 @@ class Activation:
     """A tensor that a stage takes or gives, for one micro-batch.
 
     Args:
-        name: The model's input, or the operation that computes it.
+        name: The model's input, or the module that computes it.
         shape: Its shape; a size that may differ is named.
         dtype: torch's name of its element type.
         num_bytes: Its bytes at the sizes of the example inputs.

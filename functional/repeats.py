@@ -1,0 +1,362 @@
+"""Repeated modules, exported once: a module that is like one before, and is called alike, does what that one did.
+
+While the model is exported, the first of a family runs between two markers, and what its code reads of it is noted. For
+the next ones one placeholder stands in the graph, if they agree with the first in all that was read and in what they are
+called with. Afterwards the first one's operations are written in the place of each placeholder, with the other's tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import Factory, define, evolve, frozen
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .alike import Likeness
+from .opaque import LeafCall, OpaqueCall, opaque
+
+if TYPE_CHECKING:
+    from ..specs.steps import LayoutStep
+    from ..specs.tree import SpecTree
+
+_FEW = 3
+"""Fewer members of a family are not worth it."""
+
+_OWN = frozenset(
+    [
+        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward", "training"),
+        *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
+        *("_is_full_backward_hook", "_compiled_call_impl", "_parameters", "_buffers", "_modules"),
+    ]
+)
+"""What torch itself reads of every module; families agree in it, and hooks are the layout's."""
+
+
+@torch.library.custom_op("shardplan::marker", mutates_args=())
+def marker(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG001  its schema
+    """Stand where the first of a family begins or ends; it never runs."""
+    msg = "a marker of an export was run"
+    raise AssertionError(msg)
+
+
+@torch.library.custom_op("shardplan::repeat", mutates_args=())
+def repeat(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG001  its schema
+    """Stand for a module that does what the first of its family did; it never runs."""
+    msg = "a placeholder of an export was run"
+    raise AssertionError(msg)
+
+
+_SHAPES: dict[int, Sequence[Tensor]] = {}
+"""What the placeholder that runs now will give, by its number."""
+
+
+def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+
+
+marker.register_fake(lambda tensors, number: _like(tensors))  # noqa: ARG005  its schema
+repeat.register_fake(lambda tensors, number: _like(_SHAPES[number]))  # noqa: ARG005  its schema
+
+
+@frozen(eq=False)
+class First:
+    """The first of a family, in one way of calling it.
+
+    Args:
+        path: Its path.
+        read: What its code has read, by the module in it and the name.
+        begin: Number of the marker where it begins.
+        end: Number of the marker where it ends.
+        given: What it gave, flat.
+        spec: How that is put together.
+        num_calls: How often each module in it was called.
+    """
+
+    path: str
+    read: dict[tuple[str, str], Hashable]
+    begin: int
+    end: int
+    given: Sequence[Any]
+    spec: TreeSpec
+    num_calls: dict[str, int]
+
+
+@define
+class Repeats:
+    """The families of one export.
+
+    Args:
+        layout: What changes how modules compute.
+        num_calls: How often each module was called, by path; kept by the export.
+        firsts: The first of each family, by how it is called.
+        repeated: For each placeholder, by number, the module that it stands for and the first of its family.
+        num_markers: Markers so far.
+    """
+
+    layout: Sequence[LayoutStep]
+    num_calls: dict[str, int]
+    firsts: dict[Hashable, list[First]] = Factory(dict)
+    repeated: list[tuple[str, First]] = Factory(list)
+    num_markers: int = 0
+    likeness: Likeness = Factory(Likeness)
+
+    def watch(self, model: nn.Module, local: nn.Module, leaves: Sequence[str]) -> None:
+        """Look out for repeated modules in a copy that is going to be exported.
+
+        Args:
+            model: The user's model, whose own hooks nobody knows.
+            local: The copy.
+            leaves: Modules that are hidden already.
+        """
+        for paths in _families(model):
+            if not any(path == leaf or path.startswith(f"{leaf}.") for path in paths for leaf in leaves):
+                for path in paths:
+                    module = local.get_submodule(path)
+                    module.forward = self._stand_in(path, module, module.forward)
+
+    def _stand_in(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if not _is_simple((args, *kwargs.values())):
+                return forward(*args, **kwargs)
+            leaves, spec = tree_flatten((args, kwargs))
+            key = (self._kind(path, module), str(spec), tuple(map(_called_with, leaves)))
+            for first in self.firsts.get(key, []):
+                if first.read == self._now(module, first.read):
+                    return self._repeat(path, first, leaves)
+            return self._first(_Call(path, module, forward, key), leaves, spec)
+
+        return stand_in
+
+    def _first(self, call: _Call, leaves: list[Any], spec: TreeSpec) -> Any:
+        begin, inside = self._mark(leaves)
+        args, kwargs = tree_unflatten(inside, spec)
+        before = dict(self.num_calls)
+        with _reading(call.module) as read:
+            returned = call.forward(*args, **kwargs)
+        given, returns = tree_flatten(returned)
+        if read.is_written or not _is_simple(returned) or not any(isinstance(leaf, Tensor) for leaf in given):
+            return returned
+        end, marked = self._mark(given)
+        made = {path: num - before.get(path, 0) for path, num in self.num_calls.items() if path.startswith(f"{call.path}.")}
+        now = self._now(call.module, dict.fromkeys(read.names))
+        self.firsts.setdefault(call.key, []).append(First(call.path, now, begin, end, given, returns, made))
+        return tree_unflatten(marked, returns)
+
+    def _mark(self, leaves: list[Any]) -> tuple[int, list[Any]]:
+        number, self.num_markers = self.num_markers, self.num_markers + 1
+        return number, _with(leaves, marker([leaf for leaf in leaves if isinstance(leaf, Tensor)], number))
+
+    def _repeat(self, path: str, first: First, leaves: list[Any]) -> Any:
+        number = len(self.repeated)
+        self.repeated.append((path, first))
+        for inside, num in first.num_calls.items():
+            name = path + inside.removeprefix(first.path)
+            self.num_calls[name] = self.num_calls.get(name, 0) + num
+        _SHAPES[number] = [leaf for leaf in first.given if isinstance(leaf, Tensor)]
+        try:
+            outputs = repeat([leaf for leaf in leaves if isinstance(leaf, Tensor)], number)
+        finally:
+            del _SHAPES[number]
+        return tree_unflatten(_with(first.given, outputs), first.spec)
+
+    def _kind(self, path: str, module: nn.Module) -> Hashable:
+        """Return what modules of one family have in common before they are called: classes, tensors, layout."""
+        inside = tuple((name, type(part), part.training, tuple(_tensors(part))) for name, part in module.named_modules())
+        changes = tuple(
+            evolve(step, module=step.module.removeprefix(path))
+            for step in self.layout
+            if step.module == path or step.module.startswith(f"{path}.")
+        )
+        return inside, changes
+
+    def _now(self, module: nn.Module, read: dict[tuple[str, str], Hashable]) -> dict[tuple[str, str], Hashable]:
+        parts = dict(module.named_modules())
+        inside = {id(part): name for name, part in parts.items()}
+        return {(part, name): self._value(vars(parts[part]).get(name), inside) for part, name in read}
+
+    def _value(self, value: Any, inside: dict[int, str]) -> Hashable:
+        if isinstance(value, nn.Module):
+            return inside.get(id(value), id(value))  # what is read of it is noted there
+        return id(value) if isinstance(value, Tensor) else self.likeness.key(value)
+
+
+@frozen(eq=False)
+class _Call:
+    """One call of a module that is the first of its kind."""
+
+    path: str
+    module: nn.Module
+    forward: Callable[..., Any]
+    key: Hashable
+
+
+@define
+class _Read:
+    """What is read of the modules in one, by path and name; whether anything is written there."""
+
+    names: set[tuple[str, str]] = Factory(set)
+    is_written: bool = False
+
+
+@contextmanager
+def _reading(module: nn.Module) -> Iterator[_Read]:
+    """Note what code reads of the modules in one within the block. They are of other classes meanwhile."""
+    read, classes = _Read(), [(part, type(part)) for part in module.modules()]
+    for path, part in module.named_modules():
+        part.__class__ = _watched(path, type(part), read)
+    try:
+        yield read
+    finally:
+        for part, cls in classes:
+            object.__setattr__(part, "__class__", cls)  # not its own, which notes what is written
+
+
+def _watched(path: str, cls: type[nn.Module], read: _Read) -> type[nn.Module]:
+    def get(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            # nn.Module looks its tensors and modules up there; other code may see everything
+            read.is_written |= sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__  # noqa: SLF001
+        elif name not in _OWN and not hasattr(cls, name):
+            read.names.add((path, name))
+        return cls.__getattribute__(self, name)
+
+    def put(self: Any, name: str, value: Any) -> None:
+        read.is_written = True
+        cls.__setattr__(self, name, value)
+
+    names = {"__getattribute__": get, "__setattr__": put, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), names)
+
+
+def write_out(graph: fx.Graph, repeats: Repeats, tree: SpecTree, calls: list[OpaqueCall]) -> bool:
+    """Write the operations of the first of each family in the place of the others; remove the markers.
+
+    Returns:
+        Whether the graph had all placeholders: those in a region without gradients are out of reach.
+    """
+    found = {node.args[1]: node for node in graph.nodes if node.target is repeat._opoverload}  # noqa: SLF001  the operator
+    ends = {node.args[1]: node for node in graph.nodes if node.target is marker._opoverload}  # noqa: SLF001  the operator
+    if len(found) < len(repeats.repeated) or len(ends) < repeats.num_markers:
+        return False
+    for number, (path, first) in enumerate(repeats.repeated):
+        _write(graph, found[number], ends[first.begin], ends[first.end], _Names(first.path, path, tree), calls)
+    for end in ends.values():
+        _replace(graph, end, list(end.args[0]))  # type: ignore[arg-type]
+    return True
+
+
+@frozen
+class _Names:
+    """What belongs to the first of a family, and what to another one instead."""
+
+    old: str
+    new: str
+    tree: SpecTree
+
+    def path(self, path: str) -> str:
+        """Return the path of a module of the other one."""
+        return self.new + path.removeprefix(self.old) if f"{path}.".startswith(f"{self.old}.") else path
+
+    def tensor(self, path: str) -> str:
+        """Return the path of a tensor of the other one, where the first one's may have several."""
+        paths = self.tree[path].paths if path in self.tree else (path,)
+        return next((self.path(other) for other in paths if other.startswith(f"{self.old}.")), path)
+
+
+def _write(graph: fx.Graph, stand_in: fx.Node, begin: fx.Node, end: fx.Node, names: _Names, calls: list[OpaqueCall]) -> None:
+    given: dict[fx.Node, fx.Node] = {
+        item: stand_in.args[0][item.args[1]]
+        for item in begin.users  # type: ignore[index]
+    }
+    held: dict[str, fx.Node] = {}
+
+    def other(node: fx.Node) -> fx.Node:
+        if node.op != "get_attr" or (name := names.tensor(str(node.target))) == node.target:
+            return given.get(node, node)
+        if name not in held:
+            held[name] = graph.create_node("get_attr", name)
+            held[name].meta = dict(node.meta)
+        return held[name]
+
+    node = begin.next
+    with graph.inserting_before(stand_in):
+        while node is not end:
+            if node not in given and node.op == "call_function" and node.target is not marker._opoverload:  # noqa: SLF001  the operator
+                copied = graph.node_copy(node, other)
+                copied.meta["nn_module_stack"] = {
+                    key: (names.path(path), kind) for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()
+                }
+                if node.target is opaque._opoverload:  # noqa: SLF001  the operator
+                    calls.append(_renamed(calls[node.args[1]], names))  # type: ignore[index]
+                    copied.args = (copied.args[0], len(calls) - 1)
+                given[node] = copied
+            elif node.op == "call_function" and node not in given:
+                given |= {item: other(node.args[0][item.args[1]]) for item in node.users}  # type: ignore[index]
+            node = node.next
+    _replace(graph, stand_in, [other(output) for output in end.args[0]])  # type: ignore[union-attr]
+
+
+def _renamed(call: OpaqueCall, names: _Names) -> OpaqueCall:
+    return evolve(call, what=LeafCall(names.path(call.what.path))) if isinstance(call.what, LeafCall) else call
+
+
+def _replace(graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> None:
+    """Put values in the place of what a node returned."""
+    for item in list(node.users):
+        assert item.target is operator.getitem, "an operator's list is taken apart"
+        item.replace_all_uses_with(values[item.args[1]])  # type: ignore[index]
+        graph.erase_node(item)
+    graph.erase_node(node)
+
+
+def _families(model: nn.Module) -> Iterator[list[str]]:
+    """Iterate over the paths of modules of one class in one container, without hooks of the user's."""
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            kinds: dict[type, list[str]] = {}
+            for name, child in module.named_children():
+                if not any(_is_special(part) for part in child.modules()):
+                    kinds.setdefault(type(child), []).append(f"{path}.{name}" if path else name)
+            yield from (paths for paths in kinds.values() if len(paths) >= _FEW)
+
+
+def _is_special(module: nn.Module) -> bool:
+    is_scripted = isinstance(module, torch.jit.ScriptModule)
+    return is_scripted or bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+
+
+def _tensors(module: nn.Module) -> Iterator[Hashable]:
+    """Iterate over what tensors a module holds itself: names, kinds, shapes, dtypes."""
+    for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):  # noqa: SLF001
+        for name, tensor in tensors.items():
+            yield kind, name, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+def _is_simple(value: Any) -> bool:
+    """Tell whether nothing but a tuple holds the tensors and plain values: nothing that code could write into."""
+    if type(value) is tuple:
+        return all(map(_is_simple, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.SymInt))
+
+
+def _called_with(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        sizes = (*map(_size, leaf.shape), *map(_size, leaf.stride()))
+        return Tensor, sizes, leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), _size(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+
+def _size(size: Any) -> Hashable:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _with(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """Return leaves with other tensors."""
+    found = iter(tensors)
+    return [next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
