@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from ..specs.mesh import Coordinate
 from ..specs.plan import Plan
-from ..specs.report import Report, Share, Traffic
+from ..specs.report import Boundary, Report, Share, Traffic
 from .dry import DryEffects
 from .findings import find
 from .interpret import interpret
 
 if TYPE_CHECKING:
+    from ..specs.pipeline import Stage
     from ..specs.receipt import Receipt
 
 
@@ -41,6 +42,7 @@ def audit(plan: Plan) -> Report:
         traffic=tuple(row for stage in range(mesh.pipe) for row in _traffic(stage, distinct[stage, 0, 0])),
         replicated=_replicated(plan),
         findings=tuple(find(plan)),
+        boundaries=tuple(_boundary(number, stage) for number, stage in enumerate(plan.stages[:-1])),
     )
 
 
@@ -69,6 +71,11 @@ def _share(plan: Plan, stage: int, tensor: int, distinct: dict[tuple[int, int, i
         replicated_bytes=sum(spec.num_bytes for spec in mine if not spec.mesh_axes(here)),
         peak_bytes=max(receipt.peak_bytes for (s, _, t), receipt in distinct.items() if (s, t) == (stage, min(tensor, 1))),
     )
+
+
+def _boundary(number: int, stage: Stage) -> Boundary:
+    gradients = sum(output.num_bytes for output in stage.outputs if output.requires_grad)
+    return Boundary(number, len(stage.outputs), stage.output_bytes, gradients)
 
 
 def _traffic(stage: int, receipt: Receipt) -> Iterator[Traffic]:

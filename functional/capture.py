@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +13,11 @@ from attrs import frozen
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_map
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
+from ..specs.plain import thawed
 from .generators import own_generators
 from .local_copy import local_copy
 from .opaque import Opaque, OpaqueCall
@@ -78,8 +82,9 @@ def capture(subject: Subject, *, training: bool) -> Captured:
         PlanError: If it cannot be exported; it says where it stopped.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
-    found = _export(subject, mode, training=training, once=True)
-    return found if found is not None else _export(subject, mode, training=training, once=False)
+    found = _export(subject, mode, training=training, once=True) or _export(subject, mode, training=training, once=False)
+    assert found is not None, "without repetitions nothing is out of reach"
+    return found
 
 
 def _export(subject: Subject, mode: FakeTensorMode, *, training: bool, once: bool) -> Captured | None:
@@ -101,8 +106,7 @@ def _export(subject: Subject, mode: FakeTensorMode, *, training: bool, once: boo
             _follow(path, module, open_modules, num_calls)
     inputs, sizes = _inputs(subject.example, mode)
     try:
-        with mode, own_generators(0), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with mode, own_generators(0), torch.enable_grad(), _quiet():
             exported: Any = torch.export.export(local, (), inputs, dynamic_shapes=sizes, strict=False)
             module = exported.module(check_guards=False)
     except Exception as error:
@@ -111,6 +115,19 @@ def _export(subject: Subject, mode: FakeTensorMode, *, training: bool, once: boo
         return None
     ranges = {str(symbol): _range(found) for symbol, found in exported.range_constraints.items()}
     return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from writing its graph to the terminal; what goes wrong is said by the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _range(found: Any) -> tuple[int, int | None]:
@@ -130,8 +147,8 @@ def _inputs(example: tuple[ExampleInput, ...], mode: FakeTensorMode) -> tuple[di
                     inputs[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
                 sizes[name] = dict.fromkeys(range(len(shape)), torch.export.Dim.AUTO)
             case PlainInput(name=name, value=value):
-                inputs[name] = value
-                sizes[name] = None
+                inputs[name] = thawed(value)
+                sizes[name] = tree_map(lambda _: None, inputs[name])
     return inputs, sizes
 
 
@@ -151,5 +168,7 @@ def _not_exported(local: nn.Module, path: str, error: Exception) -> Problem:
     lines = str(error).strip().splitlines()
     kind = type(local.get_submodule(path)).__name__
     cause = f"torch.export stops in this {kind}: {type(error).__name__}: {lines[0] if lines else ''}"
-    leaf = f"Mark it as a leaf: sch.at[{path!r}].leaf(); or " if path else ""
-    return Problem(path, cause, f"{leaf}hand over the stages yourself: sch.with_stages([...])")
+    where = next((line.strip() for line in lines if line.strip().startswith("Caused by: ")), "")
+    cause += f" ({where.removeprefix('Caused by: ')})" if where else ""
+    hand = "and over the stages yourself: sch.with_stages([...])"
+    return Problem(path, cause, f"Mark it as a leaf: sch.at[{path!r}].leaf(); or h{hand}" if path else f"H{hand}")

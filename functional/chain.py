@@ -29,22 +29,28 @@ def is_sequence(model: nn.Module, cuts: Sequence[str]) -> bool:
     """Tell whether a model calls its modules one after another, and is cut between them."""
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return False
-    return set(cuts) <= {name for name, _ in model.named_children()}
+    return set(cuts) <= set(model._modules)  # noqa: SLF001  named_children leaves out what stands there twice
 
 
 def slices(model: nn.Module, cuts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Return the modules of each stage of a sequence.
 
+    Raises:
+        PlanError: If it is cut after its last module.
+
     >>> slices(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["1"])
     (('0', '1'), ('2',))
     """
-    stages: list[list[str]] = [[]]
-    names = [name for name, _ in model.named_children()]
-    for name in names:
-        stages[-1].append(name)
-        if name in cuts and name != names[-1]:
-            stages.append([])
-    return tuple(map(tuple, stages))
+    stages: list[tuple[str, ...]] = [()]
+    for name in model._modules:  # noqa: SLF001  named_children leaves out what stands there twice
+        stages[-1] = (*stages[-1], name)
+        if name in cuts:
+            stages.append(())
+    if not stages[-1]:
+        raise PlanError(
+            [Problem(stages[-2][-1], "nothing runs after it, and a stage would be empty", "Cut an earlier module")]
+        )
+    return tuple(stages)
 
 
 def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
@@ -60,31 +66,35 @@ def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
     first = subject.mesh.coordinate(0)
     local = local_copy(subject.model, subject.tree, subject.layout, first, subject.callables, mode)
-    named = _inputs(subject, mode)
-    names = SizeNames(named, {})
-    stages: list[Stage] = []
-    codes: list[StageCode] = []
+    sides: list[list[tuple[str, Tensor]]] = [_inputs(subject, mode)]
+    graphs: list[fx.Graph] = []
+    returns: TreeSpec | None = None
     for paths in modules:
-        graph = fx.Graph()
-        nodes = [graph.placeholder(f"input_{place}") for place in range(len(named))]
-        given = [tensor for _, tensor in named]
-        inputs = tuple(names.activation(name, tensor, requires_grad=tensor.requires_grad) for name, tensor in named)
-        returns: TreeSpec | None = None
+        graph, given = fx.Graph(), sides[-1]
+        nodes = [graph.placeholder(f"input_{place}") for place in range(len(given))]
         for path in paths:
             given, kept, returns = _call(local, path, given, mode)
-            returned = graph.call_module(path, tuple(nodes))
-            tensors = graph.call_function(tensors_of, (returned, kept))
+            tensors = graph.call_function(tensors_of, (graph.call_module(path, tuple(nodes)), kept))
             nodes = [graph.call_function(operator.getitem, (tensors, place)) for place in range(len(kept))]
         graph.output(tuple(nodes))
-        kinds = [f"{path} {type(local.get_submodule(path)).__qualname__}" for path in paths]
-        text = "\n".join([*kinds, *map(str, inputs)])
-        named = [(paths[-1], tensor) for tensor in given]
-        outputs = tuple(names.activation(name, tensor, requires_grad=tensor.requires_grad) for name, tensor in named)
-        stages.append(Stage(tuple(paths), inputs, outputs, hashlib.sha256(text.encode()).hexdigest()))
-        graphs = dict.fromkeys(MODES, StageGraph(graph, {}, {}, text))
-        codes.append(StageCode(graphs, returns if len(codes) == len(modules) - 1 else None))
+        graphs.append(graph)
+        sides.append(given)
+    names = SizeNames(sides[0], {})  # now, as calling the modules may have fixed a size
+    activations = [
+        tuple(names.activation(name, tensor, requires_grad=tensor.requires_grad) for name, tensor in side) for side in sides
+    ]
+    stages: list[Stage] = []
+    codes: list[StageCode] = []
+    for number, (paths, graph) in enumerate(zip(modules, graphs, strict=True)):
+        kinds = (f"{path} {type(local.get_submodule(path)).__qualname__}" for path in paths)
+        text = "\n".join([*kinds, *map(str, activations[number])])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        stages.append(Stage(tuple(paths), activations[number], activations[number + 1], digest))
+        is_last = number == len(modules) - 1
+        codes.append(StageCode(dict.fromkeys(MODES, StageGraph(graph, {}, {}, text)), returns if is_last else None))
     pipeline = Pipeline(
         stages=tuple(stages),
+        cuts=tuple(paths[-1] for paths in modules[:-1]),
         chain=tuple(map(tuple, modules)),
         example=subject.example,
         sizes=tuple(names.sizes.values()),
@@ -110,20 +120,23 @@ def _inputs(subject: Subject, mode: FakeTensorMode) -> list[tuple[str, Tensor]]:
 
 
 def _call(
-    local: nn.Module, path: str, given: list[Tensor], mode: FakeTensorMode
-) -> tuple[list[Tensor], tuple[int, ...], TreeSpec]:
+    local: nn.Module, path: str, given: list[tuple[str, Tensor]], mode: FakeTensorMode
+) -> tuple[list[tuple[str, Tensor]], tuple[int, ...], TreeSpec]:
+    """Return what a module gives for some tensors, the places of the tensors in it, and how it is put together."""
     module = local.get_submodule(path)
     try:
         with following(mode), torch.enable_grad():
-            leaves, spec = tree_flatten(module(*given))
+            leaves, spec = tree_flatten(module(*(tensor for _, tensor in given)))
     except Exception as error:
-        takes = ", ".join(f"{list(tensor.shape)}" for tensor in given)
-        cause = f"called with {takes}, it raises {type(error).__name__}: {error}"
-        raise PlanError(
-            [Problem(path, cause, "Stages are called one after another, each with what the one before gave")]
-        ) from error
+        names = SizeNames(given, {})
+        takes = ", ".join(str(names.activation(name, tensor, requires_grad=False)) for name, tensor in given)
+        cause = f"called with what was given before it ({takes}), it raises {type(error).__name__}: {error}"
+        fix = "Hand over modules each of which takes what the one before gives"
+        raise PlanError([Problem(path, cause, fix)]) from error
     kept = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     if len(kept) < len(leaves):
-        cause = f"it gives a {type(next(leaf for leaf in leaves if not isinstance(leaf, Tensor))).__name__} too"
-        raise PlanError([Problem(path, cause, "Let it give a tensor, or a tuple of tensors")])
-    return [leaves[place] for place in kept], kept, spec
+        other = type(next(leaf for leaf in leaves if not isinstance(leaf, Tensor))).__name__
+        raise PlanError(
+            [Problem(path, f"it gives a {other} beside its tensors", "Let it give a tensor, or a tuple of tensors")]
+        )
+    return [(path, leaves[place]) for place in kept], kept, spec

@@ -14,14 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import TensorInput
+from ..specs.plain import thawed
 from .local_copy import following, local_copy
+from .skeleton import named_tensors
 
 if TYPE_CHECKING:
-    from ..specs.tree import SpecTree
     from .capture import Subject
 
 By = Literal["parameters", "flops"]
 """What is balanced: elements of parameters, or floating-point operations of a forward pass."""
+
+
+_NO_CHAIN = "no ModuleList or Sequential holds repeated modules with parameters"
 
 
 @frozen
@@ -43,6 +47,30 @@ def wrong_even(num_stages: object, by: object) -> Problem | None:
         return Problem("cut_evenly", f"num_stages is a positive integer, not {num_stages!r}", "sch.cut_evenly(4)")
     if by not in get_args(By):
         return Problem("cut_evenly", f"stages cannot be balanced by {by!r}", f"There are {', '.join(get_args(By))}")
+    return None
+
+
+def wrong_handed(stages: object, names: Mapping[int, str]) -> Problem | None:
+    """Return what is wrong with stages that were handed over, if anything.
+
+    Args:
+        stages: What was given.
+        names: The paths of the model's modules, by their identities.
+    """
+    fix = "sch.with_stages([model.first, model.second])"
+    if not isinstance(stages, (list, tuple)) or not stages:
+        return Problem("with_stages", f"it takes a list of modules, not {type(stages).__name__} {stages!r}", fix)
+    for stage in stages:
+        if id(stage) not in names:
+            get = f"Give the module itself: model.get_submodule({stage!r})" if isinstance(stage, str) else fix
+            return Problem("with_stages", f"a stage is a module of the model, and this is none: {stage!r}", get)
+    paths = [names[id(stage)] for stage in stages]
+    for path in paths:
+        around = [other for other in paths if other != path and f"{path}.".startswith(f"{other}." if other else "")]
+        if around or paths.count(path) > 1:
+            other = f"inside {around[0] or '(model)'!r}" if around else "given twice"
+            cause = f"a module belongs to one stage, and {path or '(model)'!r} is {other}"
+            return Problem("with_stages", cause, "Give each part of the model once")
     return None
 
 
@@ -70,9 +98,10 @@ def even_cuts(subject: Subject, even: Even) -> tuple[str, ...]:
     """
     paths = longest_chain(subject.model)
     if len(paths) < even.num_stages:
-        chain = f"the longest chain of repeated modules has {len(paths)}" + (f": {paths[0]} to {paths[-1]}" if paths else "")
-        raise PlanError([Problem("cut_evenly", f"{even.num_stages} stages, and {chain}", "Ask for fewer, or cut by hand")])
-    weights = _parameters(subject.tree, paths) if even.by == "parameters" else _flops(subject, paths)
+        chain = f"the longest chain of repeated modules has {len(paths)}: {paths[0]} to {paths[-1]}" if paths else _NO_CHAIN
+        fix = f"{'Ask for fewer, or cut' if paths else 'Cut'} by hand: sch.at[module].cut_pipeline_stage()"
+        raise PlanError([Problem("cut_evenly", f"{even.num_stages} stages are asked for, and {chain}", fix)])
+    weights = _parameters(subject, paths) if even.by == "parameters" else _flops(subject, paths, even.num_stages)
     ends = balance(weights, even.num_stages)
     return tuple(paths[end - 1] for end in ends[:-1])
 
@@ -125,20 +154,19 @@ def longest_chain(model: nn.Module) -> list[str]:
     return longest
 
 
-def _parameters(tree: SpecTree, paths: Sequence[str]) -> list[int]:
-    """Return the elements of each module's parameters; a tied one counts where any of its paths is."""
+def _parameters(subject: Subject, paths: Sequence[str]) -> list[int]:
+    """Return the elements of each module's parameters; a tied one counts wherever one of its paths is."""
     weights = [0] * len(paths)
-    order = {path: place for place, path in enumerate(tree.all_paths)}
-    inside = [place for path, place in order.items() if path.startswith(f"{paths[0]}.")]
-    start = min(inside, default=0)
-    for spec in tree.values():
+    order = {path: number for number, (path, _, _) in enumerate(named_tensors(subject.model))}
+    start = min((number for path, number in order.items() if path.startswith(f"{paths[0]}.")), default=0)
+    for spec in subject.tree.values():
         if spec.kind == "parameter":
             for at in {_chain_place(paths, path, before=order[path] < start) for path in spec.paths}:
                 weights[at] += spec.num_elements
     return weights
 
 
-def _flops(subject: Subject, paths: Sequence[str]) -> list[int]:
+def _flops(subject: Subject, paths: Sequence[str], num_stages: int) -> list[int]:
     """Return the operations of each module in a forward pass on fake tensors, as torch counts them."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     first = subject.mesh.coordinate(0)
@@ -149,11 +177,9 @@ def _flops(subject: Subject, paths: Sequence[str]) -> list[int]:
         _count(local.get_submodule(path), path, counter, done)
     with following(mode), torch.no_grad(), counter:
         local(**_example(subject))
-    missing = [path for path in paths if path not in done]
-    if missing:
-        raise PlanError(
-            [Problem(path, "it is never called, so that it has no flops", "cut_evenly(by='parameters')") for path in missing]
-        )
+    if missing := [path for path in paths if path not in done]:
+        fix = f'Call it, or sch.cut_evenly({num_stages}, by="parameters")'
+        raise PlanError([Problem(path, "it is never called, so that it has no flops", fix) for path in missing])
     weights = [end - start for start, end in (done[path] for path in paths)]
     weights[0] += min(start for start, _ in done.values())
     weights[-1] += counter.get_total_flops() - max(end for _, end in done.values())
@@ -177,7 +203,7 @@ def _example(subject: Subject) -> Mapping[str, Any]:
     return {
         given.name: torch.empty(given.shape, dtype=getattr(torch, given.dtype), device="cpu")
         if isinstance(given, TensorInput)
-        else given.value
+        else thawed(given.value)
         for given in subject.example
     }
 

@@ -161,7 +161,8 @@ def stand(plan: Plan) -> tuple[Coordinate, BaseException | None]:
     """Return where this process stands, and what is wrong with the world; then the place is a stand-in."""
     num_ranks = plan.mesh.num_ranks
     if not dist.is_initialized():
-        if num_ranks == 1 and not any(isinstance(step, MakeGroups) for step in plan.steps):
+        needs_group = any(isinstance(step, MakeGroups) for step in plan.steps) or (plan.pipeline and plan.target)
+        if num_ranks == 1 and not needs_group:
             return plan.mesh.coordinate(0), None
         whose = f"{_ranks(num_ranks)}{f' of {plan.target}' if plan.target else ''}"
         cause = f"the plan is for {whose}, and there is no process group"

@@ -9,7 +9,7 @@ from attrs import evolve
 from torch import Tensor
 
 from ..specs.dtypes import is_known
-from ..specs.errors import PlanError, Problem
+from ..specs.errors import Problem
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
 from ..specs.plain import is_plain
 from ..specs.steps import LayoutStep, SumTied
@@ -29,7 +29,7 @@ def is_cut(sch: Schedule) -> bool:
     return bool(sch.cuts or sch.handed or sch.even)
 
 
-def wrong_stages(sch: Schedule, example_inputs: object) -> list[Problem]:
+def wrong_stages(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> list[Problem]:
     """Return what is wrong with what was said of stages, as far as it can be seen without the model's code."""
     problems = list(wrong_cuts(sch.cuts, sch.leaves))
     said = [
@@ -39,11 +39,14 @@ def wrong_stages(sch: Schedule, example_inputs: object) -> list[Problem]:
     ]
     if len(said) > 1:
         problems.append(Problem("", f"stages are declared by {' and by '.join(said)}", "Keep one of them"))
-    if sch.mesh.pipe > 1 and not said:
+    if sch.mesh.pipe > 1 and not said and not sch.problems:
         cause = f"the mesh has pipe={sch.mesh.pipe}, and nothing is cut: ranks past the first stage would hold nothing"
         as_many = f"Mesh(data={sch.mesh.data * sch.mesh.pipe}, tensor={sch.mesh.tensor}) has as many ranks"
         fix = f"sch.at[module].cut_pipeline_stage(), or sch.cut_evenly({sch.mesh.pipe}); {as_many}"
         problems.append(Problem("", cause, fix))
+    problems += _left_out(sch)
+    if said and isinstance(example_inputs, Mapping):
+        problems += _example(example_inputs)[1]
     if said and example_inputs is None:
         cause = "stages are found by calling the model on fake tensors, and it is not known with what"
         fix = "plan_build(..., example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.long)}); meta tensors will do"
@@ -57,7 +60,8 @@ def cut(sch: Schedule, tree: SpecTree, layout: Sequence[LayoutStep], example_inp
     Raises:
         PlanError: If the model cannot be cut like this.
     """
-    subject = Subject(sch.runtime.model, tree, layout, sch.mesh, sch.runtime.callables, sch.leaves, _example(example_inputs))
+    model, callables = sch.runtime.model, sch.runtime.callables
+    subject = Subject(model, tree, layout, sch.mesh, callables, sch.leaves, _example(example_inputs)[0])
     if sch.handed:
         return chain(subject, sch.handed)
     cuts = even_cuts(subject, sch.even) if sch.even else sch.cuts
@@ -81,7 +85,19 @@ def tied_across(mesh: Mesh, tree: SpecTree) -> list[SumTied]:
     ]
 
 
-def _example(example_inputs: Mapping[str, Any]) -> tuple[ExampleInput, ...]:
+def _left_out(sch: Schedule) -> list[Problem]:
+    """Return the tensors that no stage holds, where the stages were handed over."""
+    paths = [path for stage in sch.handed for path in stage]
+    prefixes = tuple(f"{path}." if path else "" for path in paths)
+    cause = "it is in none of the stages that were handed over"
+    return [
+        Problem(spec.path, cause, "Hand over a module that holds it", spec.type)
+        for spec in (sch.tree.values() if paths else ())
+        if not any(path.startswith(prefixes) for path in spec.paths)
+    ]
+
+
+def _example(example_inputs: Mapping[str, Any]) -> tuple[tuple[ExampleInput, ...], list[Problem]]:
     inputs: list[ExampleInput] = []
     problems: list[Problem] = []
     for name, value in example_inputs.items():
@@ -93,6 +109,4 @@ def _example(example_inputs: Mapping[str, Any]) -> tuple[ExampleInput, ...]:
         else:
             cause = f"a plan holds tensors and plain values, and this is {type(value).__name__} {dtype}".rstrip()
             problems.append(Problem(f"example_inputs[{name!r}]", cause, "Leave it out, or give a plain value"))
-    if problems:
-        raise PlanError(problems)
-    return tuple(inputs)
+    return tuple(inputs), problems

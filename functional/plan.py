@@ -125,9 +125,9 @@ def plan_build(
     if is_cut(sch) and example_inputs is not None:
         found = cut(evolve(sch, runtime=runtime), tree, layout, example_inputs)
         pipeline, tree, runtime = found.pipeline, place(tree, found), evolve(runtime, partition=found)
-        problems += dialect.check_pipeline(sch.mesh, tree, pipeline, config)
-        if problems:
-            raise PlanError(problems)
+    problems += dialect.check_pipeline(sch.mesh, tree, pipeline, config)
+    if problems:
+        raise PlanError(problems)
     tied = tied_across(sch.mesh, tree)
     moves = [*_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy), *_ties(sch.mesh, tree)]
     over = _groups([*moves, *layout], dialect.groups(sch.mesh))

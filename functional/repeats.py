@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ class Repeats:
             return returned
         end, marked = self._mark(given)
         made = {path: num - before.get(path, 0) for path, num in self.num_calls.items() if path.startswith(f"{call.path}.")}
-        now = self._now(call.module, dict.fromkeys(read.names))
+        now = self._now(call.module, read.names)
         self.firsts.setdefault(call.key, []).append(First(call.path, now, begin, end, given, returns, made))
         return tree_unflatten(marked, returns)
 
@@ -175,7 +175,7 @@ class Repeats:
         )
         return inside, changes
 
-    def _now(self, module: nn.Module, read: dict[tuple[str, str], Hashable]) -> dict[tuple[str, str], Hashable]:
+    def _now(self, module: nn.Module, read: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
         parts = dict(module.named_modules())
         inside = {id(part): name for name, part in parts.items()}
         return {(part, name): self._value(vars(parts[part]).get(name), inside) for part, name in read}
@@ -247,7 +247,7 @@ def write_out(graph: fx.Graph, repeats: Repeats, tree: SpecTree, calls: list[Opa
     for number, (path, first) in enumerate(repeats.repeated):
         _write(graph, found[number], ends[first.begin], ends[first.end], _Names(first.path, path, tree), calls)
     for end in ends.values():
-        _replace(graph, end, list(end.args[0]))  # type: ignore[arg-type]
+        _replace(graph, end, _listed(end))
     return True
 
 
@@ -270,10 +270,7 @@ class _Names:
 
 
 def _write(graph: fx.Graph, stand_in: fx.Node, begin: fx.Node, end: fx.Node, names: _Names, calls: list[OpaqueCall]) -> None:
-    given: dict[fx.Node, fx.Node] = {
-        item: stand_in.args[0][item.args[1]]
-        for item in begin.users  # type: ignore[index]
-    }
+    given = {item: _listed(stand_in)[_place(item)] for item in begin.users}
     held: dict[str, fx.Node] = {}
 
     def other(node: fx.Node) -> fx.Node:
@@ -293,13 +290,13 @@ def _write(graph: fx.Graph, stand_in: fx.Node, begin: fx.Node, end: fx.Node, nam
                     key: (names.path(path), kind) for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()
                 }
                 if node.target is opaque._opoverload:  # noqa: SLF001  the operator
-                    calls.append(_renamed(calls[node.args[1]], names))  # type: ignore[index]
+                    calls.append(_renamed(calls[_place(node)], names))
                     copied.args = (copied.args[0], len(calls) - 1)
                 given[node] = copied
             elif node.op == "call_function" and node not in given:
-                given |= {item: other(node.args[0][item.args[1]]) for item in node.users}  # type: ignore[index]
+                given |= {item: other(_listed(node)[_place(item)]) for item in node.users}
             node = node.next
-    _replace(graph, stand_in, [other(output) for output in end.args[0]])  # type: ignore[union-attr]
+    _replace(graph, stand_in, [other(output) for output in _listed(end)])
 
 
 def _renamed(call: OpaqueCall, names: _Names) -> OpaqueCall:
@@ -310,9 +307,21 @@ def _replace(graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> None:
     """Put values in the place of what a node returned."""
     for item in list(node.users):
         assert item.target is operator.getitem, "an operator's list is taken apart"
-        item.replace_all_uses_with(values[item.args[1]])  # type: ignore[index]
+        item.replace_all_uses_with(values[_place(item)])
         graph.erase_node(item)
     graph.erase_node(node)
+
+
+def _listed(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that a placeholder is given."""
+    listed: Any = node.args[0]
+    return list(listed)
+
+
+def _place(node: fx.Node) -> int:
+    """Return the number that a node has as its second argument: of a placeholder, or of an item of what it gave."""
+    place: Any = node.args[1]
+    return place
 
 
 def _families(model: nn.Module) -> Iterator[list[str]]:

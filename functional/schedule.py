@@ -22,7 +22,7 @@ from ..specs.program import Fill, InitProgram, Operation
 from ..specs.source import Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
 from .callables import register
-from .cuts import By, Even, wrong_even
+from .cuts import By, Even, wrong_even, wrong_handed
 from .skeleton import ModuleSpec, read_modules, read_tensors
 from .verb_checks import sharded, wrong_attribute, wrong_embedding, wrong_fill, wrong_sync
 
@@ -259,7 +259,8 @@ class Schedule:
         sch = self._or_unmatched(modules=True)
         paths = [module.path for module in self._modules()]
         if "" in paths:
-            return sch._wrong(Problem(self._pattern(), "it is the model itself", "Mark the module that cannot be exported"))
+            cause = "it is the model itself, and a leaf is one operation of one stage"
+            return sch._wrong(Problem(self._pattern(), cause, "Mark the module that cannot be exported"))
         return evolve(sch, leaves=tuple(dict.fromkeys((*self.leaves, *paths))))
 
     def cut_evenly(self, num_stages: int, by: By = "parameters") -> Schedule:
@@ -281,15 +282,9 @@ class Schedule:
                 gave: a tensor, or a tuple of tensors.
         """
         names = {id(self._module(module)): module.path for module in self.modules}
-        strange = [stage for stage in stages if id(stage) not in names]
-        if strange or not stages:
-            what = f"{type(strange[0]).__name__} is no module of the model" if strange else "there are none"
-            fix = "sch.with_stages([model.first, model.second])"
-            return self._wrong(Problem("with_stages", f"a stage is a module of the model, and {what}", fix))
+        if problem := wrong_handed(stages, names):
+            return self._wrong(problem)
         paths = [names[id(stage)] for stage in stages]
-        if len(set(paths)) < len(paths) or ("" in paths and len(paths) > 1):
-            fix = "Give each module once"
-            return self._wrong(Problem("with_stages", f"a module is in one stage, and these are {', '.join(paths)}", fix))
         return evolve(self, handed=tuple((path,) for path in paths))
 
     # -- selection

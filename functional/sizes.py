@@ -41,8 +41,8 @@ class SizeNames:
 
     def name(self, size: int | SymInt) -> Size:
         """Return a size as it is written: a number, a name, or a formula of names."""
-        if isinstance(size, int):
-            return size
+        if isinstance(size, int) or size.node.expr.is_Integer:
+            return size if isinstance(size, int) else int(size.node.expr)
         formula = str(size.node.expr)
         for symbol, name in sorted(self._symbols.items(), key=lambda item: -len(item[0])):
             formula = formula.replace(symbol, name)

@@ -15,6 +15,7 @@ from frozendict import deepfreeze, frozendict
 from .errors import PlanError, Problem
 from .param import ParamSpec
 from .pipeline import ExampleInput
+from .plain import thawed
 from .plan import SCHEMA_VERSION, Plan
 from .program import Constant, What
 from .source import Call, Source
@@ -109,7 +110,7 @@ def _converter(*, origins: bool) -> cattrs.Converter:
         lambda cls: cls is frozendict or get_origin(cls) is frozendict,
         lambda value, _: deepfreeze(_expect(value, dict)),
     )
-    converter.register_unstructure_hook_func(lambda cls: cls is frozendict or get_origin(cls) is frozendict, _thaw)
+    converter.register_unstructure_hook_func(lambda cls: cls is frozendict or get_origin(cls) is frozendict, thawed)
     converter.register_structure_hook(SpecTree, lambda value, _: SpecTree(converter.structure(value, tuple[ParamSpec, ...])))
     converter.register_unstructure_hook(SpecTree, lambda tree: [converter.unstructure(spec) for spec in tree.specs])
     converter.register_unstructure_hook(
@@ -149,16 +150,6 @@ def _expect(value: object, kind: type) -> Any:
         msg = f"expected {kind.__name__}, found {value!r}"
         raise TypeError(msg)
     return value
-
-
-def _thaw(value: Any) -> Any:
-    match value:
-        case frozendict():
-            return {key: _thaw(item) for key, item in cast("frozendict[str, Any]", value).items()}
-        case tuple():
-            return [_thaw(item) for item in cast("tuple[Any, ...]", value)]
-        case _:
-            return value
 
 
 _WITH_ORIGINS = _converter(origins=True)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from .dtypes import human_bytes
 from .fold import fold
 from .source import Made
-from .steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
+from .steps import AddBiasAfterSync, SetAttributes, SumTied, Sync, VocabParallel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from .param import ParamSpec
+    from .pipeline import Pipeline, VariableSize
     from .plan import Plan
     from .steps import Step
 
@@ -29,6 +30,9 @@ def listing(plan: Plan) -> str:
         for spec in plan.tree.values()
     ]
     lines += _table((cells[0], path, *cells[1:]) for path, cells in fold(rows))
+    if plan.pipeline:
+        lines += ["", *_stages(plan.pipeline)]
+        lines += [_tied(plan.tree[step.path]) for step in plan.steps if isinstance(step, SumTied)]
     layout: dict[str, list[str]] = {}
     for step in plan.steps:
         for module, words in _layout(step):
@@ -37,6 +41,30 @@ def listing(plan: Plan) -> str:
     if changes:
         lines += ["", *_table((module or "(model)", *cells) for module, cells in changes)]
     return "\n".join(lines)
+
+
+def _stages(pipeline: Pipeline) -> Iterator[str]:
+    """Write what each stage runs, takes and gives."""
+    for number, stage in enumerate(pipeline.stages):
+        modules = ", ".join(path for path, _ in fold((path, ()) for path in stage.modules))
+        yield f"stage {number}  runs   {modules}"
+        yield f"         takes  {', '.join(map(str, stage.inputs))}"
+        is_last = number == len(pipeline.stages) - 1
+        sent = "" if is_last else f"  ({human_bytes(stage.output_bytes)} a micro-batch)"
+        yield f"         gives  {', '.join(map(str, stage.outputs))}{sent}"
+    if pipeline.sizes:
+        yield f"in the example {', '.join(f'{size.name} is {size.example}{_bounds(size)}' for size in pipeline.sizes)}"
+
+
+def _bounds(size: VariableSize) -> str:
+    least = [f"{size.least} or more"] if size.least else []
+    most = [f"at most {size.most}"] if size.most is not None else []
+    return f" ({', '.join(least + most)})" if least or most else ""
+
+
+def _tied(spec: ParamSpec) -> str:
+    copies = ", ".join(map(str, spec.also_on))
+    return f"tied     {' = '.join(spec.paths)}: stage {spec.stage} owns it, copies on {copies}, gradients summed"
 
 
 def _source(spec: ParamSpec) -> str:

@@ -20,11 +20,21 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Sub: lambda a, b: a - b,
     ast.Mult: lambda a, b: a * b,
     ast.FloorDiv: lambda a, b: a // b,
+    ast.Pow: lambda a, b: a**b,
 }
+_FUNCTIONS: dict[str, Callable[[int, int], int]] = {
+    "CleanDiv": lambda a, b: a // b,
+    "FloorDiv": lambda a, b: a // b,
+    "Max": max,
+    "Min": min,
+    "Mod": lambda a, b: a % b,
+    "PythonMod": lambda a, b: a % b,
+}
+"""What torch calls the operators of sizes."""
 
 
 def size_in(size: Size, sizes: Mapping[str, int]) -> int:
-    """Return a size where the variable ones are known: a number, a name, or a formula of names with ``+ - * //``.
+    """Return a size where the variable ones are known: a number, a name, or a formula of names.
 
     Raises:
         ValueError: If it is no such formula.
@@ -45,6 +55,8 @@ def _value(tree: ast.expr, sizes: Mapping[str, int]) -> int:
             return -_value(operand, sizes)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(left, sizes), _value(right, sizes))
+        case ast.Call(func=ast.Name(id=name), args=[left, right]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](_value(left, sizes), _value(right, sizes))
         case _:
             msg = f"{ast.unparse(tree)} is no size that can be computed from {', '.join(sizes)}"
             raise ValueError(msg)
@@ -110,6 +122,10 @@ class Activation:
     dtype: str
     num_bytes: int
     requires_grad: bool = False
+
+    def shape_in(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return its shape where the variable sizes are known; raise ValueError if it cannot be computed from them."""
+        return tuple(size_in(size, sizes) for size in self.shape)
 
     @property
     def type(self) -> str:

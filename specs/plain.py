@@ -94,3 +94,18 @@ def from_plain(value: Any) -> Any:
             return float(written)
         case _:
             return value
+
+
+def thawed(value: Any) -> Any:
+    """Return a frozen plain value as lists and dictionaries, which code of others expects.
+
+    >>> thawed(frozendict(steps=(1, 2)))
+    {'steps': [1, 2]}
+    """
+    match value:
+        case Mapping():
+            return {name: thawed(item) for name, item in cast("Mapping[str, Any]", value).items()}
+        case list() | tuple():
+            return [thawed(item) for item in cast("list[Any]", value)]
+        case _:
+            return value

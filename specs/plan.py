@@ -157,7 +157,8 @@ def misfits(mesh: Mesh, tree: SpecTree, num_stages: int = 0) -> list[Problem]:
     problems: list[Problem] = []
     for spec in tree.values():
         missing = [stage for stage in (spec.stage, *spec.also_on) if stage >= (num_stages or mesh.pipe)]
-        problems += [Problem(spec.path, f"stage {stage} is not on {mesh}", type=spec.type) for stage in missing]
+        there = f"is none of the {num_stages} stages" if num_stages else f"is not on {mesh}"
+        problems += [Problem(spec.path, f"stage {stage} {there}", type=spec.type) for stage in missing]
         for shard in spec.shards:
             num, size = mesh.num(shard.mesh_axis), spec.orig_shape[shard.axis]
             if size % num:

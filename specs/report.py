@@ -74,6 +74,23 @@ class Traffic:
 
 
 @frozen
+class Boundary:
+    """What crosses from one pipeline stage to the next for one micro-batch of the size of the example inputs.
+
+    Args:
+        stage: The stage that sends; the next one receives.
+        num_tensors: Tensors.
+        num_bytes: Bytes of all of them, on one rank.
+        gradient_bytes: Bytes of the gradients that come back.
+    """
+
+    stage: int
+    num_tensors: int
+    num_bytes: int
+    gradient_bytes: int
+
+
+@frozen
 class Report:
     """What each rank will hold, send and risk.
 
@@ -84,6 +101,7 @@ class Report:
         traffic: Messages of execution.
         replicated: Tensors that every rank of their stage holds whole, largest first: path, printed type, bytes.
         findings: What may hurt.
+        boundaries: What crosses between pipeline stages in training.
     """
 
     title: str
@@ -92,6 +110,7 @@ class Report:
     traffic: tuple[Traffic, ...]
     replicated: tuple[tuple[str, str, int], ...]
     findings: tuple[Finding, ...] = ()
+    boundaries: tuple[Boundary, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -111,6 +130,13 @@ class Report:
             f"  {t.num_calls:>8}  {human_bytes(t.num_bytes):>18}"
             for t in self.traffic
         ] or ["        nothing"]
+        if self.boundaries:
+            lines += ["", "crosses from  to  tensors  bytes a micro-batch  of gradients back"]
+            lines += [
+                f"        {b.stage:>4}  {b.stage + 1:>2}  {b.num_tensors:>7}  {human_bytes(b.num_bytes):>19}"
+                f"  {human_bytes(b.gradient_bytes):>17}"
+                for b in self.boundaries
+            ]
         if self.replicated:
             total = sum(num_bytes for *_, num_bytes in self.replicated)
             lines += [

@@ -30,9 +30,9 @@ class Dialect(Protocol):
         ...
 
     def check_pipeline(
-        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
     ) -> list[Problem]:
-        """Return what the runtime would refuse, or get wrong, with these stages. Pure."""
+        """Return what the runtime would refuse, or get wrong, with these stages, or with none. Pure."""
         ...
 
     def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:

@@ -10,6 +10,7 @@ from frozendict import frozendict
 
 from ...specs.errors import Problem
 from ...specs.mesh import Mesh, MeshAxis
+from ...specs.plain import thawed
 from .deepspeed_config import check_boundaries, check_config
 from .deepspeed_pipeline import mend_buffers, to_pipeline_module
 from .handover import Handover, Wrapped, split_parameters
@@ -41,8 +42,10 @@ class DeepSpeedDialect:
         return [*check_config(mesh, config), *(Problem(spec.path, cause, fix, spec.type) for spec in split if mesh.data > 1)]
 
     def check_pipeline(
-        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
     ) -> list[Problem]:
+        if pipeline is None:
+            return []
         return [*one_stage_a_place(mesh, pipeline), *check_boundaries(mesh, pipeline, config or {})]
 
     def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
@@ -73,7 +76,7 @@ class DeepSpeedDialect:
             model=to_pipeline_module(handover, to_topology(plan.mesh)) if plan.pipeline else module,
             model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
             optimizer=handover.optimizer,
-            config=_thawed(plan.config),
+            config=thawed(plan.config),
             mpu=None if plan.pipeline else MeshUnit(plan.mesh, handover.groups),
             dist_init_required=False,
         )
@@ -145,13 +148,3 @@ def from_topology(topology: Any) -> Mesh:
         msg = f"a topology with axes {axes} numbers its ranks otherwise; a mesh has pipe, data, model, in this order"
         raise ValueError(msg)
     return Mesh(pipe=topology.get_dim("pipe"), data=topology.get_dim("data"), tensor=topology.get_dim("model"))
-
-
-def _thawed(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {name: _thawed(item) for name, item in value.items()}
-        case list() | tuple():
-            return [_thawed(item) for item in value]
-        case _:
-            return value

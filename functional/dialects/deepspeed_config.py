@@ -39,9 +39,10 @@ def check_boundaries(mesh: Mesh, pipeline: Pipeline, config: Mapping[str, Any]) 
     for number, stage in enumerate(pipeline.stages[:-1]):
         gradients = [output for output in stage.outputs if output.requires_grad]
         if len(gradients) != 1:
+            listed = f": {', '.join(map(str, gradients))}" if gradients else ""
             cause = (
-                f"stage {number} gives {len(gradients)} tensors whose gradients come back"
-                f" ({', '.join(map(str, gradients))}), and with tensor={mesh.tensor} DeepSpeed sends one gradient alone"
+                f"with tensor={mesh.tensor} DeepSpeed splits what it sends, and then sends exactly one gradient back; stage"
+                f" {number} gives {len(gradients)} tensors with a gradient{listed}"
             )
             fix = f'Write "pipeline": {{{", ".join(f"{name!r}: false" for name in wanted)}}}'.replace("'", '"')
             yield Problem("config.pipeline", cause, fix)

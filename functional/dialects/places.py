@@ -16,7 +16,7 @@ def one_stage_a_place(mesh: Mesh, pipeline: Pipeline) -> list[Problem]:
     num_stages = len(pipeline.stages)
     if num_stages == mesh.pipe:
         return []
-    cause = f"the model is cut into {num_stages} stages, and the mesh has pipe={mesh.pipe}, with one stage each"
-    cuts = mesh.pipe - 1
-    fix = f"Mesh(pipe={num_stages}), or {f'{cuts} cut' + 's' * (cuts > 1) if cuts else 'no cut'}"
+    plural = "s" if num_stages > 1 else ""
+    cause = f"the model is cut into {num_stages} stage{plural}, and the mesh has pipe={mesh.pipe}, with one stage each"
+    fix = f"Mesh(pipe={num_stages}, data={mesh.data}, tensor={mesh.tensor}), or cut it into {mesh.pipe}"
     return [Problem("", cause, fix)]

@@ -26,9 +26,9 @@ class PlainDialect:
         return []
 
     def check_pipeline(
-        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
     ) -> list[Problem]:
-        return one_stage_a_place(mesh, pipeline)
+        return one_stage_a_place(mesh, pipeline) if pipeline else []
 
     def check_loss(self, plan: Plan, loss_fn: object) -> list[Problem]:
         if loss_fn is None:

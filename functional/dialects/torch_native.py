@@ -39,14 +39,19 @@ class TorchDialect:
         ]
         cause = "it is split over 'data', over which DDP averages gradients as if its parts were copies"
         problems = [Problem(spec.path, cause, "Split it over 'tensor'", spec.type) for spec in split if mesh.data > 1]
-        if mesh.pipe == 1 and config is not None and not isinstance(config, Mapping):
-            problems.append(Problem("config", f"it is plain JSON values by name, not {config!r}", "Leave it out"))
-        return problems
+        if config is not None and not isinstance(config, Mapping):
+            problems.append(Problem("config", f"it is plain JSON values by name, not {config!r}", _EXAMPLE))
+        unknown = sorted(set(config) - {"schedule", "num_microbatches"}) if isinstance(config, Mapping) else []
+        there = "There are schedule and num_microbatches, for a pipeline"
+        return [*problems, *(Problem(f"config.{name}", "torch is not asked for it", there) for name in unknown)]
 
     def check_pipeline(
-        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any] | None
+        self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
     ) -> list[Problem]:
-        if not isinstance(config, Mapping):
+        if pipeline is None:
+            cause = "it is for a pipeline, and the model is not cut"
+            return [Problem("config", cause, "Leave it out")] if config else []
+        if config is None:
             return [Problem("config", "torch's pipelining needs the number of micro-batches", _EXAMPLE)]
         return list(_wrong_schedule(mesh, tree, pipeline, config))
 
@@ -76,9 +81,6 @@ class TorchDialect:
 def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:
     schedule, num = config.get("schedule", "1f1b"), config.get("num_microbatches")
     num_stages = len(pipeline.stages)
-    unknown = sorted(set(config) - {"schedule", "num_microbatches"})
-    if unknown:
-        yield Problem(f"config.{unknown[0]}", "torch's pipelining is not asked for it", f"There are {_EXAMPLE}")
     if schedule not in get_args(PipelineSchedule):
         yield Problem("config.schedule", f"{schedule!r} is unknown", f"There are {', '.join(get_args(PipelineSchedule))}")
         return
@@ -88,6 +90,7 @@ def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapp
     if schedule == "1f1b" and num < num_stages:
         cause = f"1f1b keeps {num_stages} stages busy with as many micro-batches, and there are {num}"
         yield Problem("config.num_microbatches", cause, f'Write {num_stages} or more, or "schedule": "gpipe"')
+    yield from _unknown_sizes(pipeline)
     if schedule != "interleaved_1f1b":
         yield from one_stage_a_place(mesh, pipeline)
         return
@@ -105,3 +108,15 @@ def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapp
             held = ", ".join(map(str, (spec.stage, *spec.also_on)))
             cause = f"stages {held} hold it, two of them at one place, and two DDP modules there would average it twice"
             yield Problem(spec.path, cause, "Mesh(data=1), or another number of stages", spec.type)
+
+
+def _unknown_sizes(pipeline: Pipeline) -> Iterator[Problem]:
+    """Iterate over sizes of what crosses that cannot be computed before it comes."""
+    example = {size.name: size.example for size in pipeline.sizes}
+    for number, stage in enumerate(pipeline.stages[:-1]):
+        for output in stage.outputs:
+            try:
+                output.shape_in(example)
+            except ValueError as error:
+                cause = f"stage {number} gives {output}, whose sizes the next stage has to know before it comes: {error}"
+                yield Problem("", cause, "Cut another module, or target='deepspeed', which sends the sizes")

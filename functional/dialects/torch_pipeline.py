@@ -11,8 +11,6 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...specs.pipeline import size_in
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -204,6 +202,5 @@ class _Flat(nn.Module):
 
 
 def _like(activation: Activation, sizes: dict[str, int]) -> Tensor:
-    shape = [size_in(size, sizes) for size in activation.shape]
-    tensor = torch.empty(shape, dtype=getattr(torch, activation.dtype), device="meta")
+    tensor = torch.empty(activation.shape_in(sizes), dtype=getattr(torch, activation.dtype), device="meta")
     return tensor.requires_grad_(activation.requires_grad)
