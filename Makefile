@@ -1,8 +1,9 @@
-# make demo: a Llama, split over two processes by a plan, beside the unsplit one
+# make demo: a Llama, split over processes by a plan, beside the unsplit one
 # make test: every test, from a fresh clone
 PYTHON ?= python3
 TENSOR ?= 2
 DATA ?= 1
+PIPE ?= 1
 BIN := .venv/bin
 STAMP := .venv/installed
 # a thread a process: what a laptop has for several of them
@@ -17,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(QUIET) TENSOR=$(TENSOR) $(BIN)/torchrun --nproc-per-node $$(($(DATA) * $(TENSOR))) examples/train_llama.py
+	$(QUIET) PIPE=$(PIPE) TENSOR=$(TENSOR) $(BIN)/torchrun --nproc-per-node $$(($(PIPE) * $(DATA) * $(TENSOR))) examples/train_llama.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,22 +1,28 @@
 """Train a small Llama, split over ranks by a plan, and show its losses beside those of the unsplit model.
 
-Run by ``make demo``, or by hand: ``torchrun --nproc-per-node 2 examples/train_llama.py``. With more ranks than
-``TENSOR`` (2) the rest is data parallel. On CPUs the ranks talk over gloo, on GPUs over NCCL.
+Run by ``make demo``, or by hand: ``torchrun --nproc-per-node 2 examples/train_llama.py``. ``PIPE`` (1) stages of ``TENSOR``
+(2) ranks each; with more ranks the rest is data parallel. On CPUs the ranks talk over gloo, on GPUs over NCCL.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardplan.functional import Schedule, audit, create_schedule, execute, plan_build
 from shardplan.specs import Mesh
 
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
 NUM_STEPS = 10
 BATCH, LENGTH, VOCAB = 4, 32, 1024
+NUM_MICROBATCHES = 2
 CLIP = 1.0
 
 
@@ -42,13 +48,20 @@ def split(model: LlamaForCausalLM, mesh: Mesh) -> Schedule:
     sch = sch.at["model.layers.*.mlp.{gate,up}_proj"].expect(8).colwise()
     sch = sch.at["model.layers.*.mlp.down_proj"].expect(4).rowwise()
     sch = sch.at["model.embed_tokens"].vocab_parallel()
-    return sch.at["lm_head"].colwise(gather_output=True)
+    sch = sch.at["lm_head"].colwise(gather_output=True)
+    return sch.cut_evenly(mesh.pipe) if mesh.pipe > 1 else sch
 
 
 def batch(step: int) -> torch.Tensor:
     """Return the tokens of one step: two batches in turn, each token the successor of the one before."""
     start = torch.randint(VOCAB, (BATCH, 1), generator=torch.Generator().manual_seed(step % 2))
     return (start + torch.arange(LENGTH)) % VOCAB
+
+
+def loss_of(output: CausalLMOutputWithPast, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of each next token."""
+    assert output.logits is not None, "the model returns logits"
+    return cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -62,7 +75,7 @@ def train_alone() -> list[float]:
     losses: list[float] = []
     for step in range(NUM_STEPS):
         ids = batch(step)
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = loss_of(model(input_ids=ids), ids)
         losses.append(loss.item())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -82,29 +95,35 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else every rank is told that DeepSpeed found no GPU
     dist.init_process_group("nccl" if on_gpu else "gloo")
 
-    tensor = int(os.environ.get("TENSOR", "2"))
-    mesh = Mesh(data=world_size // tensor, tensor=tensor)
+    pipe, tensor = int(os.environ.get("PIPE", "1")), int(os.environ.get("TENSOR", "2"))
+    mesh = Mesh(pipe=pipe, data=world_size // (pipe * tensor), tensor=tensor)
+    num_steps = NUM_MICROBATCHES if pipe > 1 else 1
+    rows = BATCH // (mesh.data * num_steps)
     ds_config = {
-        "train_micro_batch_size_per_gpu": BATCH // mesh.data,
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": num_steps,
         "gradient_clipping": CLIP,
         "zero_optimization": {"stage": 1},
+        "steps_per_print": NUM_STEPS + 1,
     }
-    inputs = {"input_ids": torch.empty(BATCH, LENGTH, dtype=torch.long, device="meta")}
+    inputs = {"input_ids": torch.empty(rows, LENGTH, dtype=torch.long, device="meta"), "use_cache": False}
     plan = plan_build(split(make_model(), mesh), target="deepspeed", config=ds_config, example_inputs=inputs)
     if rank == 0:
-        print(plan, audit(plan), sep="\n\n")
+        print(plan, audit(plan), sep="\n\n", flush=True)
 
-    built = execute(plan, optimizer=adamw)
+    built = execute(plan, optimizer=adamw, loss_fn=loss_of if pipe > 1 else None)
     engine, _ = built
     if rank == 0:
         print(f"\n{built.receipt}\n\nstep  split   alone")
-    share = BATCH // mesh.data
-    first = mesh.coordinate(rank).data * share
+    first = mesh.coordinate(rank).data * rows * num_steps
     for step in range(NUM_STEPS):
-        ids = batch(step)[first : first + share].to(engine.device)
-        loss = engine(input_ids=ids, labels=ids).loss
-        engine.backward(loss)
-        engine.step()
+        ids = batch(step)[first : first + rows * num_steps].to(engine.device)
+        if pipe > 1:
+            loss = engine.train_batch(iter([(part, part) for part in ids.split(rows)]))
+        else:
+            loss = loss_of(engine(input_ids=ids), ids)
+            engine.backward(loss)
+            engine.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         if rank == 0:

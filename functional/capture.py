@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from ..specs.mesh import Mesh
     from ..specs.steps import LayoutStep
     from ..specs.tree import SpecTree
+
+_STRANGE_OUTPUT = re.compile(r"Found <class '([^']+)'> in output")
+"""How torch says that it cannot take apart what a model returns."""
 
 
 @frozen
@@ -165,6 +170,13 @@ def _follow(path: str, module: nn.Module, open_modules: list[str], num_calls: di
 
 
 def _not_exported(local: nn.Module, path: str, error: Exception) -> Problem:
+    if returned := _STRANGE_OUTPUT.search(str(error)):
+        kind = returned[1].rpartition(".")[2]
+        takes_flag = "use_cache" in inspect.signature(local.forward).parameters
+        fix = (
+            "example_inputs={..., 'use_cache': False}" if takes_flag else "Let it return tensors, in tuples or a ModelOutput"
+        )
+        return Problem("", f"the model returns a {kind}, and a pipeline gives tensors", fix)
     lines = str(error).strip().splitlines()
     kind = type(local.get_submodule(path)).__name__
     cause = f"torch.export stops in this {kind}: {type(error).__name__}: {lines[0] if lines else ''}"

@@ -74,11 +74,12 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
     Raises:
         PlanError: If it cannot be exported, or not be cut there.
     """
+    if problems := list(_forgotten(subject)):
+        raise PlanError(problems)
     halves = {training: _half(subject, cuts, training=training) for training in MODES}
     train = halves[True]
     stages: list[Stage] = []
     codes: list[StageCode] = []
-    problems: list[Problem] = []
     for stage in range(train.flow.num_stages):
         sides = {training: _sides(half, stage) for training, half in halves.items()}
         types = {training: [[a.type for a in side] for side in both] for training, both in sides.items()}
@@ -103,6 +104,16 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
         {path for h in halves.values() for path in tensors_held(h.flow, h.graphs[stage])} for stage in range(len(stages))
     ]
     return Partition(pipeline, tuple(codes), holders(subject.tree, held))
+
+
+def _forgotten(subject: Subject) -> Iterator[Problem]:
+    """Iterate over what a model's modules do and no graph of operations says."""
+    for path, module in subject.model.named_modules():
+        is_inside = any(f"{path}.".startswith(f"{leaf}.") for leaf in subject.leaves)
+        if not is_inside and getattr(module, "gradient_checkpointing", False) is True:
+            cause = "it checkpoints its activations, and the graph of a stage would keep them all"
+            fix = f"model.gradient_checkpointing_disable(), or sch.at[{path!r}].leaf(), which runs as it is"
+            yield Problem(path, cause, fix)
 
 
 def holders(tree: SpecTree, held: Sequence[set[str]]) -> dict[str, tuple[int, ...]]:
