@@ -31,7 +31,7 @@ def blocks(language):
     return [text for name, text in BLOCKS if name == language]
 
 
-def torchrun(num_ranks, script, folder):
+def torchrun(num_ranks, script, folder, **environment):
     """Run a script as a user does; kill all of its processes if it takes too long."""
     command = [
         sys.executable,
@@ -45,7 +45,7 @@ def torchrun(num_ranks, script, folder):
     with subprocess.Popen(
         command,
         cwd=folder,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -91,6 +91,25 @@ def test_the_example_runs_as_it_stands(tmp_path):
     script.write_text(blocks("python")[1])
     out = torchrun(4, script, tmp_path)
     assert out.splitlines()[-1] == blocks("text")[1].strip()
+
+
+def test_the_demo_of_a_pipeline_prints_what_is_shown():
+    shown = [line for line in blocks("text")[3].splitlines()[1:] if line != "..."]
+    out = torchrun(4, ROOT / "examples" / "train_llama.py", ROOT, PIPE="2", TENSOR="2")
+    lines = out.splitlines()
+    assert [line for line in lines if line in shown] == shown
+    rows = [[float(cell) for cell in line.split()] for line in out.split("step  split   alone\n")[1].splitlines()]
+    assert len(rows) == 10
+    assert all(split == pytest.approx(alone, rel=1e-4) for _, split, alone in rows)
+
+
+def test_what_the_page_on_pipelines_prints(capsys, tmp_path):
+    page = (ROOT / "docs" / "pipelines.md").read_text()
+    code, printed, script, result = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    exec(code, {"__name__": "page"})
+    assert capsys.readouterr().out == printed
+    (tmp_path / "train.py").write_text(script)
+    assert torchrun(2, tmp_path / "train.py", tmp_path) == result
 
 
 def test_the_errors_read_as_they_are_shown():
