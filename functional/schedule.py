@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,13 +21,12 @@ from ..specs.source import Made, TensorCall
 from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
 from .callables import register
 from .cuts import By, Even, wrong_even, wrong_handed
+from .selection import At, caller, join
 from .skeleton import ModuleSpec, read_modules, read_tensors
 from .verb_checks import sharded, wrong_attribute, wrong_embedding, wrong_fill, wrong_sync
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
-
-_PACKAGE = str(Path(__file__).parent)
 
 
 def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
@@ -216,7 +213,7 @@ class Schedule:
         ``.set(out_features=...)``, and with ``gather_output`` also ``.sync("forward_post", "all_gather", axis=-1)``.
         """
         sch, linears = self._of_kind(nn.Linear, "colwise", '.shard("weight", axis=...) and .sync(...)')
-        biased = [module for module in linears if _join(module.path, "bias") in self.tree]
+        biased = [module for module in linears if join(module.path, "bias") in self.tree]
         sch = sch._split_named("colwise", linears, "weight", 0)._split_named("colwise", biased, "bias", 0)
         sch = sch._with_syncs(linears, "backward_post", "all_reduce")._with_local(linears, "out_features")
         return sch._with_syncs(linears, "forward_post", "all_gather", -1) if gather_output else sch
@@ -355,7 +352,7 @@ class Schedule:
         return evolve(self, layout=tuple(dict.fromkeys((*self.layout, *steps))))
 
     def _edit(self, verb: str, specs: Iterable[ParamSpec], change: Callable[[ParamSpec], ParamSpec]) -> Schedule:
-        origin = Origin(verb, self._pattern(), _caller())
+        origin = Origin(verb, self._pattern(), caller())
         changed = {s.path: change(s if s.origin else evolve(s, origin=origin)) for s in specs}
         sch = self._or_unmatched()
         if not changed and sch is self and not self._is_known_wrong():
@@ -381,7 +378,7 @@ class Schedule:
     ) -> Schedule:
         sch, specs = self, []
         for module in modules:
-            if (path := _join(module.path, name)) in self.tree:
+            if (path := join(module.path, name)) in self.tree:
                 specs.append(self.tree[path])
             else:
                 near = [spec.path.rpartition(".")[2] for spec in self.tree.values() if spec.module == module.path]
@@ -390,37 +387,8 @@ class Schedule:
         return sch._split(verb, dict.fromkeys(specs), axis, mesh_axis)
 
     def _split(self, verb: str, specs: Iterable[ParamSpec], axis: int, mesh_axis: MeshAxis) -> Schedule:
-        origin = Origin(verb, self._pattern(), _caller())
+        origin = Origin(verb, self._pattern(), caller())
         outcomes = {spec.path: sharded(spec, axis, mesh_axis, origin) for spec in specs}
         problems = (outcome for outcome in outcomes.values() if isinstance(outcome, Problem))
         changed = {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, ParamSpec)}
         return evolve(self, tree=self.tree.replace(changed), problems=(*self.problems, *problems))
-
-
-@frozen
-class At:
-    """``sch.at``: waits for a pattern in brackets."""
-
-    schedule: Schedule
-
-    def __getitem__(self, pattern: str) -> Schedule:
-        if not isinstance(pattern, str):
-            msg = f"sch.at[pattern] takes one string, not {pattern!r}; several names are written {{a,b}}"
-            raise TypeError(msg)
-        try:
-            compile_pattern(pattern)
-        except ValueError as error:
-            problem = Problem(pattern, str(error), "Close it, or write ? for a bracket that belongs to a name")
-            return evolve(self.schedule, problems=(*self.schedule.problems, problem), pattern=pattern)
-        return evolve(self.schedule, pattern=pattern)
-
-
-def _join(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name
-
-
-def _caller() -> str:
-    frame = sys._getframe(1)  # inspect.stack would read source files
-    while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

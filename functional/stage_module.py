@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,11 @@ class StageModule(nn.Module):
         paths: Paths of the tensors that it holds.
         local: The rank that it is for.
         device: Where its tensors are.
+
+    Attributes:
+        number: Which stage it is.
+        pipeline: All stages, in the plan.
+        unused: Paths of the tensors that it holds, and no operation reads.
     """
 
     def __init__(
@@ -45,13 +50,14 @@ class StageModule(nn.Module):
         pipeline: Pipeline,
         code: StageCode,
         model: nn.Module,
-        paths: Iterable[str],
+        paths: Sequence[str],
         local: Local,
         *,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.number = number
+        self.unused = tuple(_unused(code, paths))
         self.pipeline = pipeline
         self._returns = code.returns
         for path in _leaves(code):
@@ -120,6 +126,13 @@ def _out_of_range(size: VariableSize, given: int) -> Iterator[str]:
             f"{size.name} is {given}, and the plan is for {sizes}: with others the model's code goes another way than with"
             f" the {size.example} of the example inputs"
         )
+
+
+def _unused(code: StageCode, paths: Iterable[str]) -> Iterator[str]:
+    """Iterate over the tensors that the stage holds, and no operation of it reads."""
+    read = {str(node.target) for graph in code.graphs.values() for node in graph.graph.nodes if node.op == "get_attr"}
+    leaves = tuple(f"{leaf}." for leaf in _leaves(code))
+    return (path for path in paths if path not in read and not path.startswith(leaves))
 
 
 def _leaves(code: StageCode) -> list[str]:

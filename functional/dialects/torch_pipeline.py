@@ -55,6 +55,10 @@ class TorchPipeline:
         self._num_microbatches: int = plan.config["num_microbatches"]
         self._schedule_type: Any = _SCHEDULES[plan.config.get("schedule", "1f1b")]
         self._flat = [_Flat(module) for module in handover.modules]
+        for flat in self._flat:
+            # what no operation reads gets no gradient, and DDP would wait for it
+            unused = [f"stage.{path}" for path in flat.stage.unused]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(flat, unused)  # noqa: SLF001  torch's name for it
         self._replicated = [replicated(module, handover) for module in self._flat]
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._group = handover.groups.get(("pipe",))
@@ -79,11 +83,15 @@ class TorchPipeline:
             module.train()
         losses: list[Tensor] = []
         schedule = self._schedule(inputs)
+        before = [parameter.grad for parameter, *_ in self._handover.tied]
+        for parameter, *_ in self._handover.tied:
+            parameter.grad = None  # what an earlier call has summed is not summed again
         schedule.step(*(inputs if self._is_first else ()), target=target, losses=losses, return_outputs=False)
-        for parameter, _, group in self._handover.tied:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        for (parameter, _, group), summed in zip(self._handover.tied, before, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad, group=group)
+            if summed is not None:
+                parameter.grad += summed
         return self._mean(losses)
 
     def eval_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
