@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from shardplan.specs import (
+    Activation,
     Constant,
     Coordinate,
     InitProgram,
@@ -22,11 +23,16 @@ from shardplan.specs import (
     Origin,
     OwnValues,
     ParamSpec,
+    Pipeline,
+    PlainInput,
     Plan,
     Shard,
     SpecTree,
+    Stage,
     TensorCall,
+    TensorInput,
     Uninitialised,
+    VariableSize,
 )
 from shardplan.specs.plain import to_plain
 from shardplan.specs.program import (
@@ -53,13 +59,17 @@ from shardplan.specs.steps import (
     Generate,
     MakeGroups,
     MakeOptimizer,
+    MakeTieGroups,
     Place,
     Scatter,
+    SendCopy,
     SetAttributes,
     Slice,
+    SumTied,
     Sync,
     SyncOp,
     TakeShard,
+    TakeStages,
     TakeWhole,
     Tie,
     VocabParallel,
@@ -227,22 +237,56 @@ _MOVES = (EvaluateWhole, EvaluateShard, TakeWhole, TakeShard, Allocate, Slice, P
 def steps(mesh, tree):
     """One step of any kind, about tensors of the tree."""
     stage = st.integers(0, mesh.pipe - 1)
+    places = st.lists(stage, max_size=3).map(tuple)
     one = st.sampled_from(list(tree.all_paths) or ["none"])
     some = st.lists(one, max_size=3, unique=True).map(tuple) if tree else st.just(())
     op = st.sampled_from(get_args(SyncOp)) | functions
     kinds = [
         st.builds(Agree, st.sampled_from(["opening", "closing"])),
         st.builds(MakeGroups, st.lists(stage_axes, max_size=2).map(tuple)),
+        st.builds(MakeTieGroups, st.lists(places, max_size=2).map(tuple)),
         st.builds(Generate, stage, some, many_calls, some),
+        st.builds(Generate, stage, some, many_calls, some, paths),
         *(st.builds(kind, stage, some) for kind in _MOVES),
         *(st.builds(kind, stage, some, stage_axes) for kind in (Scatter, Broadcast)),
+        st.builds(SendCopy, stage, stage, some),
         st.builds(SetAttributes, paths, json_objects),
         *(st.builds(kind, paths) for kind in (VocabParallel, AddBiasAfterSync)),
         st.builds(Sync, paths, st.sampled_from(get_args(When)), op, st.none() | st.integers(-2, 2)),
+        st.just(TakeStages()),
         st.just(MakeOptimizer()),
         st.builds(Wrap, st.none() | words),
     ]
-    return st.one_of(*kinds, *([st.builds(Tie, stage, one, some)] if tree else []))
+    return st.one_of(*kinds, *([st.builds(Tie, stage, one, some), st.builds(SumTied, one, places)] if tree else []))
+
+
+some_paths = st.lists(paths, max_size=2).map(tuple)
+axis_sizes = st.integers(0, 9) | st.sampled_from(["batch", "2*sequence + 1", "-batch"])
+activations = st.builds(
+    Activation, words, st.lists(axis_sizes, max_size=3).map(tuple), dtypes, st.integers(0, 99), st.booleans()
+)
+many_activations = st.lists(activations, max_size=2).map(tuple)
+examples = st.one_of(
+    st.builds(TensorInput, words, st.lists(st.integers(0, 9), max_size=3).map(tuple), dtypes),
+    st.builds(PlainInput, words, json_values),
+)
+variable_sizes = st.builds(VariableSize, words, st.integers(0, 9), st.integers(0, 3), st.none() | st.integers(0, 9))
+
+
+@st.composite
+def pipelines(draw, mesh):
+    """As many stages as the mesh has places along ``pipe``, or twice as many."""
+    digests = st.sampled_from(["0" * 64, "3f" * 32])
+    stages = st.builds(Stage, some_paths, many_activations, many_activations, digests)
+    num_stages = mesh.pipe * draw(st.integers(1, 2))
+    return Pipeline(
+        stages=tuple(draw(st.lists(stages, min_size=num_stages, max_size=num_stages))),
+        cuts=draw(some_paths),
+        chain=draw(st.lists(some_paths, max_size=2).map(tuple)),
+        leaves=draw(some_paths),
+        example=draw(st.lists(examples, max_size=2).map(tuple)),
+        sizes=draw(st.lists(variable_sizes, max_size=2).map(tuple)),
+    )
 
 
 @st.composite
@@ -257,4 +301,5 @@ def plans(draw):
         config=draw(st.none() | json_objects),
         seed=draw(st.integers()),
         random_scheme=draw(st.integers(0, 3)),
+        pipeline=draw(st.none() | pipelines(mesh)),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from shardplan.functional import execute, plan_build
-from shardplan.specs import PlanError
+from shardplan.specs import Mesh, PlanError
 from tests.models import schedule
 
 OTHER = """
@@ -19,12 +20,20 @@ class Shouting:
     def check(self, mesh, tree, config):
         return [] if config else [Problem("config", "nothing to shout", "Write a word")]
 
+    def check_pipeline(self, mesh, tree, pipeline, config):
+        if pipeline is None:
+            return [Problem("config", "it is to be shouted whole", "Cut nothing")] if config.get("parts") else []
+        return [Problem("", f"one word cannot be shouted in {len(pipeline.stages)} parts", "Cut nothing")]
+
+    def check_loss(self, plan, loss_fn):
+        return [Problem("loss_fn", "a word has no loss", "Leave it out")]
+
     def groups(self, mesh):
         return ()
 
     def wrap(self, handover):
         word = handover.plan.config["word"]
-        return Wrapped(model=(word.upper(), handover.module), optimizer=None, extras={"volume": 11})
+        return Wrapped(model=(word.upper(), *handover.modules), optimizer=None, extras={"volume": 11})
 """
 
 
@@ -49,5 +58,23 @@ def test_a_dialect_of_another_package_checks_and_wraps():
     built = execute(plan, device="cpu")
     assert built.model == ("HELLO", built.module)
     assert built.extras["volume"] == 11
-    with pytest.raises(PlanError, match="There are None, deepspeed, shout; the closest is shout"):
+    with pytest.raises(PlanError, match="There are None, deepspeed, shout, torch; the closest is shout"):
         plan_build(schedule("plain"), target="shoot")
+
+
+@pytest.mark.usefixtures("shouting")
+def test_a_dialect_of_another_package_refuses_stages_and_losses():
+    config = {"word": "hello"}
+    with pytest.raises(
+        PlanError, match="1 problem\n  \\(model\\): one word cannot be shouted in 2 parts\n      Cut nothing"
+    ):
+        plan_build(
+            schedule("plain", Mesh(pipe=2)).at["blocks.0"].cut_pipeline_stage(),
+            target="shout",
+            config=config,
+            example_inputs={"ids": torch.zeros(2, 8, dtype=torch.long)},
+        )
+    with pytest.raises(PlanError, match="1 problem\n  config: it is to be shouted whole\n      Cut nothing"):
+        plan_build(schedule("plain"), target="shout", config={**config, "parts": 2})
+    with pytest.raises(PlanError, match="loss_fn: a word has no loss\n      Leave it out"):
+        execute(plan_build(schedule("plain"), target="shout", config=config), device="cpu", loss_fn=len)

@@ -162,8 +162,12 @@ def test_wrong_arguments_are_named():
         execute(plan, device="meta")
     with pytest.raises(PlanError, match=r"model: it is a torch\.nn\.Module, not 3"):
         execute(plan, 3)
-    with pytest.raises(PlanError, match=r"loss_fn: it is for a pipeline, and this plan has one stage"):
+    with pytest.raises(PlanError, match=r"loss_fn: it is a function from the model's output .* to the loss, not a float"):
+        execute(plan, loss_fn=0.5)
+    with pytest.raises(PlanError, match=r"loss_fn: it is given, and there is no target to call it"):
         execute(plan, loss_fn=nn.MSELoss())
+    with pytest.raises(PlanError, match=r"loss_fn: it is for a pipeline, and this plan has one stage"):
+        execute(plan_build(schedule("plain"), target="torch"), loss_fn=nn.MSELoss())
 
 
 def test_deepspeed_needs_a_process_group_even_for_one_rank():

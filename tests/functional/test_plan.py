@@ -197,7 +197,7 @@ def test_a_bias_that_a_forward_of_its_own_would_add_on_every_rank_is_refused():
 
 
 def test_an_unknown_target_lists_the_known():
-    assert "target: 'deepsped' is unknown\n      There are None, deepspeed; the closest is deepspeed" in refusal(
+    assert "target: 'deepsped' is unknown\n      There are None, deepspeed, torch; the closest is deepspeed" in refusal(
         schedule("plain"), target="deepsped"
     )
 

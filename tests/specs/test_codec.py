@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.specs import (
+    Activation,
     Call,
     Constant,
+    ExampleInput,
     InitProgram,
     Made,
     Mesh,
@@ -27,18 +29,24 @@ from shardplan.specs import (
     Origin,
     OwnValues,
     ParamSpec,
+    Pipeline,
+    PlainInput,
     Plan,
     PlanError,
     Runtime,
     Shard,
     Source,
     SpecTree,
+    Stage,
     Step,
     TensorCall,
+    TensorInput,
     Uninitialised,
+    VariableSize,
     dumps,
     loads,
 )
+from shardplan.specs.plan import SCHEMA_VERSION
 from shardplan.specs.program import (
     RANDOM_SCHEME,
     Bernoulli,
@@ -65,12 +73,16 @@ from shardplan.specs.steps import (
     Generate,
     MakeGroups,
     MakeOptimizer,
+    MakeTieGroups,
     Place,
     Scatter,
+    SendCopy,
     SetAttributes,
     Slice,
+    SumTied,
     Sync,
     TakeShard,
+    TakeStages,
     TakeWhole,
     Tie,
     VocabParallel,
@@ -106,7 +118,8 @@ SOURCES = (PROGRAM, Made(CALLS, "its code looks at values"), ModuleValues(), Own
 STEPS = (
     Agree("opening"),
     MakeGroups((("data",), ("data", "tensor"))),
-    Generate(0, ("up.weight",), CALLS, scratch=("s.1",)),
+    MakeTieGroups(((0, 1), (1, 0))),
+    Generate(0, ("up.weight",), CALLS, scratch=("s.1",), key="s.0"),
     TakeWhole(0, ("s.1",)),
     TakeShard(0, ("s.2",)),
     Allocate(0, ("s.3",)),
@@ -114,6 +127,7 @@ STEPS = (
     EvaluateShard(0, ("s.0",)),
     Scatter(0, ("up.weight",), ("tensor",)),
     Broadcast(0, ("up.weight",), ("data",)),
+    SendCopy(0, 1, ("up.weight",)),
     Slice(0, ("up.weight",)),
     Place(0, ("up.weight",)),
     Tie(0, "up.weight", ("head.weight",)),
@@ -122,9 +136,25 @@ STEPS = (
     AddBiasAfterSync("up"),
     Sync("up", "forward_post", "all_gather", axis=-1),
     Sync("up", "backward_post", "train:join", mesh_axis="data"),
+    TakeStages(),
+    SumTied("up.weight", (0, 1)),
     Agree("closing"),
     MakeOptimizer(),
     Wrap("deepspeed"),
+)
+EXAMPLE = (TensorInput("ids", (4, 12), "int64"), PlainInput("options", {"use_cache": False, "layers": [1, None]}))
+IDS = Activation("ids", ("batch", "sequence"), "int64", 384)
+HIDDEN = Activation("add_3", ("batch", "2*sequence + 1", 4), "bfloat16", 800, requires_grad=True)
+PIPELINE = Pipeline(
+    stages=(
+        Stage(("up", "s"), (IDS,), (HIDDEN, IDS), "3f" * 32),
+        Stage(("head",), (HIDDEN, IDS), (Activation("loss", (), "float32", 4, requires_grad=True),), "a0" * 32),
+    ),
+    cuts=("up",),
+    chain=(("up", "s"), ("head",)),
+    leaves=("s.gate",),
+    example=EXAMPLE,
+    sizes=(VariableSize("batch", 4), VariableSize("sequence", 12, least=2, most=64)),
 )
 
 
@@ -143,7 +173,9 @@ def example():
     )
     others = (ParamSpec(f"s.{i}", (), "float32", source=source) for i, source in enumerate(SOURCES))
     config = {"zero_optimization": {"stage": 1}, "betas": [0.9, 0.95], **dict.fromkeys(set(NAMES), 1)}
-    return Plan(Mesh(2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7)
+    return Plan(
+        Mesh(2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7, pipeline=PIPELINE
+    )
 
 
 def with_source(source):
@@ -198,8 +230,10 @@ def test_every_kind_of_step_source_call_and_operation_survives_json():
     assert {type(step) for step in STEPS} == set(get_args(Step))
     assert {type(source) for source in SOURCES} == set(get_args(Source))
     assert {type(call) for call in CALLS} == set(get_args(Call))
+    assert {type(given) for given in EXAMPLE} == set(get_args(ExampleInput))
     again = loads(dumps(example()))
     assert again.steps == STEPS
+    assert again.pipeline == PIPELINE
     assert again == example()
 
 
@@ -253,6 +287,38 @@ def test_equal_numbers_of_different_types_keep_that_law(make, one, other):
     assert (make(one) == make(other)) == (make(one).fingerprint == make(other).fingerprint)
 
 
+def first_stage(**change):
+    """The example's stages, the first one changed."""
+    return {"stages": (evolve(PIPELINE.stages[0], **change), PIPELINE.stages[1])}
+
+
+CHANGES_OF_A_PIPELINE = [
+    {"cuts": ("up", "s")},
+    {"chain": ()},
+    {"leaves": ()},
+    {"example": EXAMPLE[::-1]},
+    {"example": (evolve(EXAMPLE[0], name="tokens"), EXAMPLE[1])},
+    {"example": (evolve(EXAMPLE[0], shape=(4, 13)), EXAMPLE[1])},
+    {"example": (evolve(EXAMPLE[0], dtype="int32"), EXAMPLE[1])},
+    {"example": (EXAMPLE[0], PlainInput("options", {"use_cache": True, "layers": [1, None]}))},
+    *({"sizes": (evolve(PIPELINE.sizes[0], **one),)} for one in ({"name": "b"}, {"example": 5}, {"least": 1}, {"most": 9})),
+    first_stage(modules=("up",)),
+    first_stage(inputs=(IDS, IDS)),
+    first_stage(outputs=(IDS, HIDDEN)),
+    first_stage(digest="00" * 32),
+    *(
+        first_stage(inputs=(evolve(IDS, **one),))
+        for one in (
+            {"name": "x"},
+            {"shape": ("batch", 12)},
+            {"dtype": "int32"},
+            {"num_bytes": 4},
+            {"requires_grad": True},
+        )
+    ),
+]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -263,6 +329,8 @@ def test_equal_numbers_of_different_types_keep_that_law(make, one, other):
         {"target": None},
         {"config": None},
         {"seed": 8},
+        {"pipeline": None},
+        *({"pipeline": evolve(PIPELINE, **one)} for one in CHANGES_OF_A_PIPELINE),
         {"random_scheme": RANDOM_SCHEME + 1},
         {"tree": example().tree.map(lambda spec: evolve(spec, source=PROGRAM))},
     ],
@@ -362,7 +430,19 @@ def test_a_saved_plan_reads_like_the_records():
         "box": [[0, 1, 1], None],
     }
     assert data["random_scheme"] == RANDOM_SCHEME
-    assert (data["schema_version"], data["fingerprint"]) == (2, example().fingerprint)
+    assert data["pipeline"]["example"][1] == {
+        "name": "options",
+        "value": {"use_cache": False, "layers": [1, None]},
+        "is": "PlainInput",
+    }
+    assert data["pipeline"]["stages"][0]["outputs"][0] == {
+        "name": "add_3",
+        "shape": ["batch", "2*sequence + 1", 4],
+        "dtype": "bfloat16",
+        "num_bytes": 800,
+        "requires_grad": True,
+    }
+    assert (data["schema_version"], data["fingerprint"]) == (SCHEMA_VERSION, example().fingerprint)
     assert "runtime" not in data
 
 
@@ -374,10 +454,10 @@ def test_a_saved_plan_reads_like_the_records():
         ("[]", "it is damaged: it is a JSON list, not an object"),
         (
             "{}",
-            "its schema version is None, and this shardplan reads 2\n      Plan again with this version, or load it with",
+            "its schema version is None, and this shardplan reads 3\n      Plan again with this version, or load it with",
         ),
-        ('{"schema_version": 1}', "its schema version is 1, and this shardplan reads 2"),
-        ('{"schema_version": 2}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
+        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 3"),
+        ('{"schema_version": 3}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
     ],
 )
 def test_what_is_no_plan_of_this_version_is_refused(text, error):
@@ -412,6 +492,19 @@ def damaged(*where, value):
         (damaged("tree", 1, "tags", value=[]), r"@ plan\.tree\[1\]\.tags"),
         (damaged("steps", 0, "moment", value="noon"), r"noon not in literal .* @ plan\.steps\[0\]\.moment"),
         (damaged("steps", 3, value=5), r"@ plan\.steps\[3\]"),
+        (damaged("pipeline", "stages", 0, "modules", value=None), r"@ plan\.pipeline\.stages\[0\]\.modules"),
+        (
+            damaged("pipeline", "stages", 1, "inputs", 0, "num_bytes", value="x"),
+            r"@ plan\.pipeline\.stages\[1\]\.inputs\[0\]",
+        ),
+        (
+            damaged("pipeline", "stages", 1, "inputs", 0, "shape", 0, value=1.5),
+            r"@ plan\.pipeline\.stages\[1\]\.inputs\[0\]",
+        ),
+        (damaged("pipeline", "example", 0, "is", value="Nope"), r"'Nope'"),
+        (damaged("pipeline", "sizes", 0, "least", value=[]), r"@ plan\.pipeline\.sizes\[0\]\.least"),
+        (damaged("pipeline", "stages", 0, "digest", value="0" * 64), "its fingerprint says"),
+        (damaged("pipeline", "chain", value=[]), "its fingerprint says"),
         (damaged(*OPERATIONS, 0, "what", "mean", value="x"), r"@ plan\.tree\[0\]\.source\.operations\[0\]\.what\.mean"),
         (damaged(*OPERATIONS, 0, "what", "std", value=-1.0), r"'std' must be >= 0: -1\.0.*@ plan\.tree\[0\]\.source"),
         (damaged(*OPERATIONS, 5, "what", "p", value=2.0), r"p is a probability, not 2\.0.*\.operations\[5\]\.what"),
@@ -437,10 +530,13 @@ def test_a_damaged_plan_is_refused_and_says_where(text, error):
         (damaged("tree", 1, "dtype", value="quint4x2"), r"s\.0: dtype 'quint4x2' is unknown"),
         (damaged("tree", 1, "path", value="s.4"), "two tensors claim the path 's.4'"),
         (damaged("tree", 0, "orig_shape", value=[7, 4]), "up.weight .* axis 0 has 7 entries, mesh axis 'tensor' has 2"),
-        (damaged("steps", 3, "paths", value=["v"]), "v: a TakeWhole step names it, but no tensor has it"),
+        (damaged("steps", 4, "paths", value=["v"]), "v: a TakeWhole step names it, but no tensor has it"),
         (damaged("steps", 0, "is", value="Nope"), "'Nope'"),
-        (damaged("steps", 6, "paths", value=["v"]), "v: an? EvaluateWhole step names it, but no tensor has it"),
-        (damaged("steps", 7, "paths", value=["v"]), "v: an? EvaluateShard step names it, but no tensor has it"),
+        (damaged("steps", 7, "paths", value=["v"]), "v: an? EvaluateWhole step names it, but no tensor has it"),
+        (damaged("steps", 8, "paths", value=["v"]), "v: an? EvaluateShard step names it, but no tensor has it"),
+        (damaged("steps", 11, "to", value=2), "a SendCopy step is for stage 2, which is not on mesh pipe=2 data=2 tensor=2"),
+        (damaged("steps", 2, "between", value=[[0, 2]]), "a MakeTieGroups step is for stage 2, which is not on mesh pipe=2"),
+        (damaged("tree", 0, "also_on", value=[2]), r"up\.weight  bf16\[8@tensor, 4\]: stage 2 is none of the 2 stages"),
         (damaged(*OPERATIONS, 0, "what", "is", value="Gumbel"), "'Gumbel'"),
     ],
 )
