@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from attrs import frozen
@@ -20,9 +21,11 @@ from torch.utils._pytree import tree_map
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
 from ..specs.plain import thawed
+from ..specs.steps import Sync, SyncOp
+from .callables import find
 from .generators import own_generators
 from .local_copy import local_copy
-from .opaque import Opaque, OpaqueCall
+from .opaque import LeafCall, Opaque, OpaqueCall, is_opaque
 from .repeats import Repeats, write_out
 
 if TYPE_CHECKING:
@@ -86,16 +89,21 @@ def capture(subject: Subject, *, training: bool) -> Captured:
     Raises:
         PlanError: If it cannot be exported; it says where it stopped.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
-    found = _export(subject, mode, training=training, once=True) or _export(subject, mode, training=training, once=False)
+    try:
+        found = _export(subject, training=training, once=True)
+    except PlanError:
+        found = None
+    found = found or _export(subject, training=training, once=False)
     assert found is not None, "without repetitions nothing is out of reach"
     return found
 
 
-def _export(subject: Subject, mode: FakeTensorMode, *, training: bool, once: bool) -> Captured | None:
+def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
     """Export a model, repeated modules once where that is possible; return None if it turns out not to be."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
     opaque = Opaque()
-    callables = {name: opaque.function(name, function) for name, function in subject.callables.items()}
+    names = [step.op for step in subject.layout if isinstance(step, Sync) and step.op not in get_args(SyncOp)]
+    callables = {name: opaque.function(name, find(name, subject.callables)) for name in names}
     first = subject.mesh.coordinate(0)
     local = local_copy(subject.model, subject.tree, subject.layout, first, callables, mode)
     local.train(training)
@@ -118,8 +126,20 @@ def _export(subject: Subject, mode: FakeTensorMode, *, training: bool, once: boo
         raise PlanError([_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
     if not write_out(module.graph, repeats, subject.tree, opaque.calls):
         return None
+    if problems := list(_out_of_reach(module.graph, opaque.calls)):
+        raise PlanError(problems)
     ranges = {str(symbol): _range(found) for symbol, found in exported.range_constraints.items()}
     return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges)
+
+
+def _out_of_reach(graph: fx.Graph, calls: Sequence[OpaqueCall]) -> Iterator[Problem]:
+    """Iterate over calls that stand in a region without gradients, which is one operation of the graph."""
+    found = {node.args[1] for node in graph.nodes if is_opaque(node)}
+    for number, call in enumerate(calls):
+        if number not in found:
+            path = call.what.path if isinstance(call.what, LeafCall) else call.what.name
+            cause = "it is called under torch.no_grad(), and such a region is one operation of a stage"
+            yield Problem(path, cause, "Hand over the stages yourself: sch.with_stages([...])")
 
 
 @contextmanager
@@ -128,7 +148,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

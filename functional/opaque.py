@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import Factory, define, frozen
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import base_types
 from torch.utils._python_dispatch import _disable_current_modes
@@ -150,6 +150,11 @@ class Opaque:
         for place, tensor in zip(kept, given, strict=True):
             returned[place] = tensor
         return tree_unflatten(returned, spec)
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Tell whether a node of a graph stands for a call."""
+    return node.target is opaque._opoverload  # noqa: SLF001  the operator behind the function
 
 
 def tensors_of(returned: Any, kept: tuple[int, ...]) -> list[Tensor]:

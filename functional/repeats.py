@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .alike import Likeness
-from .opaque import LeafCall, OpaqueCall, opaque
+from .opaque import LeafCall, OpaqueCall, is_opaque
 
 if TYPE_CHECKING:
     from ..specs.steps import LayoutStep
@@ -289,7 +289,7 @@ def _write(graph: fx.Graph, stand_in: fx.Node, begin: fx.Node, end: fx.Node, nam
                 copied.meta["nn_module_stack"] = {
                     key: (names.path(path), kind) for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()
                 }
-                if node.target is opaque._opoverload:  # noqa: SLF001  the operator
+                if is_opaque(node):
                     calls.append(_renamed(calls[_place(node)], names))
                     copied.args = (copied.args[0], len(calls) - 1)
                 given[node] = copied

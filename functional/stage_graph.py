@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .flow import Flow, is_size, module_path
 from .module_copy import module_of
-from .opaque import FunctionCall, LeafCall, opaque, tensors_of
+from .opaque import FunctionCall, LeafCall, is_opaque, tensors_of
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -89,7 +89,7 @@ class _Builder:
         return StageGraph(self.graph, self.kept, self.functions, "\n".join(_lines(self.graph, self.kept, self.functions)))
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        if node.target is opaque._opoverload:  # noqa: SLF001  the operator behind the function
+        if is_opaque(node):
             return self._call(node)
         copied = self.graph.create_node(
             node.op,

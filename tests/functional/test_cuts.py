@@ -383,13 +383,11 @@ def handed(model, *stages, mesh=None):
     [
         (
             lambda m: [m.first, nn.Linear(2, 2)],
-            "a stage is a module of the model, and this is none: Linear(in_features=2, out_features=2, bias=True)\n"
-            f"      {HAND}",
+            f"a stage is a module of the model, and this is none: Linear(in_features=2, out_features=2, bias=True)\n      {HAND}",
         ),
         (
             lambda m: [m.first, "gate"],
-            "a stage is a module of the model, and this is none: 'gate'\n"
-            "      Give the module itself: model.get_submodule('gate')",
+            "a stage is a module of the model, and this is none: 'gate'\n      Give the module itself: model.get_submodule('gate')",
         ),
         (lambda m: [m.first, None], f"a stage is a module of the model, and this is none: None\n      {HAND}"),
         (lambda m: [], f"it takes a list of modules, not list []\n      {HAND}"),
@@ -740,8 +738,8 @@ def test_batch_sizes_are_over_data_and_micro_batches_alone():
 def test_with_tensor_parallelism_deepspeed_sends_back_one_gradient(section, fix):
     message = refusal(**with_deepspeed(Mesh(pipe=2, tensor=2), pipeline=section))
     cause = (
-        "with tensor=2 DeepSpeed splits what it sends, and then sends exactly one gradient back; stage 0 gives 2 tensors with"
-        " a gradient: first f32[batch, 8], second f32[batch, 8]"
+        "with tensor=2 DeepSpeed splits what it sends, and then sends exactly one gradient back; stage 0 gives 2 tensors"
+        " with a gradient: first f32[batch, 8], second f32[batch, 8]"
     )
     assert message == f"1 problem\n  config.pipeline: {cause}\n      Write {fix}"
 

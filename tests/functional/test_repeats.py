@@ -720,19 +720,18 @@ def test_some_layers_without_gradients_do_not_stop_the_gradients_of_others():
     assert_alike(Some(map(Named, range(5))), "blocks.1")
 
 
-@pytest.mark.parametrize("paths", [("blocks.2.up",), ("blocks.0.up", "blocks.1.up", "blocks.3.norm")])
-def test_a_cut_inside_a_repeated_layer(paths, repeated, each):
+@pytest.mark.parametrize("paths", [("blocks.2.up",), ("blocks.0.up", "blocks.3.norm")])
+def test_a_cut_inside_a_repeated_layer(paths, repeated):
     torch.manual_seed(0)
     model = Model(Block(WIDTH) for _ in range(4))
-    plan = assert_alike(model, *paths)
+    assert_alike(model, *paths)
     assert pairs(repeated) == {(1, 0), (2, 0), (3, 0)}
-    assert plan.fingerprint == each(planned, model, *paths).fingerprint
 
 
-@pytest.mark.parametrize("path", ["blocks.2.up", "blocks.0.up"])
+@pytest.mark.parametrize("path", ["blocks.2.inner.0"])
 def test_a_cut_inside_a_repeated_layer_where_another_module_has_two_paths(path):
     torch.manual_seed(0)
-    model = Model(Block(WIDTH) for _ in range(4))
+    model = Model(map(Inner, (2.0, 2.0, 2.0)))
     model.again = model.embed
     assert_alike(model, path)
 
@@ -795,19 +794,20 @@ def test_layers_that_hold_repeated_layers_are_repeated(repeated):
 # -- hooks of the user's
 
 
-@pytest.mark.parametrize(("at", "inside"), [(0, ""), (2, ""), (3, ".up")])
-def test_a_hook_on_one_layer_changes_that_layer(at, inside):
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.2.linear"])
+def test_a_hook_on_one_layer_changes_that_layer(path, repeated):
     torch.manual_seed(0)
-    model = Model(Block(WIDTH) for _ in range(4))
-    handle = model.get_submodule(f"blocks.{at}{inside}").register_forward_hook(lambda *args: args[-1] * 3.0)
-    plan = assert_alike(model, "blocks.1")
-    handle.remove()
-    assert planned(model, "blocks.1").stages != plan.stages
+    model = Model(map(Named, range(4)))
+    model.get_submodule(path).register_forward_hook(lambda *args: args[-1] * 3.0)
+    assert_alike(model, "blocks.1")
+    hooked = int(path.split(".")[1])
+    first, *others = (i for i in range(4) if i != hooked)
+    assert pairs(repeated) == {(other, first) for other in others}
 
 
 def test_a_hook_before_one_layer_changes_that_layer():
     torch.manual_seed(0)
-    model = Model(Block(WIDTH) for _ in range(5))
+    model = Model(map(Named, range(4)))
     model.blocks[2].register_forward_pre_hook(lambda _, args: (args[0] * 3.0,))
     assert_alike(model, "blocks.1")
 
