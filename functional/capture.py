@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -24,7 +20,7 @@ from ..specs.plain import thawed
 from ..specs.steps import Sync, SyncOp
 from .callables import find
 from .generators import own_generators
-from .local_copy import local_copy
+from .local_copy import local_copy, quiet
 from .opaque import LeafCall, Opaque, OpaqueCall, is_opaque
 from .repeats import Repeats, write_out
 
@@ -111,7 +107,7 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
     open_modules: list[str] = []
     for path in subject.leaves:
         opaque.hide(path, local.get_submodule(path))
-    repeats = Repeats(subject.layout, num_calls)
+    repeats = Repeats(subject.layout, subject.tree, num_calls)
     if once:
         repeats.watch(subject.model, local, subject.leaves)
     for path, module in local.named_modules():
@@ -119,7 +115,7 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
             _follow(path, module, open_modules, num_calls)
     inputs, sizes = _inputs(subject.example, mode)
     try:
-        with mode, own_generators(0), torch.enable_grad(), _quiet():
+        with mode, own_generators(0), torch.enable_grad(), quiet():
             exported: Any = torch.export.export(local, (), inputs, dynamic_shapes=sizes, strict=False)
             module = exported.module(check_guards=False)
     except Exception as error:
@@ -140,19 +136,6 @@ def _out_of_reach(graph: fx.Graph, calls: Sequence[OpaqueCall]) -> Iterator[Prob
             path = call.what.path if isinstance(call.what, LeafCall) else call.what.name
             cause = "it is called under torch.no_grad(), and such a region is one operation of a stage"
             yield Problem(path, cause, "Hand over the stages yourself: sch.with_stages([...])")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from writing its graph to the terminal; what goes wrong is said by the error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _range(found: Any) -> tuple[int, int | None]:

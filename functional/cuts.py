@@ -59,11 +59,13 @@ def wrong_handed(stages: object, names: Mapping[int, str]) -> Problem | None:
     """
     fix = "sch.with_stages([model.first, model.second])"
     if not isinstance(stages, (list, tuple)) or not stages:
-        return Problem("with_stages", f"it takes a list of modules, not {type(stages).__name__} {stages!r}", fix)
+        what = "an empty one" if isinstance(stages, (list, tuple)) else f"a {type(stages).__name__}"
+        return Problem("with_stages", f"it takes a list of modules, not {what}", fix)
     for stage in stages:
         if id(stage) not in names:
+            what = repr(stage) if isinstance(stage, str) else f"a {type(stage).__name__}"
             get = f"Give the module itself: model.get_submodule({stage!r})" if isinstance(stage, str) else fix
-            return Problem("with_stages", f"a stage is a module of the model, and this is none: {stage!r}", get)
+            return Problem("with_stages", f"a stage is a module of the model, and this is none: {what}", get)
     paths = [names[id(stage)] for stage in stages]
     for path in paths:
         around = [other for other in paths if other != path and f"{path}.".startswith(f"{other}." if other else "")]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +64,20 @@ def following(mode: FakeTensorMode) -> Iterator[None]:
     before = torch.compiler._is_compiling_flag  # noqa: SLF001  what torch.compiler.is_compiling() says
     torch.compiler._is_compiling_flag = True  # noqa: SLF001
     try:
-        with mode, own_generators(0), AnswerZero():
+        with mode, own_generators(0), AnswerZero(), quiet():
             yield
     finally:
         torch.compiler._is_compiling_flag = before  # noqa: SLF001
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from writing its graph to the terminal; what goes wrong is said by the error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,9 @@ _OWN = frozenset(
     ]
 )
 """What torch itself reads of every module; families agree in it, and hooks are the layout's."""
+
+_CLASS = "of the class"
+"""Stands for the value of an attribute that a module has not of its own."""
 
 
 @torch.library.custom_op("shardplan::marker", mutates_args=())
@@ -93,6 +97,7 @@ class Repeats:
 
     Args:
         layout: What changes how modules compute.
+        tree: The model's tensors.
         num_calls: How often each module was called, by path; kept by the export.
         firsts: The first of each family, by how it is called.
         repeated: For each placeholder, by number, the module that it stands for and the first of its family.
@@ -100,6 +105,7 @@ class Repeats:
     """
 
     layout: Sequence[LayoutStep]
+    tree: SpecTree
     num_calls: dict[str, int]
     firsts: dict[Hashable, list[First]] = Factory(dict)
     repeated: list[tuple[str, First]] = Factory(list)
@@ -114,6 +120,8 @@ class Repeats:
             local: The copy.
             leaves: Modules that are hidden already.
         """
+        if any(True for paths in _paths(model) if len(paths) > 1):
+            return  # torch tells the paths of such a module by proxies, which end where another forward stands in
         for paths in _families(model):
             if not any(path == leaf or path.startswith(f"{leaf}.") for path in paths for leaf in leaves):
                 for path in paths:
@@ -136,15 +144,16 @@ class Repeats:
     def _first(self, call: _Call, leaves: list[Any], spec: TreeSpec) -> Any:
         begin, inside = self._mark(leaves)
         args, kwargs = tree_unflatten(inside, spec)
-        before = dict(self.num_calls)
+        before, values = dict(self.num_calls), self._now(call.module, _attributes(call.module))
         with _reading(call.module) as read:
             returned = call.forward(*args, **kwargs)
         given, returns = tree_flatten(returned)
-        if read.is_written or not _is_simple(returned) or not any(isinstance(leaf, Tensor) for leaf in given):
+        now = self._now(call.module, read.names)
+        is_changed = any(values.get(name, _CLASS) != value for name, value in now.items())
+        if is_changed or read.is_written or not _is_simple(returned) or not any(isinstance(leaf, Tensor) for leaf in given):
             return returned
         end, marked = self._mark(given)
         made = {path: num - before.get(path, 0) for path, num in self.num_calls.items() if path.startswith(f"{call.path}.")}
-        now = self._now(call.module, read.names)
         self.firsts.setdefault(call.key, []).append(First(call.path, now, begin, end, given, returns, made))
         return tree_unflatten(marked, returns)
 
@@ -166,24 +175,35 @@ class Repeats:
         return tree_unflatten(_with(first.given, outputs), first.spec)
 
     def _kind(self, path: str, module: nn.Module) -> Hashable:
-        """Return what modules of one family have in common before they are called: classes, tensors, layout."""
-        inside = tuple((name, type(part), part.training, tuple(_tensors(part))) for name, part in module.named_modules())
+        """Return what modules of one family have in common before they are called: classes, tensors, ties, layout."""
+        inside = tuple((name, _class(part), part.training, tuple(_tensors(part))) for name, part in module.named_modules())
+        ties = tuple(
+            tuple(other.removeprefix(path) if other.startswith(f"{path}.") else f"/{other}" for other in spec.paths)
+            for name, _ in module.named_parameters()
+            if len((spec := self.tree[f"{path}.{name}"]).paths) > 1
+        )
         changes = tuple(
             evolve(step, module=step.module.removeprefix(path))
             for step in self.layout
             if step.module == path or step.module.startswith(f"{path}.")
         )
-        return inside, changes
+        return inside, ties, changes
 
     def _now(self, module: nn.Module, read: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
         parts = dict(module.named_modules())
         inside = {id(part): name for name, part in parts.items()}
-        return {(part, name): self._value(vars(parts[part]).get(name), inside) for part, name in read}
+        return {
+            (part, name): self._value(vars(parts[part])[name], inside) if name in vars(parts[part]) else _CLASS
+            for part, name in read
+        }
 
     def _value(self, value: Any, inside: dict[int, str]) -> Hashable:
         if isinstance(value, nn.Module):
             return inside.get(id(value), id(value))  # what is read of it is noted there
-        return id(value) if isinstance(value, Tensor) else self.likeness.key(value)
+        if isinstance(value, Tensor):
+            return id(value)
+        state = vars(value) if hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType)) else {}
+        return self.likeness.key(value), self.likeness.key(dict(state))
 
 
 @frozen(eq=False)
@@ -209,12 +229,12 @@ def _reading(module: nn.Module) -> Iterator[_Read]:
     """Note what code reads of the modules in one within the block. They are of other classes meanwhile."""
     read, classes = _Read(), [(part, type(part)) for part in module.modules()]
     for path, part in module.named_modules():
-        part.__class__ = _watched(path, type(part), read)
+        object.__setattr__(part, "__class__", _watched(path, type(part), read))  # its own may note what is written
     try:
         yield read
     finally:
         for part, cls in classes:
-            object.__setattr__(part, "__class__", cls)  # not its own, which notes what is written
+            object.__setattr__(part, "__class__", cls)
 
 
 def _watched(path: str, cls: type[nn.Module], read: _Read) -> type[nn.Module]:
@@ -222,16 +242,38 @@ def _watched(path: str, cls: type[nn.Module], read: _Read) -> type[nn.Module]:
         if name == "__dict__":
             # nn.Module looks its tensors and modules up there; other code may see everything
             read.is_written |= sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__  # noqa: SLF001
-        elif name not in _OWN and not hasattr(cls, name):
+        elif name not in _OWN and not hasattr(nn.Module, name):
             read.names.add((path, name))
         return cls.__getattribute__(self, name)
 
     def put(self: Any, name: str, value: Any) -> None:
-        read.is_written = True
+        read.is_written |= name not in _OWN
         cls.__setattr__(self, name, value)
 
     names = {"__getattribute__": get, "__setattr__": put, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), names)
+    return type(cls.__name__, (cls,), {**names, "_shardplan_class": _class_of(cls)})
+
+
+def _class(module: nn.Module) -> type:
+    return _class_of(type(module))
+
+
+def _class_of(cls: type) -> type:
+    """Return the class that a watched one stands for, or the class itself."""
+    return vars(cls).get("_shardplan_class", cls)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Iterate over what the modules in one have of their own, by path and name."""
+    return ((path, name) for path, part in module.named_modules() for name in vars(part) if name not in _OWN)
+
+
+def _paths(model: nn.Module) -> Iterable[list[str]]:
+    """Return all paths of each module."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    return paths.values()
 
 
 def write_out(graph: fx.Graph, repeats: Repeats, tree: SpecTree, calls: list[OpaqueCall]) -> bool:
@@ -265,7 +307,7 @@ class _Names:
 
     def tensor(self, path: str) -> str:
         """Return the path of a tensor of the other one, where the first one's may have several."""
-        paths = self.tree[path].paths if path in self.tree else (path,)
+        paths = (path, *self.tree[path].paths) if path in self.tree else ()
         return next((self.path(other) for other in paths if other.startswith(f"{self.old}.")), path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +57,7 @@ class StageModule(nn.Module):
     ) -> None:
         super().__init__()
         self.number = number
-        self.unused = tuple(_unused(code, paths))
+        self.unused = tuple(_unused(code, paths, model))
         self.pipeline = pipeline
         self._returns = code.returns
         for path in _leaves(code):
@@ -128,11 +128,12 @@ def _out_of_range(size: VariableSize, given: int) -> Iterator[str]:
         )
 
 
-def _unused(code: StageCode, paths: Iterable[str]) -> Iterator[str]:
-    """Iterate over the tensors that the stage holds, and no operation of it reads."""
-    read = {str(node.target) for graph in code.graphs.values() for node in graph.graph.nodes if node.op == "get_attr"}
+def _unused(code: StageCode, paths: Sequence[str], model: nn.Module) -> Iterator[str]:
+    """Iterate over the paths of tensors that the stage holds, and no operation of it reads under any path."""
+    named = {str(node.target) for graph in code.graphs.values() for node in graph.graph.nodes if node.op == "get_attr"}
     leaves = tuple(f"{leaf}." for leaf in _leaves(code))
-    return (path for path in paths if path not in read and not path.startswith(leaves))
+    read = {id(get_tensor(model, path)) for path in paths if path in named or path.startswith(leaves)}
+    return (path for path in paths if id(get_tensor(model, path)) not in read)
 
 
 def _leaves(code: StageCode) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from ..specs.steps import LayoutStep
 from .capture import Subject
 from .chain import chain
 from .layout import Local
-from .partition import Partition, partition
+from .partition import Partition, StageCode, partition
 from .skeleton import named_tensors
 from .stage_graph import FUNCTIONS
 from .stage_module import StageModule
@@ -83,19 +83,24 @@ def make_stage(
     return StageModule(number, plan.pipeline, parts.codes[number], model, paths, local, device=device)
 
 
-def _paths(plan: Plan, parts: Partition, number: int) -> Iterable[str]:
-    """Iterate over the paths of the tensors of a stage: those that its graphs name, and canonical ones of unused tensors."""
-    named = {
-        str(node.target)
-        for graph in parts.codes[number].graphs.values()
-        for node in graph.graph.nodes
-        if node.op == "get_attr" or (node.op == "call_module" and not str(node.target).startswith(FUNCTIONS))
-    }
+def _paths(plan: Plan, parts: Partition, number: int) -> Iterator[str]:
+    """Iterate over the paths of a stage's tensors: those that its graphs name; on the owner's also those that none names."""
+    everywhere = [set(_named(code)) for code in parts.codes]
     for spec in plan.tree.values():
         if number in (spec.stage, *spec.also_on):
-            used = [path for path in spec.paths if path in named]
-            yield from used or ([] if _is_in(spec.paths, named) else [spec.path])
+            yield from (path for path in spec.paths if _is_in(path, everywhere[number]))
+        if number == spec.stage:
+            yield from (path for path in spec.paths if not any(_is_in(path, named) for named in everywhere))
 
 
-def _is_in(paths: Iterable[str], modules: set[str]) -> bool:
-    return any(path.startswith(f"{module}.") for path in paths for module in modules)
+def _named(code: StageCode) -> Iterator[str]:
+    """Iterate over the tensors and the leaves that a stage's graphs name."""
+    for graph in code.graphs.values():
+        for node in graph.graph.nodes:
+            if node.op == "get_attr" or (node.op == "call_module" and not str(node.target).startswith(FUNCTIONS)):
+                yield str(node.target)
+
+
+def _is_in(path: str, named: set[str]) -> bool:
+    names = path.split(".")
+    return any(".".join(names[:depth]) in named for depth in range(1, len(names) + 1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
-from frozendict import frozendict
+from frozendict import deepfreeze, frozendict
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -65,6 +65,8 @@ def to_plain(value: Any) -> Any:
     >>> to_plain(float("-inf")), to_plain(0.5)
     (frozendict.frozendict({'float': '-inf'}), 0.5)
     """
+    if isinstance(value, Mapping):
+        return deepfreeze(dict(cast("Mapping[str, Any]", value)))
     if isinstance(value, float) and (not isfinite(value) or str(value) == "-0.0"):
         written: frozendict[str, str] = frozendict({"float": repr(value)})
         return written

@@ -11,13 +11,17 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..stage_module import check_inputs
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ...specs.pipeline import Activation, Pipeline
     from .gradient_norm import GradientNorm
     from .handover import Handover
 
+_INPUTS_WRONG = "another rank was given inputs or a target that are not as planned"
+_LOSS_FAILED = "the loss function raised on a rank of the last stage"
 _SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
 
 
@@ -62,6 +66,8 @@ class TorchPipeline:
         self._replicated = [replicated(module, handover) for module in self._flat]
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._group = handover.groups.get(("pipe",))
+        self._has_target = False
+        self._error: Exception | None = None
 
     def train_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
         """Run all micro-batches forward and backward, and add up what stages hold in common; return the mean loss.
@@ -77,40 +83,61 @@ class TorchPipeline:
             The mean over micro-batches and data ranks, on every rank.
 
         Raises:
-            ValueError: On the first stage, if the inputs are no equal micro-batches, or of other sizes than planned.
+            ValueError: On every rank, if on one the inputs or the target are no equal micro-batches, or inputs are of other
+                sizes than planned.
+            Exception: On every rank, what the loss raises; there a RuntimeError on ranks of other stages.
         """
         for module in self.modules:
             module.train()
-        losses: list[Tensor] = []
-        schedule = self._schedule(inputs)
+        schedule = self._schedule(inputs, target)
         before = [parameter.grad for parameter, *_ in self._handover.tied]
         for parameter, *_ in self._handover.tied:
             parameter.grad = None  # what an earlier call has summed is not summed again
-        schedule.step(*(inputs if self._is_first else ()), target=target, losses=losses, return_outputs=False)
+        loss = self._run(schedule.step, inputs, target)
         for (parameter, _, group), summed in zip(self._handover.tied, before, strict=True):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad, group=group)
             if summed is not None:
                 parameter.grad += summed
-        return self._mean(losses)
+        return loss
 
     def eval_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the mean loss of all micro-batches without gradients; the arguments are those of ``train_batch``."""
         for module in self.modules:
             module.eval()
-        losses: list[Tensor] = []
-        schedule = self._schedule(inputs)
+        schedule = self._schedule(inputs, target)
         with torch.no_grad():
-            schedule.eval(*(inputs if self._is_first else ()), target=target, losses=losses, return_outputs=False)
-        return self._mean(losses)
+            return self._run(schedule.eval, inputs, target)
 
     @property
     def _is_first(self) -> bool:
         return any(module.number == 0 for module in self.modules)
 
-    def _schedule(self, inputs: Sequence[Tensor]) -> Any:
+    @property
+    def _is_last(self) -> bool:
+        return any(module.number == len(self._pipeline.stages) - 1 for module in self.modules)
+
+    def _run(self, step: Callable[..., Any], inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
+        """Run a schedule; return the mean loss on every rank, or raise on every rank what the loss raised."""
+        losses: list[Tensor] = []
+        self._has_target, self._error = target is not None, None
+        chunked = torch.empty(self._num_microbatches) if target is None else target  # the schedule cuts one in any case
+        step(*(inputs if self._is_first else ()), target=chunked, losses=losses, return_outputs=False)
+        device = self._handover.device
+        loss = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else torch.zeros((), device=device)
+        message = torch.stack([loss, torch.full_like(loss, float(self._error is not None))])
+        if self._group is not None:
+            last = (len(self._pipeline.stages) - 1) % dist.get_world_size(self._group)
+            dist.broadcast(message, group_src=last, group=self._group)
+        if self._handover.plan.mesh.data > 1:
+            dist.all_reduce(message, group=self._handover.groups["data",])
+        if message[1] > 0:
+            raise self._error or RuntimeError(_LOSS_FAILED)
+        return message[0] / self._handover.plan.mesh.data
+
+    def _schedule(self, inputs: Sequence[Tensor], target: Tensor | None) -> Any:
         """Return the schedule for micro-batches of these sizes, which the first stage tells the others."""
-        sizes = self._sizes(inputs)
+        sizes = self._sizes(inputs, target)
         if sizes not in self._schedules:
             named = dict(zip((size.name for size in self._pipeline.sizes), sizes, strict=True))
             stages = [self._stage(place, named) for place in range(len(self.modules))]
@@ -123,41 +150,50 @@ class TorchPipeline:
             )
         return self._schedules[sizes]
 
-    def _sizes(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    def _sizes(self, inputs: Sequence[Tensor], target: Tensor | None) -> tuple[int, ...]:
+        """Return the variable sizes of one micro-batch, on every rank; or raise on every rank what is wrong on one."""
         message = torch.zeros(1 + len(self._pipeline.sizes), dtype=torch.int64)
         error: Exception | None = None
-        if self._is_first:
-            try:
+        try:
+            if self._is_first:
                 message[1:] = torch.tensor(self._microbatch(inputs), dtype=torch.int64)
-            except (TypeError, ValueError) as wrong:
-                message[0], error = 1, wrong
-        if self._group is not None:
-            message = message.to(self._handover.device)
-            dist.broadcast(message, group_src=0, group=self._group)
+            if self._is_last and target is not None:
+                self._num_rows("target", target)
+        except (TypeError, ValueError) as wrong:
+            message[0], error = 1, wrong
+        message = message.to(self._handover.device)
+        for mesh_axis in ("pipe", "data", "tensor"):
+            # sizes are summed over pipe, where the first stage alone has some; over the others an error alone is told
+            if (group := self._handover.groups.get((mesh_axis,))) is not None:
+                dist.all_reduce(message if mesh_axis == "pipe" else message[:1], group=group)
         is_wrong, *sizes = message.tolist()
-        if error is not None:
-            raise error
         if is_wrong:
-            msg = "the first stage was given inputs that are not as planned"
-            raise ValueError(msg)
+            raise error or ValueError(_INPUTS_WRONG)
         return tuple(sizes)
 
     def _microbatch(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return the variable sizes of one micro-batch."""
         planned = self._pipeline.stages[0].inputs
-        if len(inputs) != len(planned):
-            msg = f"the model takes {len(planned)} tensors, not {len(inputs)}: {', '.join(map(str, planned))}"
-            raise TypeError(msg)
+        rows = {name: self._num_rows(name, tensor) for name, tensor in zip(map(str, planned), inputs, strict=False)}
+        parts = tuple(tensor[:num] for tensor, num in zip(inputs, rows.values(), strict=False))
+        check_inputs(0, self._pipeline, parts if len(inputs) == len(planned) else tuple(inputs))
+        if len(set(rows.values())) > 1:
+            listed = ", ".join(f"{name} with {num * self._num_microbatches}" for name, num in rows.items())
+            msg = f"inputs have different numbers of rows: {listed}"
+            raise ValueError(msg)
         sizes = {size.name: size.example for size in self._pipeline.sizes}
-        for expected, given in zip(planned, inputs, strict=True):
-            if given.shape[0] % self._num_microbatches:
-                msg = (
-                    f"{expected} has {given.shape[0]} rows for {self._num_microbatches} micro-batches, which does not divide"
-                )
-                raise ValueError(msg)
-            shape = (given.shape[0] // self._num_microbatches, *given.shape[1:])
-            sizes |= {name: size for name, size in zip(expected.shape, shape, strict=True) if name in sizes}  # type: ignore[misc]
+        for expected, part in zip(planned, parts, strict=True):
+            sizes |= {name: size for name, size in zip(expected.shape, part.shape, strict=True) if name in sizes}  # type: ignore[misc]
         return list(sizes.values())
+
+    def _num_rows(self, name: str, tensor: Tensor) -> int:
+        """Return the rows of one micro-batch."""
+        num_rows, rest = divmod(tensor.shape[0] if tensor.dim() else 0, self._num_microbatches)
+        if rest or not num_rows:
+            rows = num_rows * self._num_microbatches + rest
+            msg = f"{name} has {rows} rows for {self._num_microbatches} micro-batches, which does not divide"
+            raise ValueError(msg)
+        return num_rows
 
     def _stage(self, place: int, sizes: dict[str, int]) -> PipelineStage:
         module: Any = self.modules[place]
@@ -173,22 +209,16 @@ class TorchPipeline:
         )
 
     def _loss(self, output: Any, target: Any) -> Tensor:
+        """Return the user's loss; one that raises does so when all stages are done, as they wait for its gradient."""
         assert self._handover.loss_fn is not None, "the opening agreement checks it"
+        tensors = output if isinstance(output, tuple) else (output,)
         last = next(flat for flat in self._flat if flat.stage.number == len(self._pipeline.stages) - 1)
-        returned = last.returned(output if isinstance(output, tuple) else (output,))
-        return self._handover.loss_fn(returned, target) / self._num_microbatches
-
-    def _mean(self, losses: Sequence[Tensor]) -> Tensor:
-        device = self._handover.device
-        loss = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else torch.zeros((), device=device)
-        if self._group is not None:
-            dist.broadcast(
-                loss, group_src=(len(self._pipeline.stages) - 1) % dist.get_world_size(self._group), group=self._group
-            )
-        if self._handover.plan.mesh.data > 1:
-            dist.all_reduce(loss, group=self._handover.groups["data",])
-            loss /= self._handover.plan.mesh.data
-        return loss
+        try:
+            loss = self._handover.loss_fn(last.returned(tensors), target if self._has_target else None)
+            return loss / self._num_microbatches
+        except Exception as error:  # noqa: BLE001  the user's code may raise anything
+            self._error = self._error or error
+            return torch.stack([tensor.sum() * 0.0 for tensor in tensors if tensor.is_floating_point()]).sum()
 
 
 class _Flat(nn.Module):

@@ -372,6 +372,7 @@ def test_stages_are_declared_in_one_way():
 
 
 HAND = "sch.with_stages([model.first, model.second])"
+NO_STAGE = "a stage is a module of the model, and this is none: "
 
 
 def handed(model, *stages, mesh=None):
@@ -383,13 +384,13 @@ def handed(model, *stages, mesh=None):
     [
         (
             lambda m: [m.first, nn.Linear(2, 2)],
-            f"a stage is a module of the model, and this is none: Linear(in_features=2, out_features=2, bias=True)\n      {HAND}",
+            f"{NO_STAGE}Linear(in_features=2, out_features=2, bias=True)\n      {HAND}",
         ),
         (
             lambda m: [m.first, "gate"],
-            "a stage is a module of the model, and this is none: 'gate'\n      Give the module itself: model.get_submodule('gate')",
+            f"{NO_STAGE}'gate'\n      Give the module itself: model.get_submodule('gate')",
         ),
-        (lambda m: [m.first, None], f"a stage is a module of the model, and this is none: None\n      {HAND}"),
+        (lambda m: [m.first, None], f"{NO_STAGE}None\n      {HAND}"),
         (lambda m: [], f"it takes a list of modules, not list []\n      {HAND}"),
         (lambda m: 2, f"it takes a list of modules, not int 2\n      {HAND}"),
         (lambda m: None, f"it takes a list of modules, not NoneType None\n      {HAND}"),
