@@ -21,6 +21,7 @@ from ..specs.steps import Sync, SyncOp
 from .callables import find
 from .generators import own_generators
 from .local_copy import local_copy, quiet
+from .lost import noticing
 from .opaque import LeafCall, Opaque, OpaqueCall, is_opaque
 from .repeats import Repeats, write_out
 
@@ -46,6 +47,7 @@ class Captured:
         calls: The calls that the export did not follow.
         num_calls: How often each module was called, by path.
         ranges: The sizes for which the graph stands, by the symbol that it has for each.
+        guards: What the code has asked of the inputs' sizes, in torch's words.
     """
 
     graph: fx.Graph
@@ -54,6 +56,7 @@ class Captured:
     calls: Sequence[OpaqueCall]
     num_calls: Mapping[str, int]
     ranges: Mapping[str, tuple[int, int | None]]
+    guards: Sequence[str]
 
 
 @frozen
@@ -102,7 +105,8 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
     callables = {name: opaque.function(name, find(name, subject.callables)) for name in names}
     first = subject.mesh.coordinate(0)
     local = local_copy(subject.model, subject.tree, subject.layout, first, callables, mode)
-    local.train(training)
+    if not training or not local.training:
+        local.train(training)  # else modules that the user has put in evaluation stay so in training
     num_calls: dict[str, int] = {}
     open_modules: list[str] = []
     for path in subject.leaves:
@@ -113,19 +117,23 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
     for path, module in local.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             _follow(path, module, open_modules, num_calls)
+    repeats.settle(local)
     inputs, sizes = _inputs(subject.example, mode)
     try:
-        with mode, own_generators(0), torch.enable_grad(), quiet():
+        with mode, own_generators(0), torch.enable_grad(), quiet(), noticing(open_modules) as noticed:
             exported: Any = torch.export.export(local, (), inputs, dynamic_shapes=sizes, strict=False)
             module = exported.module(check_guards=False)
     except Exception as error:
         raise PlanError([_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
+    if noticed:
+        raise PlanError(noticed)
     if not write_out(module.graph, repeats, subject.tree, opaque.calls):
         return None
     if problems := list(_out_of_reach(module.graph, opaque.calls)):
         raise PlanError(problems)
     ranges = {str(symbol): _range(found) for symbol, found in exported.range_constraints.items()}
-    return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges)
+    guards = exported._guards_code  # noqa: SLF001  torch offers them as code to run only
+    return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges, guards)
 
 
 def _out_of_reach(graph: fx.Graph, calls: Sequence[OpaqueCall]) -> Iterator[Problem]:

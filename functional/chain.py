@@ -91,7 +91,12 @@ def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
         digest = hashlib.sha256(text.encode()).hexdigest()
         stages.append(Stage(tuple(paths), activations[number], activations[number + 1], digest))
         is_last = number == len(modules) - 1
-        codes.append(StageCode(dict.fromkeys(MODES, StageGraph(graph, {}, {}, text)), returns if is_last else None))
+        codes.append(
+            StageCode(
+                dict.fromkeys(MODES, StageGraph(graph, {}, {}, text)),
+                dict.fromkeys(MODES, returns) if is_last and returns else None,
+            )
+        )
     pipeline = Pipeline(
         stages=tuple(stages),
         cuts=tuple(paths[-1] for paths in modules[:-1]),

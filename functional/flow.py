@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 _NUMBERS = (int, float, bool, SymInt, SymFloat, SymBool)
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
+_STATISTICS, _NORM_TRAINS = (3, 4), 5
+"""Places of the running statistics, which these write without saying so, and of the flag that they do."""
+
 _CHECKS = ("_assert", "sym_constrain")
 """Operators that only check what the export has assumed."""
 
@@ -112,11 +116,7 @@ class Flow:
     @cached_property
     def memory(self) -> _Memory:
         """Which values share memory."""
-        memory = _Memory()
-        for node in self.stage:
-            for arg in _shared_by(node):
-                memory.join(node, arg)
-        return memory
+        return shared_memory(self.captured.graph)
 
     def needed(
         self, stage: int, outputs: Iterable[Any], enters: Callable[[fx.Node], bool]
@@ -188,6 +188,15 @@ class _Memory:
         self.parent[self.find(a)] = self.find(b)
 
 
+def shared_memory(graph: fx.Graph) -> _Memory:
+    """Return which values of a graph share memory."""
+    memory = _Memory()
+    for node in graph.nodes:
+        for arg in _shared_by(node):
+            memory.join(node, arg)
+    return memory
+
+
 def read_flow(captured: Captured, tree: SpecTree, cuts: Sequence[str]) -> tuple[Flow, list[Problem]]:
     """Give each operation its stage: as many stages further as cut modules have ended before it.
 
@@ -228,7 +237,8 @@ def _wrong_cut(captured: Captured, path: str, last: dict[str, int]) -> Problem |
     if num_calls == 0:
         return Problem(path, "it is never called, so that no stage can end after it", "Cut a module that runs")
     if path not in last:
-        return Problem(path, "nothing is computed in it, so that no stage can end after it", "Cut the module before it")
+        cause = "nothing is computed in it, or in a region without gradients or under autocast, which is one operation"
+        return Problem(path, f"no stage can end after it: {cause}", "Cut the module before or around it")
     return None
 
 
@@ -245,8 +255,9 @@ def is_check(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Tell whether a node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Tell whether a node draws random numbers, itself or in the region that it runs."""
+    draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return draws or any(is_random(inner) for _, region in _region(node) for inner in region.graph.nodes)
 
 
 def is_sendable(node: fx.Node) -> bool:
@@ -260,10 +271,27 @@ def module_path(node: fx.Node) -> str:
 
 
 def written_by(node: fx.Node) -> Iterator[fx.Node]:
-    """Iterate over what a node writes in place."""
+    """Iterate over what a node writes in place, itself or in the region that it runs."""
     for schema, value in _arguments(node):
         if schema.alias_info is not None and schema.alias_info.is_write:
             yield from _nodes(value)
+    for place in _STATISTICS if node.target in _NORMS and node.args[_NORM_TRAINS] else ():
+        yield from _nodes(node.args[place])
+    for operands, region in _region(node):
+        inputs = dict(zip(region.graph.find_nodes(op="placeholder"), operands, strict=False))
+        memory = shared_memory(region.graph)
+        written = {memory.find(target) for inner in region.graph.nodes for target in written_by(inner)}
+        yield from (operand for inner, operand in inputs.items() if memory.find(inner) in written)
+
+
+def _region(node: fx.Node) -> Iterator[tuple[list[fx.Node], fx.GraphModule]]:
+    """Iterate over the regions of a graph that a node runs as one operation, with what it gives them."""
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)] if node.op == "call_function" else []
+    for place, operand in enumerate(operands):
+        root: Any = node.graph.owning_module
+        region = getattr(root, str(operand.target), None) if operand.op == "get_attr" and root is not None else None
+        if isinstance(region, fx.GraphModule):
+            yield operands[place + 1 :], region
 
 
 def _shared_by(node: fx.Node) -> Iterator[fx.Node]:
@@ -295,7 +323,7 @@ def _library(node: fx.Node) -> str:
 def _stops_gradients(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "")
     no_gradients = name == "wrap_with_set_grad_enabled" and node.args[0] is False
-    return no_gradients or name.startswith(("detach", "zeros_like", "ones_like", "full_like", "empty_like", "new_"))
+    return no_gradients or name.startswith(("detach", "rand", "zeros_like", "ones_like", "full_like", "empty_like", "new_"))
 
 
 def _module_paths(node: fx.Node) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ..specs.pipeline import Activation, Pipeline, Stage, VariableSize
 from .capture import Subject, capture
 from .crossing import crossing
 from .flow import Flow, module_path, read_flow
+from .lost import backward_hooks
 from .sizes import SizeNames
 from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from ..specs.tree import SpecTree
+
+_SIZE_IN_GUARD = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+"""How torch writes the size of an input."""
 
 MODES = {True: "training", False: "evaluating"}
 
@@ -32,11 +37,11 @@ class StageCode:
 
     Args:
         graphs: Its graph in training (True) and in evaluation (False).
-        returns: For the last stage, how what the model returns is put together; None for others.
+        returns: For the last stage, how what the model returns is put together in either; None for others.
     """
 
     graphs: Mapping[bool, StageGraph]
-    returns: TreeSpec | None
+    returns: Mapping[bool, TreeSpec] | None
 
 
 @frozen
@@ -90,7 +95,8 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
         text = "\n\n".join(graph.text for graph in graphs.values())
         inputs, outputs = sides[True]
         stages.append(Stage(_modules(train.flow, stage), inputs, outputs, hashlib.sha256(text.encode()).hexdigest()))
-        codes.append(StageCode(graphs, train.flow.captured.returns if stage == train.flow.num_stages - 1 else None))
+        returns = {training: half.flow.captured.returns for training, half in halves.items()}
+        codes.append(StageCode(graphs, returns if stage == train.flow.num_stages - 1 else None))
     if problems:
         raise PlanError(problems)
     pipeline = Pipeline(
@@ -99,6 +105,7 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
         leaves=subject.leaves,
         example=subject.example,
         sizes=tuple(_both(*(half.names.sizes for half in halves.values()))),
+        conditions=tuple(dict.fromkeys(condition for half in halves.values() for condition in _conditions(half))),
     )
     held = [
         {path for h in halves.values() for path in tensors_held(h.flow, h.graphs[stage])} for stage in range(len(stages))
@@ -108,6 +115,9 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
 
 def _forgotten(subject: Subject) -> Iterator[Problem]:
     """Iterate over what a model's modules do and no graph of operations says."""
+    fix = "Mark the module as a leaf, which runs as it is"
+    for path in backward_hooks(subject.model):
+        yield Problem(path, "it has a hook on its backward pass, which the graph of a stage has not", fix)
     for path, module in subject.model.named_modules():
         is_inside = any(f"{path}.".startswith(f"{leaf}.") for leaf in subject.leaves)
         if not is_inside and getattr(module, "gradient_checkpointing", False) is True:
@@ -154,7 +164,9 @@ def _half(subject: Subject, cuts: Sequence[str], *, training: bool) -> _Half:
             raise PlanError(
                 [Problem(flow.cuts[max(0, stage - 1)], f"stage {stage}: {error}", "Cut another module")]
             ) from None
-    return _Half(flow, SizeNames(((node.name, node.meta["val"]) for node in flow.inputs), captured.ranges), ends, graphs)
+    return _Half(
+        flow, SizeNames(((str(node.target), node.meta["val"]) for node in flow.inputs), captured.ranges), ends, graphs
+    )
 
 
 def _sides(half: _Half, stage: int) -> tuple[tuple[Activation, ...], tuple[Activation, ...]]:
@@ -165,8 +177,18 @@ def _sides(half: _Half, stage: int) -> tuple[tuple[Activation, ...], tuple[Activ
 
 
 def _activation(half: _Half, node: fx.Node) -> Activation:
-    name = node.name if node.op == "placeholder" else module_path(node) or node.name
+    name = str(node.target) if node.op == "placeholder" else module_path(node) or node.name
     return half.names.activation(name, node.meta["val"], requires_grad=node in half.flow.needs_gradient)
+
+
+def _conditions(half: _Half) -> Iterator[str]:
+    """Iterate over what must hold of the sizes, by their names."""
+    shapes = {str(node.target): node.meta["val"].shape for node in half.flow.inputs}
+    for guard in half.flow.captured.guards:
+        condition = _SIZE_IN_GUARD.sub(lambda found: str(half.names.name(shapes[found[1]][int(found[2])])), guard)
+        left, is_equal, right = condition.partition(" == ")
+        if not (is_equal and left == right):
+            yield condition
 
 
 def _both(training: Mapping[str, VariableSize], evaluating: Mapping[str, VariableSize]) -> Iterator[VariableSize]:

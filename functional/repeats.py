@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _FEW = 3
 """Fewer members of a family are not worth it."""
 
+_LIBRARIES = ("torch", "transformers")
+"""Whose layers are known to leave nothing behind but what they return; those of others are exported one by one."""
+
 _OWN = frozenset(
     [
         *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward", "training"),
@@ -102,6 +105,7 @@ class Repeats:
         firsts: The first of each family, by how it is called.
         repeated: For each placeholder, by number, the module that it stands for and the first of its family.
         num_markers: Markers so far.
+        num_hooks: Hooks in each module that is watched, before the model runs.
     """
 
     layout: Sequence[LayoutStep]
@@ -110,6 +114,7 @@ class Repeats:
     firsts: dict[Hashable, list[First]] = Factory(dict)
     repeated: list[tuple[str, First]] = Factory(list)
     num_markers: int = 0
+    num_hooks: dict[str, int] = Factory(dict)
     likeness: Likeness = Factory(Likeness)
 
     def watch(self, model: nn.Module, local: nn.Module, leaves: Sequence[str]) -> None:
@@ -128,9 +133,14 @@ class Repeats:
                     module = local.get_submodule(path)
                     module.forward = self._stand_in(path, module, module.forward)
 
+    def settle(self, local: nn.Module) -> None:
+        """Note the hooks that are there; modules that get others while the model runs are not repeated."""
+        self.num_hooks |= {path: sum(map(_num_hooks, module.modules())) for path, module in local.named_modules()}
+
     def _stand_in(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if not _is_simple((args, *kwargs.values())):
+            is_hooked = sum(map(_num_hooks, module.modules())) != self.num_hooks[path]  # code may do so while it runs
+            if is_hooked or not _is_simple((args, *kwargs.values())):
                 return forward(*args, **kwargs)
             leaves, spec = tree_flatten((args, kwargs))
             key = (self._kind(path, module), str(spec), tuple(map(_called_with, leaves)))
@@ -367,19 +377,29 @@ def _place(node: fx.Node) -> int:
 
 
 def _families(model: nn.Module) -> Iterator[list[str]]:
-    """Iterate over the paths of modules of one class in one container, without hooks of the user's."""
+    """Iterate over the paths of modules of one class in one container, without hooks of the user's; outermost ones only."""
+    inside: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            kinds: dict[type, list[str]] = {}
-            for name, child in module.named_children():
-                if not any(_is_special(part) for part in child.modules()):
-                    kinds.setdefault(type(child), []).append(f"{path}.{name}" if path else name)
-            yield from (paths for paths in kinds.values() if len(paths) >= _FEW)
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or f"{path}.".startswith(tuple(inside)):
+            continue
+        kinds: dict[type, list[str]] = {}
+        for name, child in module.named_children():
+            if not any(_is_special(part) for part in child.modules()):
+                kinds.setdefault(type(child), []).append(f"{path}.{name}" if path else name)
+        for paths in kinds.values():
+            if len(paths) >= _FEW:
+                inside += (f"{member}." for member in paths)
+                yield paths
+
+
+def _num_hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)  # noqa: SLF001
 
 
 def _is_special(module: nn.Module) -> bool:
+    is_foreign = type(module).__module__.partition(".")[0] not in _LIBRARIES
     is_scripted = isinstance(module, torch.jit.ScriptModule)
-    return is_scripted or bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+    return is_foreign or is_scripted or bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
 
 def _tensors(module: nn.Module) -> Iterator[Hashable]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from math import prod
 
@@ -43,10 +44,7 @@ class SizeNames:
         """Return a size as it is written: a number, a name, or a formula of names."""
         if isinstance(size, int) or size.node.expr.is_Integer:
             return size if isinstance(size, int) else int(size.node.expr)
-        formula = str(size.node.expr)
-        for symbol, name in sorted(self._symbols.items(), key=lambda item: -len(item[0])):
-            formula = formula.replace(symbol, name)
-        return formula
+        return re.sub(r"[A-Za-z_]\w*", lambda found: self._symbols.get(found[0], found[0]), str(size.node.expr))
 
 
 def example_bytes(tensor: Tensor) -> int:

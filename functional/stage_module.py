@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..specs.mesh import MESH_AXES
+from ..specs.pipeline import holds
 from .callables import find
+from .flow import is_check
 from .module_copy import get_tensor
 from .stage_graph import FUNCTIONS
 
@@ -41,7 +43,7 @@ class StageModule(nn.Module):
     Attributes:
         number: Which stage it is.
         pipeline: All stages, in the plan.
-        unused: Paths of the tensors that it holds, and no operation reads.
+        unused: Paths of the tensors that it holds, and no operation reads in training.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class StageModule(nn.Module):
         check_inputs(self.number, self.pipeline, inputs)
         outputs = self._forwards[self.training](self, *inputs)
         if self._returns is not None:
-            return tree_unflatten(outputs, self._returns)
+            return tree_unflatten(outputs, self._returns[self.training])
         return tuple(output.contiguous() for output in outputs)  # no runtime sends others
 
     def extra_repr(self) -> str:
@@ -102,6 +104,11 @@ def check_inputs(number: int, pipeline: Pipeline, inputs: tuple[Tensor, ...]) ->
         for text in _wrong_axes(expected, tuple(tensor.shape), sizes)
     ]
     wrong += [text for size in pipeline.sizes for text in _out_of_range(size, sizes.get(size.name, size.example))]
+    known = {size.name: sizes.get(size.name, size.example) for size in pipeline.sizes}
+    if not wrong and number == 0:
+        given = ", ".join(f"{name} is {size}" for name, size in known.items())
+        away = "else the model's code goes another way than with the example inputs"
+        wrong = [f"{given}, and the plan is for {c}: {away}" for c in pipeline.conditions if not holds(c, known)]
     if wrong:
         msg = f"stage {number}: {'; '.join(wrong)}"
         raise ValueError(msg)
@@ -129,8 +136,8 @@ def _out_of_range(size: VariableSize, given: int) -> Iterator[str]:
 
 
 def _unused(code: StageCode, paths: Sequence[str], model: nn.Module) -> Iterator[str]:
-    """Iterate over the paths of tensors that the stage holds, and no operation of it reads under any path."""
-    named = {str(node.target) for graph in code.graphs.values() for node in graph.graph.nodes if node.op == "get_attr"}
+    """Iterate over the paths of tensors that no operation of the stage reads in training, under any path."""
+    named = {str(node.target) for node in code.graphs[True].graph.nodes if node.op == "get_attr"}
     leaves = tuple(f"{leaf}." for leaf in _leaves(code))
     read = {id(get_tensor(model, path)) for path in paths if path in named or path.startswith(leaves)}
     return (path for path in paths if id(get_tensor(model, path)) not in read)
@@ -177,7 +184,7 @@ def _compile(stage: StageModule, graph: StageGraph, local: Local, device: torch.
         if isinstance(kept, Tensor):
             owner.register_buffer(last, kept.to(device), persistent=False)
         else:
-            owner.add_module(last, kept)
+            owner.add_module(last, _moved(kept, device))
     for name, call in graph.functions.items():
         _place(stage, name, _Function(find(call.name, local.callables), local.groups[call.mesh_axis]))
     copied = fx.Graph()
@@ -185,10 +192,33 @@ def _compile(stage: StageModule, graph: StageGraph, local: Local, device: torch.
     for node in copied.nodes:
         if getattr(node.target, "namespace", "") == "shardplan":
             _address(node, local.groups, local)
-        node.args = _on_device(node.args, device)
-        node.kwargs = _on_device(node.kwargs, device)
+    _move(copied, device)
     compiled = fx.GraphModule(stage, copied, class_name=f"Stage{stage.number}")
     return type(compiled).forward
+
+
+def _moved(kept: nn.Module, device: torch.device) -> nn.Module:
+    """Return a copy of a region of the graph for a device, and of the regions in it."""
+    assert isinstance(kept, fx.GraphModule), "what a graph keeps besides tensors is a region"
+    moved = fx.GraphModule(kept, fx.Graph())
+    moved.graph.output(moved.graph.graph_copy(kept.graph, {}))
+    for name, inner in kept.named_children():
+        moved.add_module(name, _moved(inner, device))
+    _move(moved.graph, device)
+    moved.recompile()
+    return moved
+
+
+def _move(graph: fx.Graph, device: torch.device) -> None:
+    """Exchange the device on which the model was exported, and leave out checks of what the export has assumed."""
+    for node in list(graph.nodes):
+        if is_check(node) and not node.users:
+            graph.erase_node(node)
+            continue
+        node.args = _on_device(node.args, device)
+        node.kwargs = _on_device(node.kwargs, device)
+        if getattr(node.target, "__name__", "") == "wrap_with_autocast":
+            node.args = (device.type, *node.args[1:])
 
 
 def _address(node: fx.Node, groups: Mapping[Any, SyncGroup], local: Local) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .steps import Step
 
 
+_FEW = 5
+
+
 def listing(plan: Plan) -> str:
     """Return what ``print(plan)`` shows."""
     first = plan.mesh.coordinate(0)
@@ -54,6 +57,13 @@ def _stages(pipeline: Pipeline) -> Iterator[str]:
         yield f"         gives  {', '.join(map(str, stage.outputs))}{sent}"
     if pipeline.sizes:
         yield f"in the example {', '.join(f'{size.name} is {size.example}{_bounds(size)}' for size in pipeline.sizes)}"
+    yield from _conditions(pipeline)
+
+
+def _conditions(pipeline: Pipeline) -> Iterator[str]:
+    yield from (f"only where     {condition}" for condition in pipeline.conditions[:_FEW])
+    if len(pipeline.conditions) > _FEW:
+        yield f"               and {len(pipeline.conditions) - _FEW} conditions more"
 
 
 def _bounds(size: VariableSize) -> str:

@@ -20,7 +20,16 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Sub: lambda a, b: a - b,
     ast.Mult: lambda a, b: a * b,
     ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
     ast.Pow: lambda a, b: a**b,
+}
+_COMPARISONS: dict[type[ast.cmpop], Callable[[int, int], bool]] = {
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
 }
 _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "CleanDiv": lambda a, b: a // b,
@@ -43,6 +52,33 @@ def size_in(size: Size, sizes: Mapping[str, int]) -> int:
     9
     """
     return size if isinstance(size, int) else _value(ast.parse(size, mode="eval").body, sizes)
+
+
+def holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    """Tell whether a condition on sizes holds: formulas joined by comparisons, ``and`` and ``or``.
+
+    Raises:
+        ValueError: If it is none.
+
+    >>> holds("batch % 2 == 0", {"batch": 4}), holds("sequence <= 2*batch", {"batch": 4, "sequence": 9})
+    (True, False)
+    """
+    return _truth(ast.parse(condition, mode="eval").body, sizes)
+
+
+def _truth(tree: ast.expr, sizes: Mapping[str, int]) -> bool:
+    match tree:
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARISONS:
+            return _COMPARISONS[type(op)](_value(left, sizes), _value(right, sizes))
+        case ast.BoolOp(op=ast.And(), values=values):
+            return all(_truth(value, sizes) for value in values)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return any(_truth(value, sizes) for value in values)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _truth(operand, sizes)
+        case _:
+            msg = f"{ast.unparse(tree)} is no condition on {', '.join(sizes)}"
+            raise ValueError(msg)
 
 
 def _value(tree: ast.expr, sizes: Mapping[str, int]) -> int:
@@ -169,6 +205,7 @@ class Pipeline:
         leaves: Modules that run as they are, as one operation.
         example: What the model was called with while planning.
         sizes: The sizes that may differ from batch to batch.
+        conditions: What must hold of them, as the model's code goes another way where it does not.
     """
 
     stages: tuple[Stage, ...]
@@ -177,3 +214,4 @@ class Pipeline:
     leaves: tuple[str, ...] = ()
     example: tuple[ExampleInput, ...] = ()
     sizes: tuple[VariableSize, ...] = ()
+    conditions: tuple[str, ...] = ()

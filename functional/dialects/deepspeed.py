@@ -14,7 +14,7 @@ from ...specs.plain import thawed
 from .deepspeed_config import check_boundaries, check_config
 from .deepspeed_pipeline import mend_buffers, to_pipeline_module
 from .handover import Handover, Wrapped, split_parameters
-from .places import one_stage_a_place
+from .places import nothing_trained, one_stage_a_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,11 @@ class DeepSpeedDialect:
     ) -> list[Problem]:
         if pipeline is None:
             return []
-        return [*one_stage_a_place(mesh, pipeline), *check_boundaries(mesh, pipeline, config or {})]
+        return [
+            *one_stage_a_place(mesh, pipeline),
+            *nothing_trained(mesh, tree),
+            *check_boundaries(mesh, pipeline, config or {}),
+        ]
 
     def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
         if not plan.pipeline:

@@ -9,6 +9,18 @@ from ...specs.errors import Problem
 if TYPE_CHECKING:
     from ...specs.mesh import Mesh
     from ...specs.pipeline import Pipeline
+    from ...specs.tree import SpecTree
+
+
+def nothing_trained(mesh: Mesh, tree: SpecTree) -> list[Problem]:
+    """Return the places along ``pipe`` where nothing is trained: an optimizer needs parameters."""
+    trained = {at for spec in tree.values() if spec.kind == "parameter" and spec.requires_grad for at in spec.places(mesh)}
+    cause = "it has no trained parameter, and an optimizer needs one"
+    return [
+        Problem(f"stage {at}", cause, "Cut elsewhere, so that each place trains something")
+        for at in range(mesh.pipe)
+        if at not in trained
+    ]
 
 
 def one_stage_a_place(mesh: Mesh, pipeline: Pipeline) -> list[Problem]:

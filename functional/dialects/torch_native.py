@@ -9,7 +9,7 @@ from frozendict import frozendict
 
 from ...specs.errors import Problem
 from .handover import Handover, Wrapped
-from .places import one_stage_a_place
+from .places import nothing_trained, one_stage_a_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ class TorchDialect:
             return [Problem("config", cause, "Leave it out")] if config else []
         if config is None:
             return [Problem("config", "torch's pipelining needs the number of micro-batches", _EXAMPLE)]
-        return list(_wrong_schedule(mesh, tree, pipeline, config))
+        return [*nothing_trained(mesh, tree), *_wrong_schedule(mesh, tree, pipeline, config)]
 
     def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
         if not plan.pipeline:

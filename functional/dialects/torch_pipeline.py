@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _INPUTS_WRONG = "another rank was given inputs or a target that are not as planned"
 _LOSS_FAILED = "the loss function raised on a rank of the last stage"
+_TENSOR = object()
+"""Stands for a tensor in what a stage returned."""
+
 _SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
 
 
@@ -142,6 +145,7 @@ class TorchPipeline:
             named = dict(zip((size.name for size in self._pipeline.sizes), sizes, strict=True))
             stages = [self._stage(place, named) for place in range(len(self.modules))]
             several = self._schedule_type is ScheduleInterleaved1F1B
+            self._schedules.clear()  # each keeps its buffers
             self._schedules[sizes] = self._schedule_type(
                 stages if several else stages[0],
                 n_microbatches=self._num_microbatches,
@@ -159,7 +163,7 @@ class TorchPipeline:
                 message[1:] = torch.tensor(self._microbatch(inputs), dtype=torch.int64)
             if self._is_last and target is not None:
                 self._num_rows("target", target)
-        except (TypeError, ValueError) as wrong:
+        except (AttributeError, TypeError, ValueError) as wrong:
             message[0], error = 1, wrong
         message = message.to(self._handover.device)
         for mesh_axis in ("pipe", "data", "tensor"):
@@ -229,13 +233,14 @@ class _Flat(nn.Module):
         self.stage = stage
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        self._leaves, self._spec = tree_flatten(self.stage(*inputs))
-        return tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
+        leaves, self._spec = tree_flatten(self.stage(*inputs))
+        self._rest = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """Return what the stage returned, put together from its tensors."""
         found = iter(tensors)
-        leaves = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        leaves = [next(found) if leaf is _TENSOR else leaf for leaf in self._rest]
         return tree_unflatten(leaves, self._spec)
 
 
