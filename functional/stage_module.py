@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from attrs import frozen
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
@@ -17,11 +18,32 @@ from .module_copy import get_tensor
 from .stage_graph import FUNCTIONS
 
 if TYPE_CHECKING:
+    from torch.utils._pytree import TreeSpec
+
     from ..specs.pipeline import Activation, Pipeline, VariableSize
     from .layout import Local
     from .partition import StageCode
     from .stage_graph import StageGraph
     from .sync import SyncGroup
+
+
+@frozen(eq=False)
+class StageFacts:
+    """What is known of a stage besides its modules and tensors.
+
+    Args:
+        number: Which stage it is.
+        pipeline: All stages, in the plan.
+        unused: Paths of the tensors that it holds, and no operation reads in training.
+        returns: For the last stage, how what the model returns is put together; None for others.
+        forwards: Its forward in training (True) and in evaluation (False).
+    """
+
+    number: int
+    pipeline: Pipeline
+    unused: tuple[str, ...]
+    returns: Mapping[bool, TreeSpec] | None
+    forwards: Mapping[bool, Callable[..., Any]]
 
 
 class StageModule(nn.Module):
@@ -39,11 +61,6 @@ class StageModule(nn.Module):
         paths: Paths of the tensors that it holds.
         local: The rank that it is for.
         device: Where its tensors are.
-
-    Attributes:
-        number: Which stage it is.
-        pipeline: All stages, in the plan.
-        unused: Paths of the tensors that it holds, and no operation reads in training.
     """
 
     def __init__(
@@ -58,30 +75,35 @@ class StageModule(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.number = number
-        self.unused = tuple(_unused(code, paths, model))
-        self.pipeline = pipeline
-        self._returns = code.returns
         for path in _leaves(code):
             _place(self, path, model.get_submodule(path))
         for path in paths:
             if not any(path.startswith(f"{leaf}.") for leaf in _leaves(code)):
                 _place_tensor(self, path, model)
-        self._forwards = {training: _compile(self, graph, local, device) for training, graph in code.graphs.items()}
+        forwards = {training: _compile(self, graph, number, local, device) for training, graph in code.graphs.items()}
+        self._shardplan = StageFacts(number, pipeline, tuple(_unused(code, paths, model)), code.returns, forwards)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run the stage on what the one before gave, or on the model's inputs."""
-        check_inputs(self.number, self.pipeline, inputs)
-        outputs = self._forwards[self.training](self, *inputs)
-        if self._returns is not None:
-            return tree_unflatten(outputs, self._returns[self.training])
+        facts = facts_of(self)
+        check_inputs(facts.number, facts.pipeline, inputs)
+        outputs = facts.forwards[self.training](self, *inputs)
+        if facts.returns is not None:
+            return tree_unflatten(outputs, facts.returns[self.training])
         return tuple(output.contiguous() for output in outputs)  # no runtime sends others
 
     def extra_repr(self) -> str:
         """Say what it takes and gives."""
-        stage = self.pipeline.stages[self.number]
+        facts = facts_of(self)
+        stage = facts.pipeline.stages[facts.number]
         inputs, outputs = (", ".join(map(str, side)) for side in (stage.inputs, stage.outputs))
-        return f"stage {self.number}: ({inputs}) -> ({outputs})"
+        return f"stage {facts.number}: ({inputs}) -> ({outputs})"
+
+
+def facts_of(stage: nn.Module) -> StageFacts:
+    """Return what is known of a stage."""
+    facts: Any = stage._shardplan  # noqa: SLF001  the one name that a stage adds to those of the model
+    return facts
 
 
 def check_inputs(number: int, pipeline: Pipeline, inputs: tuple[Tensor, ...]) -> None:
@@ -177,7 +199,7 @@ def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return root, last
 
 
-def _compile(stage: StageModule, graph: StageGraph, local: Local, device: torch.device) -> Callable[..., Any]:
+def _compile(stage: StageModule, graph: StageGraph, number: int, local: Local, device: torch.device) -> Callable[..., Any]:
     """Return the forward of a graph for one rank: its own place, groups and device in the operators that name one."""
     for name, kept in graph.kept.items():
         owner, last = _owner(stage, name)
@@ -193,7 +215,7 @@ def _compile(stage: StageModule, graph: StageGraph, local: Local, device: torch.
         if getattr(node.target, "namespace", "") == "shardplan":
             _address(node, local.groups, local)
     _move(copied, device)
-    compiled = fx.GraphModule(stage, copied, class_name=f"Stage{stage.number}")
+    compiled = fx.GraphModule(stage, copied, class_name=f"Stage{number}")
     return type(compiled).forward
 
 

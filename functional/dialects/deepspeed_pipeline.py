@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..stage_module import facts_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -42,7 +44,7 @@ def to_pipeline_module(handover: Handover, topology: Any) -> Any:
             return list(tied)
 
     layers: list[nn.Module] = [nn.Identity() for _ in plan.stages]
-    layers[stage.number] = _Layer(stage, plan.stages)
+    layers[facts_of(stage).number] = _Layer(stage, plan.stages)
     module = StagePipeline(
         layers=layers,
         topology=topology,
@@ -82,8 +84,9 @@ class _Layer(nn.Module):
 
     def __init__(self, stage: Any, planned: Sequence[Stage]) -> None:
         super().__init__()
-        self.stage, self._planned = stage, planned[stage.number]
-        self._is_first, self._is_last = stage.number == 0, stage.number == len(planned) - 1
+        self.stage, self._planned = stage, planned[facts_of(stage).number]
+        number = facts_of(stage).number
+        self._is_first, self._is_last = number == 0, number == len(planned) - 1
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Any:
         given = (inputs,) if isinstance(inputs, Tensor) else inputs

@@ -11,7 +11,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..stage_module import check_inputs
+from ..stage_module import check_inputs, facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ class TorchPipeline:
         self._flat = [_Flat(module) for module in handover.modules]
         for flat in self._flat:
             # what no operation reads gets no gradient, and DDP would wait for it
-            unused = [f"stage.{path}" for path in flat.stage.unused]
+            unused = [f"stage.{path}" for path in facts_of(flat.stage).unused]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(flat, unused)  # noqa: SLF001  torch's name for it
         self._replicated = [replicated(module, handover) for module in self._flat]
         self._schedules: dict[tuple[int, ...], Any] = {}
@@ -114,11 +114,11 @@ class TorchPipeline:
 
     @property
     def _is_first(self) -> bool:
-        return any(module.number == 0 for module in self.modules)
+        return any(facts_of(module).number == 0 for module in self.modules)
 
     @property
     def _is_last(self) -> bool:
-        return any(module.number == len(self._pipeline.stages) - 1 for module in self.modules)
+        return any(facts_of(module).number == len(self._pipeline.stages) - 1 for module in self.modules)
 
     def _run(self, step: Callable[..., Any], inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
         """Run a schedule; return the mean loss on every rank, or raise on every rank what the loss raised."""
@@ -201,10 +201,10 @@ class TorchPipeline:
 
     def _stage(self, place: int, sizes: dict[str, int]) -> PipelineStage:
         module: Any = self.modules[place]
-        stage = self._pipeline.stages[module.number]
+        stage = self._pipeline.stages[facts_of(module).number]
         return PipelineStage(
             self._replicated[place],
-            module.number,
+            facts_of(module).number,
             len(self._pipeline.stages),
             self._handover.device,
             input_args=tuple(_like(activation, sizes) for activation in stage.inputs),
@@ -216,7 +216,7 @@ class TorchPipeline:
         """Return the user's loss; one that raises does so when all stages are done, as they wait for its gradient."""
         assert self._handover.loss_fn is not None, "the opening agreement checks it"
         tensors = output if isinstance(output, tuple) else (output,)
-        last = next(flat for flat in self._flat if flat.stage.number == len(self._pipeline.stages) - 1)
+        last = next(flat for flat in self._flat if facts_of(flat.stage).number == len(self._pipeline.stages) - 1)
         try:
             loss = self._handover.loss_fn(last.returned(tensors), target if self._has_target else None)
             return loss / self._num_microbatches

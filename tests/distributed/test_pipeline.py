@@ -154,7 +154,7 @@ def train_stages(rank, case):
         "first": first,
         "final": {path: tensor.detach().clone() for path, tensor in state.items()},
         "bytes": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}.values()),
-        "numbers": [module.number for module in built.modules],
+        "numbers": [module._shardplan.number for module in built.modules],
         "receipt": built.receipt,
         "plan": dumps(plan) if rank == 0 else None,
     }
@@ -440,7 +440,7 @@ def plain_stage(rank, text):
     trained = {id(p) for group in built.optimizer.param_groups for p in group["params"]}
     owned = {id(p) for p in built.module.parameters()}
     state = {path: tensor.detach() for path, tensor in local_state(built.modules).items()}
-    return built.module.number, same and trained == owned, shapes, state, built.receipt
+    return built.module._shardplan.number, same and trained == owned, shapes, state, built.receipt
 
 
 def test_without_a_target_a_loaded_plan_gives_the_stage_itself():
