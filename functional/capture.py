@@ -119,12 +119,13 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
             _follow(path, module, open_modules, num_calls)
     repeats.settle(local)
     inputs, sizes = _inputs(subject.example, mode)
+    noticed: list[Problem] = []
     try:
-        with mode, own_generators(0), torch.enable_grad(), quiet(), noticing(open_modules) as noticed:
+        with mode, own_generators(0), torch.enable_grad(), quiet(), noticing(open_modules, subject.leaves) as noticed:
             exported: Any = torch.export.export(local, (), inputs, dynamic_shapes=sizes, strict=False)
             module = exported.module(check_guards=False)
     except Exception as error:
-        raise PlanError([_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
+        raise PlanError(noticed or [_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
     if noticed:
         raise PlanError(noticed)
     if not write_out(module.graph, repeats, subject.tree, opaque.calls):

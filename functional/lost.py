@@ -16,29 +16,30 @@ _LEAF = "Mark the module as a leaf, which runs as it is: sch.at[{path!r}].leaf()
 
 
 @contextmanager
-def noticing(open_modules: Sequence[str]) -> Iterator[list[Problem]]:
+def noticing(open_modules: Sequence[str], leaves: Sequence[str]) -> Iterator[list[Problem]]:
     """Collect what an export within the block would lose: gradients of the user's own, numbers from Python's generators.
 
     Args:
         open_modules: Paths of the modules that are running, innermost last.
+        leaves: Modules that run as they are, and lose nothing.
     """
-    problems: dict[str, Problem] = {}
+    found: list[Problem] = []
 
     def note(cause: str) -> None:
         path = open_modules[-1] if open_modules else ""
-        problems.setdefault(path, Problem(path, cause, _LEAF.format(path=path) if path else "Do it in a module of its own"))
+        if not any(f"{path}.".startswith(f"{leaf}.") for leaf in leaves) and path not in {p.path for p in found}:
+            fix = "Do it in a module of its own, and mark that as a leaf: sch.at[module].leaf()"
+            found.append(Problem(path, cause, _LEAF.format(path=path) if path else fix))
 
-    found: list[Problem] = []
     before = python_state()
     with (
         _replaced(torch.autograd.Function, "apply", lambda: note("it has a backward of its own, which the export ignores")),
         _replaced(Tensor, "register_hook", lambda: note("it registers a hook on a tensor, which the export ignores")),
     ):
         yield found
-    if python_state() != before:
+    if python_state() != before and not leaves:
         cause = "its code draws from Python's or NumPy's generator, and the export would fix what it drew"
-        problems.setdefault("", Problem("", cause, "Draw from torch's: torch.rand"))
-    found += problems.values()
+        found.append(Problem("", cause, "Draw from torch's: torch.rand"))
 
 
 def backward_hooks(model: nn.Module) -> Iterator[str]:
