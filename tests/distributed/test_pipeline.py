@@ -110,7 +110,10 @@ def deepspeed_config(**more):
 
 MESHES = (Mesh(pipe=2), Mesh(pipe=2, data=2), Mesh(pipe=2, tensor=2), Mesh(pipe=4))
 CASES = [
-    *(Case(name, mesh, target) for name in MAKE for mesh in MESHES for target in ("deepspeed", "torch")),
+    *(Case("llama", mesh, target) for mesh in MESHES for target in ("deepspeed", "torch")),
+    Case("t5", Mesh(pipe=2), "torch"),
+    Case("t5", Mesh(pipe=2, tensor=2), "deepspeed"),
+    Case("t5", Mesh(pipe=4), "deepspeed"),
     Case("llama", Mesh(pipe=2), "torch", "gpipe"),
     *(Case(name, Mesh(pipe=2), "torch", "interleaved_1f1b", 4) for name in MAKE),
 ]
