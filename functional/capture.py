@@ -23,7 +23,8 @@ from .generators import own_generators
 from .local_copy import local_copy, quiet
 from .lost import noticing
 from .opaque import LeafCall, Opaque, OpaqueCall, is_opaque
-from .repeats import Repeats, write_out
+from .repeats import Repeats
+from .written_out import write_out
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec

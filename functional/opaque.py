@@ -92,7 +92,12 @@ def opaque(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG
 
 @opaque.register_fake
 def _(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG001  its schema
-    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in _RESULTS[number]]
+    return stand_ins(_RESULTS[number])
+
+
+def stand_ins(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return new tensors with the sizes and strides of others: an operator gives no memory of somebody else's."""
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
 
 
 @define

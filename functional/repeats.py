@@ -2,25 +2,23 @@
 
 While the model is exported, the first of a family runs between two markers, and what its code reads of it is noted. For
 the next ones one placeholder stands in the graph, if they agree with the first in all that was read and in what they are
-called with. Afterwards the first one's operations are written in the place of each placeholder, with the other's tensors.
+called with. ``functional/written_out.py`` puts the first one's operations in the place of each placeholder.
 """
 
 from __future__ import annotations
 
-import operator
-import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import Factory, define, evolve, frozen
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .alike import Likeness
-from .opaque import LeafCall, OpaqueCall, is_opaque
+from .opaque import stand_ins
+from .reading import own_attributes, reading, unwatched
 
 if TYPE_CHECKING:
     from ..specs.steps import LayoutStep
@@ -31,15 +29,6 @@ _FEW = 3
 
 _LIBRARIES = ("torch", "transformers")
 """Whose layers are known to leave nothing behind but what they return; those of others are exported one by one."""
-
-_OWN = frozenset(
-    [
-        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward", "training"),
-        *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
-        *("_is_full_backward_hook", "_compiled_call_impl", "_parameters", "_buffers", "_modules"),
-    ]
-)
-"""What torch itself reads of every module; families agree in it, and hooks are the layout's."""
 
 _CLASS = "of the class"
 """Stands for the value of an attribute that a module has not of its own."""
@@ -63,12 +52,8 @@ _SHAPES: dict[int, Sequence[Tensor]] = {}
 """What the placeholder that runs now will give, by its number."""
 
 
-def _like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
-
-
-marker.register_fake(lambda tensors, number: _like(tensors))  # noqa: ARG005  its schema
-repeat.register_fake(lambda tensors, number: _like(_SHAPES[number]))  # noqa: ARG005  its schema
+marker.register_fake(lambda tensors, number: stand_ins(tensors))  # noqa: ARG005  its schema
+repeat.register_fake(lambda tensors, number: stand_ins(_SHAPES[number]))  # noqa: ARG005  its schema
 
 
 @frozen(eq=False)
@@ -154,8 +139,8 @@ class Repeats:
     def _first(self, call: _Call, leaves: list[Any], spec: TreeSpec) -> Any:
         begin, inside = self._mark(leaves)
         args, kwargs = tree_unflatten(inside, spec)
-        before, values = dict(self.num_calls), self._now(call.module, _attributes(call.module))
-        with _reading(call.module) as read:
+        before, values = dict(self.num_calls), self._now(call.module, own_attributes(call.module))
+        with reading(call.module) as read:
             returned = call.forward(*args, **kwargs)
         given, returns = tree_flatten(returned)
         now = self._now(call.module, read.names)
@@ -186,7 +171,9 @@ class Repeats:
 
     def _kind(self, path: str, module: nn.Module) -> Hashable:
         """Return what modules of one family have in common before they are called: classes, tensors, ties, layout."""
-        inside = tuple((name, _class(part), part.training, tuple(_tensors(part))) for name, part in module.named_modules())
+        inside = tuple(
+            (name, unwatched(type(part)), part.training, tuple(_tensors(part))) for name, part in module.named_modules()
+        )
         ties = tuple(
             tuple(other.removeprefix(path) if other.startswith(f"{path}.") else f"/{other}" for other in spec.paths)
             for name, _ in module.named_parameters()
@@ -226,154 +213,12 @@ class _Call:
     key: Hashable
 
 
-@define
-class _Read:
-    """What is read of the modules in one, by path and name; whether anything is written there."""
-
-    names: set[tuple[str, str]] = Factory(set)
-    is_written: bool = False
-
-
-@contextmanager
-def _reading(module: nn.Module) -> Iterator[_Read]:
-    """Note what code reads of the modules in one within the block. They are of other classes meanwhile."""
-    read, classes = _Read(), [(part, type(part)) for part in module.modules()]
-    for path, part in module.named_modules():
-        object.__setattr__(part, "__class__", _watched(path, type(part), read))  # its own may note what is written
-    try:
-        yield read
-    finally:
-        for part, cls in classes:
-            object.__setattr__(part, "__class__", cls)
-
-
-def _watched(path: str, cls: type[nn.Module], read: _Read) -> type[nn.Module]:
-    def get(self: Any, name: str) -> Any:
-        if name == "__dict__":
-            # nn.Module looks its tensors and modules up there; other code may see everything
-            read.is_written |= sys._getframe(1).f_globals.get("__name__") != nn.Module.__module__  # noqa: SLF001
-        elif name not in _OWN and not hasattr(nn.Module, name):
-            read.names.add((path, name))
-        return cls.__getattribute__(self, name)
-
-    def put(self: Any, name: str, value: Any) -> None:
-        read.is_written |= name not in _OWN
-        cls.__setattr__(self, name, value)
-
-    names = {"__getattribute__": get, "__setattr__": put, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), {**names, "_shardplan_class": _class_of(cls)})
-
-
-def _class(module: nn.Module) -> type:
-    return _class_of(type(module))
-
-
-def _class_of(cls: type) -> type:
-    """Return the class that a watched one stands for, or the class itself."""
-    return vars(cls).get("_shardplan_class", cls)
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Iterate over what the modules in one have of their own, by path and name."""
-    return ((path, name) for path, part in module.named_modules() for name in vars(part) if name not in _OWN)
-
-
 def _paths(model: nn.Module) -> Iterable[list[str]]:
     """Return all paths of each module."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
     return paths.values()
-
-
-def write_out(graph: fx.Graph, repeats: Repeats, tree: SpecTree, calls: list[OpaqueCall]) -> bool:
-    """Write the operations of the first of each family in the place of the others; remove the markers.
-
-    Returns:
-        Whether the graph had all placeholders: those in a region without gradients are out of reach.
-    """
-    found = {node.args[1]: node for node in graph.nodes if node.target is repeat._opoverload}  # noqa: SLF001  the operator
-    ends = {node.args[1]: node for node in graph.nodes if node.target is marker._opoverload}  # noqa: SLF001  the operator
-    if len(found) < len(repeats.repeated) or len(ends) < repeats.num_markers:
-        return False
-    for number, (path, first) in enumerate(repeats.repeated):
-        _write(graph, found[number], ends[first.begin], ends[first.end], _Names(first.path, path, tree), calls)
-    for end in ends.values():
-        _replace(graph, end, _listed(end))
-    return True
-
-
-@frozen
-class _Names:
-    """What belongs to the first of a family, and what to another one instead."""
-
-    old: str
-    new: str
-    tree: SpecTree
-
-    def path(self, path: str) -> str:
-        """Return the path of a module of the other one."""
-        return self.new + path.removeprefix(self.old) if f"{path}.".startswith(f"{self.old}.") else path
-
-    def tensor(self, path: str) -> str:
-        """Return the path of a tensor of the other one, where the first one's may have several."""
-        paths = (path, *self.tree[path].paths) if path in self.tree else ()
-        return next((self.path(other) for other in paths if other.startswith(f"{self.old}.")), path)
-
-
-def _write(graph: fx.Graph, stand_in: fx.Node, begin: fx.Node, end: fx.Node, names: _Names, calls: list[OpaqueCall]) -> None:
-    given = {item: _listed(stand_in)[_place(item)] for item in begin.users}
-    held: dict[str, fx.Node] = {}
-
-    def other(node: fx.Node) -> fx.Node:
-        if node.op != "get_attr" or (name := names.tensor(str(node.target))) == node.target:
-            return given.get(node, node)
-        if name not in held:
-            held[name] = graph.create_node("get_attr", name)
-            held[name].meta = dict(node.meta)
-        return held[name]
-
-    node = begin.next
-    with graph.inserting_before(stand_in):
-        while node is not end:
-            if node not in given and node.op == "call_function" and node.target is not marker._opoverload:  # noqa: SLF001  the operator
-                copied = graph.node_copy(node, other)
-                copied.meta["nn_module_stack"] = {
-                    key: (names.path(path), kind) for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()
-                }
-                if is_opaque(node):
-                    calls.append(_renamed(calls[_place(node)], names))
-                    copied.args = (copied.args[0], len(calls) - 1)
-                given[node] = copied
-            elif node.op == "call_function" and node not in given:
-                given |= {item: other(_listed(node)[_place(item)]) for item in node.users}
-            node = node.next
-    _replace(graph, stand_in, [other(output) for output in _listed(end)])
-
-
-def _renamed(call: OpaqueCall, names: _Names) -> OpaqueCall:
-    return evolve(call, what=LeafCall(names.path(call.what.path))) if isinstance(call.what, LeafCall) else call
-
-
-def _replace(graph: fx.Graph, node: fx.Node, values: Sequence[fx.Node]) -> None:
-    """Put values in the place of what a node returned."""
-    for item in list(node.users):
-        assert item.target is operator.getitem, "an operator's list is taken apart"
-        item.replace_all_uses_with(values[_place(item)])
-        graph.erase_node(item)
-    graph.erase_node(node)
-
-
-def _listed(node: fx.Node) -> list[fx.Node]:
-    """Return the tensors that a placeholder is given."""
-    listed: Any = node.args[0]
-    return list(listed)
-
-
-def _place(node: fx.Node) -> int:
-    """Return the number that a node has as its second argument: of a placeholder, or of an item of what it gave."""
-    place: Any = node.args[1]
-    return place
 
 
 def _families(model: nn.Module) -> Iterator[list[str]]:
