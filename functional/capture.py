@@ -105,7 +105,7 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
     names = [step.op for step in subject.layout if isinstance(step, Sync) and step.op not in get_args(SyncOp)]
     callables = {name: opaque.function(name, find(name, subject.callables)) for name in names}
     first = subject.mesh.coordinate(0)
-    local = local_copy(subject.model, subject.tree, subject.layout, first, callables, mode)
+    local = local_copy(subject.model, subject.tree, subject.layout, first, callables, mode, named=True)
     if not training or not local.training:
         local.train(training)  # else modules that the user has put in evaluation stay so in training
     num_calls: dict[str, int] = {}

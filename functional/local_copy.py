@@ -35,10 +35,12 @@ def local_copy(
     coordinate: Coordinate,
     callables: Mapping[str, Any],
     mode: FakeTensorMode,
+    *,
+    named: bool = False,
 ) -> nn.Module:
     """Return a copy of a model with fake CPU tensors of the local shapes at a coordinate, changed as the layout says.
 
-    The name of a synchronisation group in it is its mesh axis: there are no process groups yet.
+    There are no process groups yet: their names are empty, or with ``named`` their mesh axes, which an export keeps.
     """
     shapes = {id(tensor): tree[path].local_shape(coordinate) for path, _, tensor in named_tensors(model) if path in tree}
 
@@ -47,7 +49,9 @@ def local_copy(
             return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
 
     local = copy_module(model, fake, for_planning=True)
-    groups: dict[MeshAxis, SyncGroup] = {m: SyncGroup(m, coordinate.mesh.num(m), coordinate.index(m)) for m in MESH_AXES}
+    groups: dict[MeshAxis, SyncGroup] = {
+        m: SyncGroup(m if named else "", coordinate.mesh.num(m), coordinate.index(m)) for m in MESH_AXES
+    }
     with mode:
         for step in layout:
             apply_layout(local, step, Local(coordinate, groups, callables))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import Factory, define, frozen
+from attrs import Factory, define, evolve, frozen
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import base_types
@@ -115,7 +115,7 @@ class Opaque:
 
         def call(x: Tensor, group: SyncGroup) -> Tensor:
             what = FunctionCall(name, group.name)  # type: ignore[arg-type]  while exporting it is a mesh axis
-            return self._stand_for(what, lambda y: function(y, group), (x,), {})
+            return self._stand_for(what, lambda y: function(y, evolve(group, name="")), (x,), {})
 
         return call
 
