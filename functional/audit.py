@@ -29,12 +29,14 @@ def audit(plan: Plan) -> Report:
         msg = f"audit takes a plan, not a {type(plan).__name__}: audit(plan_build(schedule))"
         raise TypeError(msg)
     mesh = plan.mesh
+    shards = [(spec.orig_shape[shard.axis], shard) for spec in plan.tree.values() for shard in spec.shards]
+    is_even = all(shard.is_even(size, mesh) for size, shard in shards)
     distinct = {
         (stage, data, tensor): predict(plan, mesh.rank(Coordinate(pipe=stage, data=data, tensor=tensor, mesh=mesh)))
         for stage in range(mesh.pipe)
-        for data in range(min(mesh.data, 2))
-        for tensor in range(min(mesh.tensor, 2))
-    }  # places past the second are like it: parts are equal, and only the first sends
+        for data in range(min(mesh.data, 2) if is_even else mesh.data)
+        for tensor in range(min(mesh.tensor, 2) if is_even else mesh.tensor)
+    }  # where parts are equal, places past the second are like it: only the first sends
     return Report(
         title=f"audit of plan {plan.fingerprint[:12]}, {mesh}, target={plan.target or 'none'}",
         mesh=mesh,
@@ -69,7 +71,11 @@ def _share(plan: Plan, stage: int, tensor: int, distinct: dict[tuple[int, int, i
         parameter_bytes=sum(spec.local_bytes(here) for spec in mine if spec.kind == "parameter"),
         buffer_bytes=sum(spec.local_bytes(here) for spec in mine if spec.kind != "parameter"),
         replicated_bytes=sum(spec.num_bytes for spec in mine if not spec.mesh_axes(here)),
-        peak_bytes=max(receipt.peak_bytes for (s, _, t), receipt in distinct.items() if (s, t) == (stage, min(tensor, 1))),
+        peak_bytes=max(
+            receipt.peak_bytes
+            for (s, _, t), receipt in distinct.items()
+            if (s, t) == (stage, tensor if (stage, 0, tensor) in distinct else min(tensor, 1))
+        ),
     )
 
 

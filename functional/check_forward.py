@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..specs.errors import Problem
-from ..specs.steps import SetAttributes
+from ..specs.steps import SetAttributes, SetToLocalSize, SumGradient
 from .local_copy import following, local_copy
 from .parts import Parts
+from .selection import join
 
 if TYPE_CHECKING:
     from ..specs.mesh import Mesh
+    from ..specs.param import ParamSpec
     from ..specs.steps import LayoutStep
     from ..specs.tree import SpecTree
 
@@ -50,7 +52,7 @@ def check_forward(
             name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
             for name, value in example_inputs.items()
         }
-        is_split = {path: bool(spec.mesh_axes(first)) for path, spec in tree.items()}
+        is_split = {path: bool(set(spec.mesh_axes(first)) - {"expert"}) for path, spec in tree.items()}
         parts = Parts(local, tree, open_modules, is_split)
         try:
             with parts:
@@ -58,8 +60,19 @@ def check_forward(
         except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
             path = open_modules[-1] if open_modules else ""
             return [_stopped(local, tree, path, error)]
-    silent = {step.module for step in layout if not isinstance(step, SetAttributes)} - called
-    return [*parts.problems.values(), *map(_never_called, sorted(silent))]
+    silent = {step.module for step in layout if not isinstance(step, (SetAttributes, SetToLocalSize))} - called
+    summed = {join(step.module, step.name) for step in layout if isinstance(step, SumGradient) and _is_of_all(step)}
+    alone = (tree[path] for path in summed if tree[path].path not in parts.met)
+    return [*parts.problems.values(), *map(_never_called, sorted(silent)), *map(_counted_twice, alone)]
+
+
+def _is_of_all(step: SumGradient) -> bool:
+    return step.mesh_axis != "expert_data" and not step.sharing
+
+
+def _counted_twice(spec: ParamSpec) -> Problem:
+    cause = "its gradient is summed over ranks, and it works on whole activations: each rank has the whole gradient already"
+    return Problem(spec.path, cause, "Leave out its .sum_gradient()", spec.type)
 
 
 def _follow(module: nn.Module, path: str, open_modules: list[str], called: set[str]) -> None:

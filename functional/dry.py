@@ -67,8 +67,8 @@ class DryEffects:
     def view(self, whole: int, piece: Piece) -> int:
         return piece.num_bytes
 
-    def pack(self, tensors: Sequence[tuple[int, Piece | None]]) -> int:
-        return self._allocate(sum(whole if piece is None else piece.num_bytes for whole, piece in tensors))
+    def pack(self, tensors: Sequence[tuple[int, Piece | None]], room: int, dtype: str) -> int:
+        return self._allocate(room * num_bytes(dtype))
 
     def unpack(self, message: int, pieces: Sequence[Piece]) -> list[int]:
         return [self._allocate(piece.num_bytes) for piece in pieces]

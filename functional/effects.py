@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate, product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from attrs import Factory, define
 from torch import Tensor, nn
 
+from ..specs.param import index_shape
 from ..specs.program import InitProgram
 from ..specs.source import ModuleCall, ModuleValues, OwnValues
 from .agreement import agree
@@ -28,6 +30,7 @@ from .ledger import Ledger
 from .module_copy import get_tensor, like, module_of, put_tensor, tied
 from .stages import make_stage
 from .sync import SyncGroup
+from .synchronise import group_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from ..specs.mesh import Coordinate, MeshAxis
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
+    from ..specs.shard import Interval
     from ..specs.source import Call
     from ..specs.steps import LayoutStep
     from .partition import Partition
@@ -56,6 +60,7 @@ class TorchEffects:
         parts: The graphs of the pipeline's stages; None without a pipeline.
         ledger: What was allocated and sent.
         groups: Process groups of this rank by mesh axes.
+        sharing: Groups of neighbours that hold parts in common, by name.
         tie_groups: Those that join stages, by the stages' places along ``pipe``.
         tied: Tensors whose gradients are summed over stages, with their places.
         modules: What this rank runs: its stages, or the whole module.
@@ -73,6 +78,7 @@ class TorchEffects:
     parts: Partition | None = None
     ledger: Ledger = Factory(Ledger)
     groups: dict[tuple[MeshAxis, ...], dist.ProcessGroup] = Factory(dict)
+    sharing: dict[str, SyncGroup] = Factory(dict)
     tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = Factory(dict)
     tied: dict[str, tuple[int, ...]] = Factory(dict)
     modules: tuple[nn.Module, ...] = Factory(lambda self: (self.module,), takes_self=True)
@@ -97,6 +103,14 @@ class TorchEffects:
                 if self.rank in ranks:
                     assert isinstance(group, dist.ProcessGroup), "a member gets the group itself"
                     self.groups[mesh_axes] = group
+        for mesh_axis, num in work.sharing:
+            for ranks in self.coordinate.mesh.neighbours(mesh_axis, num):
+                group = dist.new_group(list(ranks))
+                self.ledger.num_groups += 1
+                if self.rank in ranks:
+                    assert isinstance(group, dist.ProcessGroup), "a member gets the group itself"
+                    index = self.coordinate.index(mesh_axis) % num
+                    self.sharing[group_name(mesh_axis, num)] = SyncGroup(group.group_name, num, index)
 
     def open_tie_groups(self, work: OpenTieGroups) -> None:
         for between, groups in zip(work.between, work.groups, strict=True):
@@ -137,31 +151,43 @@ class TorchEffects:
 
     def evaluate(self, pieces: Sequence[Piece], seed: int) -> Sequence[Tensor]:
         made = [self.empty(piece.shape, piece.spec.dtype) for piece in pieces]
-        evaluate(
-            (Job(out, _program(p), p.path, p.spec.orig_shape, p.index) for out, p in zip(made, pieces, strict=True)), seed
-        )
+        parts = [_without_padding(out, piece) for out, piece in zip(made, pieces, strict=True)]
+        jobs = (Job(out, _program(p), p.path, p.spec.orig_shape, p.index) for out, p in zip(parts, pieces, strict=True))
+        evaluate(jobs, seed)
         return made
 
     def take(self, piece: Piece) -> Tensor:
-        part = _part(get_tensor(self.original, piece.path).detach(), piece)
-        return self.empty(piece.shape, piece.spec.dtype).copy_(part)
+        return _copy_part(self.empty(piece.shape, piece.spec.dtype), get_tensor(self.original, piece.path).detach(), piece)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return self._own(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device))
 
     def cut(self, whole: Tensor, piece: Piece) -> Tensor:
-        # a clone: a view would keep the storage of the whole alive
-        return self._own(_part(whole, piece).clone(memory_format=torch.contiguous_format))
+        # a copy: a view would keep the storage of the whole alive
+        return _copy_part(self.empty(piece.shape, piece.spec.dtype), whole, piece)
 
     def view(self, whole: Tensor, piece: Piece) -> Tensor:
-        return _part(whole, piece)
+        assert piece.is_run, "nothing else is a view"
+        for axis, ((start, stop),) in enumerate(piece.index):
+            whole = whole.narrow(axis, start, stop - start)
+        return whole
 
-    def pack(self, tensors: Sequence[tuple[Tensor, Piece | None]]) -> Tensor:
-        flat = [(whole if piece is None else _part(whole, piece)).reshape(-1) for whole, piece in tensors]
-        return self._own(torch.cat(flat))
+    def pack(self, tensors: Sequence[tuple[Tensor, Piece | None]], room: int, dtype: str) -> Tensor:
+        message, written = self.empty((room,), dtype), 0
+        for whole, piece in tensors:
+            num = whole.numel() if piece is None else piece.num_elements
+            into = message[written : written + num]
+            if piece is None:
+                into.copy_(whole.reshape(-1))
+            else:
+                _copy_part(into.view(piece.shape), whole, piece)
+            written += num
+        message[written:].zero_()
+        return message
 
     def unpack(self, message: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-        parts = message.split([piece.num_elements for piece in pieces])
+        sizes = [piece.num_elements for piece in pieces]
+        parts = message[: sum(sizes)].split(sizes)
         return [self._own(part.clone().view(piece.shape)) for part, piece in zip(parts, pieces, strict=True)]
 
     def broadcast(self, message: Tensor, exchange: Exchange) -> None:
@@ -227,12 +253,12 @@ class TorchEffects:
     @cached_property
     def _local(self) -> Local:
         """What changes of layout need to know of this rank; the groups are there by then."""
-        groups: dict[MeshAxis, SyncGroup] = {
+        groups: dict[str, SyncGroup] = {
             mesh_axes[0]: SyncGroup(group.group_name, dist.get_world_size(group), self.coordinate.index(mesh_axes[0]))
             for mesh_axes, group in self.groups.items()
             if len(mesh_axes) == 1
         }
-        return Local(self.coordinate, groups, self.callables)
+        return Local(self.coordinate, groups | self.sharing, self.callables)
 
     def _own(self, tensor: Tensor) -> Tensor:
         self.ledger.allocate(tensor.nbytes)
@@ -283,8 +309,28 @@ def _program(piece: Piece) -> InitProgram:
     return piece.spec.source
 
 
-def _part(whole: Tensor, piece: Piece) -> Tensor:
+def _copy_part(own: Tensor, whole: Tensor, piece: Piece) -> Tensor:
+    """Copy the part of a whole tensor that a piece is, interval by interval, into what the rank holds; return that."""
     assert whole.numel() == prod(piece.spec.orig_shape), "a part is cut from a whole tensor"
-    for axis, (start, stop) in enumerate(piece.index):
-        whole = whole.narrow(axis, start, stop - start)
-    return whole
+    filled = _without_padding(own, piece)
+    for box in product(*(_with_places(intervals) for intervals in piece.index)):
+        taken, into = whole, filled
+        for axis, (place, start, stop) in enumerate(box):
+            taken, into = taken.narrow(axis, start, stop - start), into.narrow(axis, place, stop - start)
+        into.copy_(taken)
+    return own
+
+
+def _with_places(intervals: Sequence[Interval]) -> list[tuple[int, int, int]]:
+    """Return each interval after the place at which it begins among what is held of the axis."""
+    places = accumulate((stop - start for start, stop in intervals), initial=0)
+    return [(place, *interval) for place, interval in zip(places, intervals, strict=False)]
+
+
+def _without_padding(own: Tensor, piece: Piece) -> Tensor:
+    """Return the elements of what a rank holds that the whole tensor has; set those after them to zero."""
+    filled = index_shape(piece.index)
+    if filled == piece.shape:
+        return own
+    own[filled[0] :].zero_()
+    return own[: filled[0]]

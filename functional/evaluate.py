@@ -82,8 +82,8 @@ def evaluate(jobs: Iterable[Job], seed: int) -> None:
     >>> from shardplan.specs.program import Normal
     >>> program = InitProgram([Operation(Normal(0, 1))])
     >>> whole, row = torch.empty(4, 6), torch.empty(1, 6)
-    >>> evaluate([Job(whole, program, "up.weight", (4, 6), ((0, 4), (0, 6)))], seed=0)
-    >>> evaluate([Job(row, program, "up.weight", (4, 6), ((2, 3), (0, 6)))], seed=0)
+    >>> evaluate([Job(whole, program, "up.weight", (4, 6), (((0, 4),), ((0, 6),)))], seed=0)
+    >>> evaluate([Job(row, program, "up.weight", (4, 6), (((2, 3),), ((0, 6),)))], seed=0)
     >>> torch.equal(row[0], whole[2])
     True
     """

@@ -13,7 +13,7 @@ from ..specs.dtypes import human_bytes
 from ..specs.fold import fold
 from ..specs.report import Finding
 from ..specs.source import Made
-from ..specs.steps import AddBiasAfterSync, Sync, VocabParallel
+from ..specs.steps import AddBiasAfterSync, DispatchTokens, Sync, VocabParallel
 
 if TYPE_CHECKING:
     from ..specs.mesh import MeshAxis
@@ -50,7 +50,7 @@ def _unjoined(plan: Plan) -> Iterator[Finding]:
                 size = human_bytes(spec.local_bytes(first))
                 cause = f"{spec.type} is split ({size} a rank), and no synchronisation follows in {where}"
                 if verdict == "never":
-                    yield Finding("error", spec.path, cause, _mend(spec, module, joins.own_rows))
+                    yield Finding("error", spec.path, cause, _mend(spec, mesh_axis, module, joins.own_rows))
                 elif verdict == "earlier":
                     sign = f"{cause}, going by the order in which modules are registered"
                     yield Finding("warning", spec.path, sign, "If they are called in another order, nothing is wrong")
@@ -61,10 +61,11 @@ class _Joins:
 
     def __init__(self, plan: Plan) -> None:
         self.own_rows = {step.module for step in plan.steps if isinstance(step, VocabParallel)}
+        self._dispatched = {step.module for step in plan.steps if isinstance(step, DispatchTokens)}
         self._by_module: dict[str, list[Sync]] = {}
         self._by_block: dict[str, list[Sync]] = {}
         for step in plan.steps:
-            if isinstance(step, Sync) and step.when != "backward_post":
+            if isinstance(step, Sync) and step.when in ("forward_pre", "forward_post"):
                 self._by_module.setdefault(step.module, []).append(step)
                 self._by_block.setdefault(_block(step.module), []).append(step)
         self._span = _spans(plan.tree.all_paths)
@@ -74,6 +75,8 @@ class _Joins:
 
     def verdict(self, module: str, mesh_axis: MeshAxis) -> _Verdict:
         """Tell whether the parts of a module are joined after it, perhaps before it, or not at all."""
+        if mesh_axis == "expert":
+            return "later" if module in self._dispatched else "never"
         here = self._span[module][0]
         verdict: _Verdict = "never"
         around = [step for name in (*_prefixes(module), module) for step in self._by_module.get(name, [])]
@@ -108,10 +111,14 @@ def _whole_biases(plan: Plan) -> Iterator[Finding]:
 def _counted_twice(plan: Plan) -> Iterator[Finding]:
     """Find sums over ranks whose modules hold the same tensors: each would be counted as many times as there are ranks."""
     first = plan.mesh.coordinate(0)
+    holders = {prefix for path in plan.tree.all_paths for prefix in _prefixes(path)}
     split = {
-        prefix for spec in plan.tree.values() for path in spec.paths for prefix in _prefixes(path) if spec.mesh_axes(first)
+        (mesh_axis, prefix)
+        for spec in plan.tree.values()
+        for mesh_axis in spec.mesh_axes(first)
+        for path in spec.paths
+        for prefix in _prefixes(path)
     }
-    alike = {prefix for path in plan.tree.all_paths for prefix in _prefixes(path)} - split
     for step in plan.steps:
         match step:
             case Sync(when="forward_post", op="all_reduce" | "reduce_scatter"):
@@ -120,7 +127,7 @@ def _counted_twice(plan: Plan) -> Iterator[Finding]:
                 what = "input's gradient"
             case _:
                 continue
-        if step.module in alike:
+        if step.module in holders and (step.mesh_axis, step.module) not in split:
             num = plan.mesh.num(step.mesh_axis)
             cause = f"{step} sums its {what} over {num} ranks that hold the same tensors, so that it counts {num} times"
             yield Finding("warning", step.module, cause, "Split its tensors, or synchronise the module before it")
@@ -140,10 +147,14 @@ def _made_whole(plan: Plan) -> Iterator[Finding]:
         yield Finding("warning", path, cause, "Code that is pointwise would run on every rank for its own part")
 
 
-def _mend(spec: ParamSpec, module: str, own_rows: set[str]) -> str:
+def _mend(spec: ParamSpec, mesh_axis: MeshAxis, module: str, own_rows: set[str]) -> str:
+    if mesh_axis == "expert":
+        return f"sch.at[{module!r}].expert_parallel(), which splits the experts and sends them the tokens"
+    shard = spec.on(mesh_axis)
+    assert shard is not None, "it is split over this mesh axis"
     meant = "; if the split output is meant, .sync('forward_post', function) with a function that returns its tensor"
-    over = "" if spec.shards[0].mesh_axis == "tensor" else f", mesh_axis={spec.shards[0].mesh_axis!r}"
-    if spec.shards[0].axis == 1 or module in own_rows:
+    over = "" if mesh_axis == "tensor" else f", mesh_axis={mesh_axis!r}"
+    if shard.axis == 1 or module in own_rows:
         return f"sch.at[{module!r}].sync('forward_post', 'all_reduce'{over})"
     return f"sch.at[{module!r}].sync('forward_post', 'all_gather', axis=-1{over}), or .rowwise() on what follows{meant}"
 

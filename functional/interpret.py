@@ -93,8 +93,8 @@ class Effects(Protocol[T]):
         """Return a part of a whole tensor that lies in one piece, without a copy."""
         ...
 
-    def pack(self, tensors: Sequence[tuple[T, Piece | None]]) -> T:
-        """Copy tensors, or parts of them, into one flat message."""
+    def pack(self, tensors: Sequence[tuple[T, Piece | None]], room: int, dtype: str) -> T:
+        """Copy tensors, or parts of them, into one flat message of ``room`` elements."""
         ...
 
     def unpack(self, message: T, pieces: Sequence[Piece]) -> list[T]:
@@ -244,7 +244,8 @@ class _Run(Generic[T]):
             return self.message(work.pieces)
         if len(work.pieces) == 1:
             return self.held[work.pieces[0].path]
-        return self.effects.pack([(self.held[piece.path], None) for piece in work.pieces])
+        room = sum(piece.num_elements for piece in work.pieces)
+        return self.effects.pack([(self.held[piece.path], None) for piece in work.pieces], room, work.dtype)
 
     def after_broadcast(self, work: Exchange, message: T) -> None:
         if not work.is_root:
@@ -255,39 +256,41 @@ class _Run(Generic[T]):
     def scatter(self, work: Exchange) -> None:
         prepared = self.attempt(self.to_scatter, work)
         if prepared is None:
-            prepared = self.message(work.pieces), [self.message(pieces) for pieces in work.parts]
+            prepared = self.message(work.pieces, work.room), [self.message(pieces, work.room) for pieces in work.parts]
         message, parts = prepared
         self.effects.scatter(message, parts, work)
         self.attempt(self.after_scatter, work, message, parts)
 
     def to_scatter(self, work: Exchange) -> tuple[T, list[T]]:
-        parts = [self.part(pieces) for pieces in work.parts]
-        return self.message(work.pieces), parts
+        parts = [self.part(pieces, work.room) for pieces in work.parts]
+        return self.message(work.pieces, work.room), parts
 
     def after_scatter(self, work: Exchange, message: T, parts: list[T]) -> None:
-        while parts:
+        for pieces in reversed(work.parts):
             part = parts.pop()
-            if not _travels_as_view(work.pieces):
+            if not _travels_as_view(pieces, work.room):
                 self.effects.free(part)
         if work.is_root:
             for piece in work.pieces:
                 self.drop(piece.path)
-        self.receive(message, work.pieces)
+        self.receive(message, work.pieces, work.room)
 
-    def part(self, pieces: Sequence[Piece]) -> T:
+    def part(self, pieces: Sequence[Piece], room: int) -> T:
         """What one member of a scatter gets, as one message."""
-        if len(pieces) > 1:
-            return self.effects.pack([(self.held[piece.path], piece) for piece in pieces])
+        if len(pieces) > 1 or room:
+            num_elements = room or sum(piece.num_elements for piece in pieces)
+            held = [(self.held[piece.path], piece) for piece in pieces]
+            return self.effects.pack(held, num_elements, pieces[0].spec.dtype)
         whole = self.held[pieces[0].path]
-        return self.effects.view(whole, pieces[0]) if _travels_as_view(pieces) else self.effects.cut(whole, pieces[0])
+        return self.effects.view(whole, pieces[0]) if _travels_as_view(pieces, room) else self.effects.cut(whole, pieces[0])
 
-    def message(self, pieces: Sequence[Piece]) -> T:
-        """Room for one message: the tensor itself, or several in a row."""
-        shape = pieces[0].shape if len(pieces) == 1 else (sum(piece.num_elements for piece in pieces),)
-        return self.effects.empty(shape, pieces[0].spec.dtype)
+    def message(self, pieces: Sequence[Piece], room: int = 0) -> T:
+        """Room for one message: the tensor itself, several in a row, or as many elements as the longest message has."""
+        several = room or (sum(piece.num_elements for piece in pieces) if len(pieces) > 1 else 0)
+        return self.effects.empty((several,) if several else pieces[0].shape, pieces[0].spec.dtype)
 
-    def receive(self, message: T, pieces: Sequence[Piece]) -> None:
-        if len(pieces) == 1:
+    def receive(self, message: T, pieces: Sequence[Piece], room: int = 0) -> None:
+        if len(pieces) == 1 and not room:
             self.hold(pieces, [message])
         else:
             self.hold(pieces, self.effects.unpack(message, pieces))
@@ -311,10 +314,11 @@ class _Run(Generic[T]):
             return None
 
 
-def _travels_as_view(pieces: Sequence[Piece]) -> bool:
-    return len(pieces) == 1 and pieces[0].is_run
+def _travels_as_view(pieces: Sequence[Piece], room: int) -> bool:
+    return len(pieces) == 1 and not room and pieces[0].is_run
 
 
 def message_bytes(exchange: Exchange) -> int:
     """Return the bytes of the message that each member of an exchange gets."""
-    return sum(piece.num_elements for piece in exchange.pieces) * num_bytes(exchange.pieces[0].spec.dtype)
+    num_elements = exchange.room or sum(piece.num_elements for piece in exchange.pieces)
+    return num_elements * num_bytes(exchange.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -11,12 +12,27 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from ..specs.steps import AddBiasAfterSync, LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel
+from ..specs.steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    LayoutStep,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    Sync,
+    SyncOp,
+    VocabParallel,
+)
 from .callables import find
+from .fork_rng import OwnRng
+from .linears import linear_of, product
 from .sync import SyncGroup, own_ids, sync_function
+from .synchronise import Dispatch, Mask, PassWeight, Synchronise
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Coordinate, MeshAxis
+    from ..specs.mesh import Coordinate
 
 
 @frozen
@@ -25,97 +41,94 @@ class Local:
 
     Args:
         coordinate: Where it stands.
-        groups: Its synchronisation group along each mesh axis.
+        groups: Its synchronisation group along each mesh axis, and its groups of neighbours, by name.
         callables: The user's functions by name.
     """
 
     coordinate: Coordinate
-    groups: Mapping[MeshAxis, SyncGroup]
+    groups: Mapping[str, SyncGroup]
     callables: Mapping[str, Any]
 
 
-def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:
+def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # noqa: C901, PLR0912  one case a change
     """Change one module of a copy as a step says."""
     module = model.get_submodule(step.module)
     match step:
         case SetAttributes(values=values):
             for name, value in values.items():
-                setattr(module, name, value)
-        case VocabParallel():
+                _set(module, name, value)
+        case SetToLocalSize(attribute=attribute, tensor=tensor, axis=axis):
+            setattr(module, attribute, getattr(module, tensor).shape[axis])
+        case VocabParallel(num_rows=num_rows):
             assert isinstance(module, nn.Embedding), "the schedule checks it"
-            _own_rows(module, local)
+            _own_rows(module, num_rows, local)
         case AddBiasAfterSync():
-            assert isinstance(module, nn.Linear), "the plan checks it"
-            module.forward = MethodType(_without_bias, module)
-            module.register_forward_hook(_add_bias)
-            _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
-        case Sync(when=when, op=op, axis=axis, mesh_axis=mesh_axis):
-            function = sync_function(when, op, axis) if op in get_args(SyncOp) else find(op, local.callables)
-            hook = _Synchronise(function, local.groups[mesh_axis])
-            if when == "forward_post":
-                module.register_forward_hook(hook.after)
-                _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
+            assert linear_of(module), "the plan checks it"
+            module.forward = MethodType(product, module)
+            _hook_after(module, _add_bias)
+        case Sync(when=when, op=op, mesh_axis=mesh_axis, which=which):
+            function = sync_function(step) if op in get_args(SyncOp) else find(op, local.callables)
+            hook = Synchronise(function, local.groups[mesh_axis], which)
+            if when in ("forward_post", "backward_pre"):
+                _hook_after(module, hook.after)
             else:
-                module.register_forward_pre_hook(hook.before, with_kwargs=True)
-                _before_those_of_the_user(module._forward_pre_hooks)  # noqa: SLF001
+                _hook_before(module, hook.before)
+        case SumGradient():
+            passing = PassWeight(step, local.groups)
+            _hook_before(module, passing.before)
+            _hook_after(module, passing.after, also_after_errors=True)
+        case DispatchTokens():
+            dispatch = Dispatch(step, local.groups["expert"])
+            if hasattr(module, "_is_expert_parallel"):  # transformers' word for experts of which others have some
+                setattr(module, "_is_expert_parallel", True)  # noqa: B010
+            _hook_before(module, dispatch.before)
+            _hook_after(module, dispatch.after)
+        case ForkRng():
+            forked = OwnRng(local.coordinate.index("tensor"))
+            _hook_before(module, forked.before)
+            _hook_after(module, forked.after, also_after_errors=True)
+        case MaskPadding(sizes=(part, size)):
+            _hook_after(module, Mask(part, size, local.groups["tensor"]).after)
         case _:
             assert_never(step)
 
 
-@frozen
-class _Synchronise:
-    """A hook that sends a module's first floating-point input or output through an operator."""
-
-    function: Callable[[Tensor, SyncGroup], Tensor]
-    group: SyncGroup
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        for place, value in enumerate(args):
-            if _is_activation(value):
-                return (*args[:place], self.function(value, self.group), *args[place + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if _is_activation(value):
-                return args, {**kwargs, name: self.function(value, self.group)}
-        msg = f"{type(module).__name__} was called without a floating-point tensor, and its input is to be synchronised"
-        raise TypeError(msg)
-
-    def after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
-        if _is_activation(output):
-            return self.function(output, self.group)
-        if isinstance(output, dict):  # transformers' outputs are dictionaries too
-            for name, value in output.items():
-                if _is_activation(value):
-                    output[name] = self.function(value, self.group)
-                    return output
-        if isinstance(output, (tuple, list)):
-            for place, value in enumerate(output):
-                if _is_activation(value):
-                    parts = (*output[:place], self.function(value, self.group), *output[place + 1 :])
-                    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-        msg = f"{type(module).__name__} returned no floating-point tensor, and its output is to be synchronised"
-        raise TypeError(msg)
+_OURS = (Synchronise, PassWeight, Dispatch, Mask, OwnRng)
 
 
 def _before_those_of_the_user(hooks: dict[int, Any]) -> None:
     """Let the user's hooks see what the unsplit module would show them: they come after ours."""
     for key, hook in list(hooks.items()):
-        if hook is not _add_bias and not isinstance(getattr(hook, "__self__", None), _Synchronise):
+        if hook is not _add_bias and not isinstance(getattr(hook, "__self__", None), _OURS):
             hooks[key] = hooks.pop(key)
 
 
-def _is_activation(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _hook_before(module: nn.Module, hook: Callable[..., Any]) -> None:
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    _before_those_of_the_user(module._forward_pre_hooks)  # noqa: SLF001
 
 
-def _without_bias(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  nn.Linear's name for it
-    return nn.functional.linear(input, self.weight)
+def _hook_after(module: nn.Module, hook: Callable[..., Any], *, also_after_errors: bool = False) -> None:
+    module.register_forward_hook(hook, always_call=also_after_errors)
+    _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
 
 
-def _add_bias(module: nn.Linear, _: tuple[Any, ...], output: Tensor) -> Tensor:
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute; one of an object that the module keeps is set on a copy of it, which is the module's own."""
+    kept, dot, rest = name.partition(".")
+    if dot:
+        owned = copy.copy(getattr(module, kept))
+        setattr(module, kept, owned)
+        setattr(owned, rest, value)
+    else:
+        setattr(module, name, value)
+
+
+def _add_bias(module: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + module.bias
 
 
-def _own_rows(module: nn.Embedding, local: Local) -> None:
+def _own_rows(module: nn.Embedding, part: int, local: Local) -> None:
     """Make an embedding look up the rows that it has, and give zeros for all others.
 
     What differs from rank to rank is an argument of one operator, so that all ranks have the same graph.
@@ -129,7 +142,7 @@ def _own_rows(module: nn.Embedding, local: Local) -> None:
 
     def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else kwargs[name]
-        own = own_ids(ids, num_rows, index, group)
+        own = own_ids(ids, part, index, group)
         is_mine = (own >= 0) & (own < num_rows)
         mine = torch.where(is_mine, own, 0)
         rows = whole_forward(self, mine, *args[1:], **kwargs) if args else whole_forward(self, **{**kwargs, name: mine})

@@ -7,18 +7,19 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..specs.mesh import MESH_AXES, MeshAxis
+from ..specs.mesh import MeshAxis
 from .generators import own_generators
 from .guesses import AnswerZero
 from .layout import Local, apply_layout
 from .module_copy import copy_module
 from .skeleton import named_tensors
 from .sync import SyncGroup
+from .synchronise import group_name, needed_groups
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,9 +50,10 @@ def local_copy(
             return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
 
     local = copy_module(model, fake, for_planning=True)
-    groups: dict[MeshAxis, SyncGroup] = {
-        m: SyncGroup(m if named else "", coordinate.mesh.num(m), coordinate.index(m)) for m in MESH_AXES
-    }
+    sizes: dict[str, tuple[int, int]] = {m: (coordinate.mesh.num(m), coordinate.index(m)) for m in get_args(MeshAxis)}
+    sizes |= {group_name(m, num): (num, coordinate.index(m) % num) for m, num in needed_groups(layout)}
+    # what experts exchange is told from what tensor parallelism does, also where nothing else has a name
+    groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
     with mode:
         for step in layout:
             apply_layout(local, step, Local(coordinate, groups, callables))

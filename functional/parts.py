@@ -32,11 +32,13 @@ class Part:
             ``summed`` (whole, and its gradient is added up over ranks).
         needs_gradient: Whether something trained is behind it.
         parameter: Path of the parameter that it is, or is a view or a cast of.
+        summed: Paths of the parameters behind it whose gradients are added up, before they have met a part.
     """
 
     kind: Literal["split", "whole", "summed"]
     needs_gradient: bool
     parameter: str = ""
+    summed: frozenset[str] = frozenset()
 
 
 class Parts(TorchDispatchMode):
@@ -46,12 +48,14 @@ class Parts(TorchDispatchMode):
         model: The model, with the tensors of one rank.
         tree: Its tensors, with their layout.
         open_modules: Paths of the modules that are running, innermost last.
-        is_split: Whether a tensor, by canonical path, is really split on this mesh.
+        is_split: Whether a tensor, by canonical path, is really split on this mesh; experts of which each rank has some are
+            not, as they meet whole tokens.
     """
 
     def __init__(self, model: nn.Module, tree: SpecTree, open_modules: Sequence[str], is_split: Mapping[str, bool]) -> None:
         super().__init__()
         self.problems: dict[str, Problem] = {}
+        self.met: set[str] = set()
         self._open_modules = open_modules
         self._tree = tree
         self._parts: dict[int, Part] = {}
@@ -65,9 +69,11 @@ class Parts(TorchDispatchMode):
                     self._note(parameter, Part("whole", needs_gradient=True, parameter=spec.path))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        met = [part for part in map(self._part, tree_leaves((args, kwargs or {}))) if part is not None]
+        given = tree_leaves((args, kwargs or {}))
+        met = [part for part in map(self._part, given) if part is not None]
         out = func(*args, **(kwargs or {}))
-        made = self._outcome(func._schema.name, met)  # noqa: SLF001  the operator's name
+        is_of_experts = any(isinstance(value, str) and value.startswith("expert") for value in given)
+        made = self._outcome("" if is_of_experts else func._schema.name, met)  # noqa: SLF001  the operator's name
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self._note(tensor, made)
@@ -82,17 +88,19 @@ class Parts(TorchDispatchMode):
                 return Part("whole", needs_gradient) if needs_gradient else None
             case "shardplan::gather_sum":
                 return Part("summed", needs_gradient)
-            case "shardplan::sum_gradient" if met[0].kind == "whole":
-                return Part("summed", needs_gradient)
+            case "shardplan::sum_gradient" | "shardplan::sum_gradient_of" if met[0].kind == "whole":
+                return Part("summed", needs_gradient, summed=frozenset(filter(None, [met[0].parameter])))
             case "shardplan::reduce_scatter" | "shardplan::split":
                 return Part("split", needs_gradient)
             case _ if any(part.kind == "split" for part in met):
                 self._meet(part for part in met if part.kind == "whole")
+                self.met = self.met.union(*(part.summed for part in met))
                 return Part("split", needs_gradient)
             case _ if len(set(met)) == 1:
                 return met[0]
             case _:
-                return Part("whole" if any(part.kind == "whole" for part in met) else "summed", needs_gradient)
+                kind = "whole" if any(part.kind == "whole" for part in met) else "summed"
+                return Part(kind, needs_gradient, summed=frozenset().union(*(part.summed for part in met)))
 
     def _meet(self, whole: Iterable[Part]) -> None:
         here = self._open_modules[-1] if self._open_modules else ""

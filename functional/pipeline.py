@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
@@ -12,7 +12,7 @@ from ..specs.dtypes import is_known
 from ..specs.errors import Problem
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
 from ..specs.plain import is_plain
-from ..specs.steps import LayoutStep, SumTied
+from ..specs.steps import ForkRng, LayoutStep, SumTied
 from .capture import Subject
 from .chain import chain, is_sequence, slices
 from .cuts import even_cuts, wrong_cuts
@@ -52,6 +52,18 @@ def wrong_stages(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> lis
         fix = "plan_build(..., example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.long)}); meta tensors will do"
         problems.append(Problem("example_inputs", cause, fix))
     return problems
+
+
+def wrong_for_stages(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], leaves: Sequence[str]) -> Iterator[Problem]:
+    """Iterate over what an export cannot hold: ranks along ``tensor`` have one graph, and generators stand outside it."""
+    for spec in tree.values():
+        if any(not shard.is_even(spec.orig_shape[shard.axis], mesh) for shard in spec.shards):
+            cause = "its parts differ in size from rank to rank, and a stage has one graph for all of them"
+            yield Problem(spec.path, cause, "Split it evenly: pad it, or split it over fewer ranks", spec.type)
+    for step in layout:
+        if isinstance(step, ForkRng) and not any(f"{step.module}.".startswith(f"{leaf}.") for leaf in leaves):
+            cause = "its random numbers differ from rank to rank, which the graph of a stage cannot say"
+            yield Problem(step.module, cause, f"Let it run as it is: sch.at[{step.module!r}].leaf()")
 
 
 def cut(sch: Schedule, tree: SpecTree, layout: Sequence[LayoutStep], example_inputs: Mapping[str, Any]) -> Partition:

@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import nn
 
 from ..specs.errors import PlanError, Problem
-from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
+from ..specs.mesh import Mesh, MeshAxis
 from ..specs.param import ParamSpec
 from ..specs.plain import not_plain
 from ..specs.plan import Plan, misfits
@@ -20,14 +20,19 @@ from ..specs.steps import (
     AddBiasAfterSync,
     Agree,
     Broadcast,
+    DispatchTokens,
+    ForkRng,
     LayoutStep,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
+    MaskPadding,
     Scatter,
     SendCopy,
     SetAttributes,
+    SetToLocalSize,
     Step,
+    SumGradient,
     SumTied,
     Sync,
     TakeStages,
@@ -40,9 +45,12 @@ from .check_forward import check_forward
 from .dialects import find_dialect
 from .init_calls import wrong_signature
 from .init_code import Unit, find_units
-from .pipeline import cut, is_cut, place, tied_across, wrong_stages
+from .linears import has_forward_of_its_own, linear_of
+from .pipeline import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
 from .route import Strategy, born_sharded, local_only, route
 from .schedule import Schedule
+from .selection import join
+from .synchronise import needed_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,8 +123,10 @@ def plan_build(
     dialect, unknown = find_dialect(target)
     problems += unknown
     if dialect is not None:
-        problems += dialect.check(sch.mesh, tree, config)
+        problems += dialect.check(sch.mesh, tree, layout, config)
     problems += wrong_stages(sch, example_inputs)
+    if is_cut(sch) and not sch.handed and not problems:
+        problems += wrong_for_stages(sch.mesh, tree, layout, sch.leaves)
     if example_inputs is not None and not problems:
         problems += check_forward(model, tree, layout, sch.mesh, runtime.callables, example_inputs)
     if problems or dialect is None:
@@ -130,11 +140,11 @@ def plan_build(
         raise PlanError(problems)
     tied = tied_across(sch.mesh, tree)
     moves = [*_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy), *_ties(sch.mesh, tree)]
-    over = _groups([*moves, *layout], dialect.groups(sch.mesh))
+    over, sharing = _groups([*moves, *layout], dialect.groups(sch.mesh)), tuple(dict.fromkeys(needed_groups(layout)))
     between = _between([*moves, *tied])
     steps = [
         Agree("opening"),
-        *([MakeGroups(over)] if over else []),
+        *([MakeGroups(over, sharing)] if over or sharing else []),
         *([MakeTieGroups(between)] if between else []),
         *moves,
         *layout,
@@ -199,32 +209,56 @@ def _layout(model: nn.Module, sch: Schedule) -> tuple[list[LayoutStep], list[Pro
     """Return the changes that matter on this mesh; a bias behind a summed output goes after the sum."""
     steps = [step for step in sch.layout if _matters(step, sch.mesh)]
     problems: list[Problem] = []
-    summed = dict.fromkeys(
-        s.module for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"
-    )
-    for path in summed:
+    summed = {s.module: s.op for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
+    shared = list(_shared_gradients(sch.mesh, sch.tree))
+    for path, op in summed.items():
         module = model.get_submodule(path)
-        weight = sch.tree.get(f"{path}.weight".lstrip("."))
-        if not isinstance(module, nn.Linear) or module.bias is None or weight is None:
+        weight, kind = sch.tree.get(join(path, "weight")), linear_of(module)
+        if kind is None or weight is None or getattr(module, "bias", None) is None:
             continue
-        if weight.shards and weight.shards[0].axis == 1 and weight.shards[0].mesh_axis == "tensor":
+        shard = weight.on("tensor")
+        if shard is not None and shard.axis == kind.in_axis:
             steps.append(AddBiasAfterSync(path))
-            if type(module).forward is not nn.Linear.forward:
+            if op == "reduce_scatter" and sch.tree[join(path, "bias")].requires_grad:
+                shared.append(SumGradient(path, "bias"))
+            if has_forward_of_its_own(module):
                 cause = (
                     f"its bias belongs after the sum over ranks, and {type(module).__name__} has a forward of its own,"
                     f" so that it would be added {sch.mesh.tensor} times"
                 )
                 problems.append(Problem(path, cause, "Use a plain nn.Linear, or bias=False", weight.type))
-    return steps, problems
+    # last, so that whatever else is done after a module is done with the operator's result
+    others = [step for step in steps if not isinstance(step, SumGradient)]
+    return [*others, *dict.fromkeys((*(s for s in steps if isinstance(s, SumGradient)), *shared))], problems
+
+
+def _shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:
+    """Iterate over the sums of gradients of what several ranks hold for parts of activations: repeated granules, experts."""
+    first = mesh.coordinate(0)
+    for spec in tree.values():
+        for shard in spec.shards if spec.requires_grad else ():
+            size, num = spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis)
+            if num == 1 or shard.misfit(size, num):
+                continue
+            held = shard.held(size, first)
+            for path in spec.paths:
+                module, _, name = path.rpartition(".")
+                if shard.mesh_axis == "expert":
+                    yield SumGradient(module, name, "expert_data", divide=mesh.data)
+                elif any(part.num_holders > 1 for part in held):
+                    sharing = tuple((part.stop - part.start, part.num_holders) for part in held)
+                    yield SumGradient(module, name, shard.mesh_axis, shard.axis, sharing)
 
 
 def _matters(step: LayoutStep, mesh: Mesh) -> bool:
     match step:
-        case Sync(mesh_axis=mesh_axis):
+        case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis):
             return mesh.num(mesh_axis) > 1
-        case VocabParallel() | AddBiasAfterSync():
+        case VocabParallel() | AddBiasAfterSync() | ForkRng() | MaskPadding():
             return mesh.tensor > 1
-        case SetAttributes():
+        case DispatchTokens():
+            return mesh.expert > 1
+        case SetAttributes() | SetToLocalSize():
             return True
 
 
@@ -273,8 +307,12 @@ def _groups(steps: list[Step], wanted: tuple[tuple[MeshAxis, ...], ...]) -> tupl
         match step:
             case Scatter(over=over) | Broadcast(over=over):
                 needed.add(over)
-            case Sync(mesh_axis=mesh_axis):
+            case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis, sharing=()):
                 needed.add((mesh_axis,))
+            case DispatchTokens():
+                needed.add(("expert",))
+            case MaskPadding() | VocabParallel():
+                needed.add(("tensor",))
             case _:
                 pass
-    return tuple(sorted(needed, key=lambda axes: [MESH_AXES.index(m) for m in axes]))
+    return tuple(sorted(needed, key=lambda axes: [get_args(MeshAxis).index(m) for m in axes]))

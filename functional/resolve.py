@@ -8,25 +8,30 @@ from typing import TYPE_CHECKING, Literal, assert_never
 from attrs import evolve, frozen
 
 from ..specs.dtypes import num_bytes
-from ..specs.param import Index, ParamSpec, index_shape
+from ..specs.param import Index, ParamSpec, index_shape, whole_index
 from ..specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
     Broadcast,
+    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
+    ForkRng,
     Generate,
     LayoutStep,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
+    MaskPadding,
     Place,
     Scatter,
     SendCopy,
     SetAttributes,
+    SetToLocalSize,
     Slice,
     Step,
+    SumGradient,
     SumTied,
     Sync,
     TakeShard,
@@ -47,20 +52,32 @@ if TYPE_CHECKING:
 
 @frozen
 class Piece:
-    """A part of one tensor, as it is allocated, cut or sent."""
+    """A part of one tensor, as it is allocated, cut or sent.
+
+    Args:
+        spec: The tensor.
+        index: The part.
+        shape: Its shape; where it is longer than the part along the first axis, zeros follow.
+    """
 
     spec: ParamSpec
     index: Index
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, spec: ParamSpec) -> Piece:
+        """Return all of a tensor."""
+        return cls(spec, whole_index(spec.orig_shape), spec.orig_shape)
+
+    @classmethod
+    def part(cls, spec: ParamSpec, coordinate: Coordinate) -> Piece:
+        """Return what a coordinate holds of a tensor."""
+        return cls(spec, spec.index(coordinate), spec.local_shape(coordinate))
 
     @property
     def path(self) -> str:
         """Canonical path of the tensor."""
         return self.spec.path
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
-        return index_shape(self.index)
 
     @property
     def num_elements(self) -> int:
@@ -75,9 +92,11 @@ class Piece:
     @property
     def is_run(self) -> bool:
         """Whether it lies in one piece in the whole tensor: only the first axis longer than 1 is cut."""
-        sizes = self.spec.orig_shape
-        cut = [axis for axis, (start, stop) in enumerate(self.index) if stop - start < sizes[axis]]
-        return not cut or all(stop - start == 1 for start, stop in self.index[: cut[-1]])
+        taken = index_shape(self.index)
+        if taken != self.shape or 0 in taken or any(len(intervals) > 1 for intervals in self.index):
+            return False
+        cut = [axis for axis, size in enumerate(taken) if size < self.spec.orig_shape[axis]]
+        return not cut or all(size == 1 for size in taken[: cut[-1]])
 
 
 @frozen
@@ -87,9 +106,10 @@ class Nothing:
 
 @frozen
 class OpenGroups:
-    """Take part in making every group along each of these sets of mesh axes."""
+    """Take part in making every group along each of these sets of mesh axes, and of each number of neighbours."""
 
     over: tuple[tuple[MeshAxis, ...], ...]
+    sharing: tuple[tuple[MeshAxis, int], ...]
     num_groups: int
 
 
@@ -145,6 +165,7 @@ class Exchange:
         pieces: What this rank holds of each tensor afterwards.
         parts: For the sender of a scatter, what each member gets, in the order of the group.
         between: Places along ``pipe`` of a group that joins two stages; else empty.
+        room: Elements of each message, where the members get different numbers of them; else 0.
     """
 
     op: Literal["broadcast", "scatter"]
@@ -154,6 +175,12 @@ class Exchange:
     pieces: tuple[Piece, ...]
     parts: tuple[tuple[Piece, ...], ...] = ()
     between: tuple[int, ...] = ()
+    room: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """The element type of all tensors of a message."""
+        return self.pieces[0].spec.dtype
 
 
 @frozen
@@ -235,18 +262,22 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
     >>> tree = SpecTree([ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))])
     >>> work = resolve(Scatter(stage=0, paths=("up.weight",), over=("tensor",)), Mesh(tensor=4).coordinate(2), tree)
     >>> work.group, work.is_root, work.pieces[0].index
-    (range(0, 4), False, ((4, 6), (0, 4)))
+    (range(0, 4), False, (((4, 6),), ((0, 4),)))
     """
     match step:
         case Agree() | MakeOptimizer():
             return step
         case Wrap(target=target):
             return Hand(target)
-        case MakeGroups(over=over):
-            return OpenGroups(over, sum(len(coordinate.mesh.groups(*mesh_axes)) for mesh_axes in over))
+        case MakeGroups(over=over, sharing=sharing):
+            mesh = coordinate.mesh
+            made = [*(mesh.groups(*mesh_axes) for mesh_axes in over), *(mesh.neighbours(*pair) for pair in sharing)]
+            return OpenGroups(over, sharing, sum(map(len, made)))
         case MakeTieGroups(between=between):
             return OpenTieGroups(between, tuple(tuple(_tied_ranks(coordinate.mesh, places)) for places in between))
-        case SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
+        case SetAttributes() | SetToLocalSize() | VocabParallel() | AddBiasAfterSync() | Sync():
+            return Change(step)
+        case SumGradient() | DispatchTokens() | ForkRng() | MaskPadding():
             return Change(step)
         case TakeStages():
             return KeepStages(coordinate.pipe)
@@ -299,30 +330,38 @@ def _rank_at(coordinate: Coordinate, place: int) -> int:
 
 
 def _scatter(pieces: tuple[Piece, ...], over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Work:
-    others: tuple[MeshAxis, ...] = tuple(m for m in ("data", "tensor") if m not in over)
+    others: tuple[MeshAxis, ...] = tuple(m for m in ("expert_data", "expert", "tensor") if m not in _factors(over))
     if not coordinate.is_first(*others):
         return Nothing()
     group, is_root = coordinate.group(*over), coordinate.is_first(*over)
     parts: tuple[tuple[Piece, ...], ...] = ()
     if is_root:
         members = map(coordinate.mesh.coordinate, group)
-        parts = tuple(tuple(Piece(p.spec, p.spec.index(member)) for p in pieces) for member in members)
-    return Exchange("scatter", over, group, is_root, pieces, parts)
+        parts = tuple(tuple(Piece.part(p.spec, member) for p in pieces) for member in members)
+    return Exchange("scatter", over, group, is_root, pieces, parts, room=_room(pieces, coordinate))
+
+
+def _factors(over: tuple[MeshAxis, ...]) -> Iterator[MeshAxis]:
+    for mesh_axis in over:
+        yield from ("expert_data", "expert") if mesh_axis == "data" else (mesh_axis,)
+
+
+def _room(pieces: tuple[Piece, ...], coordinate: Coordinate) -> int:
+    """Return the elements of the first member's message, the longest one, where others may be shorter; else 0."""
+    mesh = coordinate.mesh
+    uneven = any(not shard.is_even(p.spec.orig_shape[shard.axis], mesh) for p in pieces for shard in p.spec.shards)
+    return sum(prod(p.spec.local_shape(mesh.coordinate(0))) for p in pieces) if uneven else 0
 
 
 def _travelling(spec: ParamSpec, over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Piece:
-    if set(spec.mesh_axes(coordinate)) & set(over):
-        return Piece(spec, _whole_index(spec))
-    return Piece(spec, spec.index(coordinate))
+    if set(_factors(spec.mesh_axes(coordinate))) & set(_factors(over)):
+        return Piece.whole(spec)
+    return Piece.part(spec, coordinate)
 
 
 def _whole(tree: SpecTree, paths: tuple[str, ...]) -> tuple[Piece, ...]:
-    return tuple(Piece(tree[path], _whole_index(tree[path])) for path in paths)
+    return tuple(Piece.whole(tree[path]) for path in paths)
 
 
 def _parts(tree: SpecTree, paths: tuple[str, ...], coordinate: Coordinate) -> tuple[Piece, ...]:
-    return tuple(Piece(tree[path], tree[path].index(coordinate)) for path in paths)
-
-
-def _whole_index(spec: ParamSpec) -> Index:
-    return tuple((0, size) for size in spec.orig_shape)
+    return tuple(Piece.part(tree[path], coordinate) for path in paths)

@@ -120,10 +120,11 @@ class _Road:
             yield TakeWhole(self.stage, taken)
         if evaluated := tuple(spec.path for spec in specs if isinstance(spec.source, InitProgram)):
             yield EvaluateWhole(self.stage, evaluated)
-        several: tuple[MeshAxis, ...] = tuple(m for m in ("data", "tensor") if self.first.mesh.num(m) > 1)
-        if self.strategy == "scatter" and split:
+        several = self.longer_than_one("data", "tensor")
+        rest = self.longer_than_one(*(("expert_data", "tensor") if "expert" in split else ("data", "tensor")), without=split)
+        # a scatter over 'expert' alone would leave others along 'tensor' for which no single group has a first rank
+        if self.strategy == "scatter" and split and rest != ("expert_data", "tensor"):
             yield Scatter(self.stage, paths, split)
-            rest: tuple[MeshAxis, ...] = tuple(m for m in several if m not in split)
             if rest:
                 yield Broadcast(self.stage, paths, rest)
         else:
@@ -135,3 +136,6 @@ class _Road:
         yield from (SendCopy(self.stage, to, (spec.path,)) for spec, to in copied)
         yield Place(self.stage, paths)
         yield from (Place(to, (spec.path,)) for spec, to in copied)
+
+    def longer_than_one(self, *mesh_axes: MeshAxis, without: tuple[MeshAxis, ...] = ()) -> tuple[MeshAxis, ...]:
+        return tuple(m for m in mesh_axes if self.first.mesh.num(m) > 1 and m not in without)

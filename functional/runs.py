@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..specs.param import Index
+    from ..specs.shard import Interval
 
 _MAX_OUTER = 3
 
@@ -56,14 +57,31 @@ class Runs:
 def runs_of(shape: tuple[int, ...], index: Index) -> tuple[Runs, ...]:
     """Return the runs of a part, in the part's own row-major order.
 
-    >>> runs_of((8, 6), ((2, 4), (0, 3)))
+    >>> runs_of((8, 6), (((2, 4),), ((0, 3),)))
     (Runs(start=12, length=3, counts=(2, 1, 1), strides=(6, 0, 0)),)
-    >>> runs_of((8, 6), ((2, 4), (0, 6)))
+    >>> runs_of((8, 6), (((2, 4),), ((0, 6),)))
     (Runs(start=12, length=12, counts=(1, 1, 1), strides=(0, 0, 0)),)
+    >>> [runs.start for runs in runs_of((2, 8), (((0, 2),), ((0, 2), (4, 6))))]
+    [0, 4, 8, 12]
     """
+    return tuple(runs for box in _boxes(index) for runs in _runs_of_box(shape, box))
+
+
+def _boxes(index: Index) -> Iterator[tuple[Interval, ...]]:
+    """Iterate over boxes whose elements, one box after the other, are those of a part in its row-major order.
+
+    Around an axis of several intervals each index is a box of its own.
+    """
+    several = [axis for axis, intervals in enumerate(index) if len(intervals) > 1]
+    last = several[-1] if several else 0
+    around = [[(at, at + 1) for interval in intervals for at in range(*interval)] for intervals in index[:last]]
+    return product(*around, *index[last:])
+
+
+def _runs_of_box(shape: tuple[int, ...], box: tuple[Interval, ...]) -> Iterator[Runs]:
     merged: list[tuple[int, int]] = []  # elements and stride, outermost first; what is whole joins what is around it
     start = 0
-    for size, stride, (low, high) in zip(shape, row_major(shape), index, strict=True):
+    for size, stride, (low, high) in zip(shape, row_major(shape), box, strict=True):
         start += low * stride
         if merged and high - low == size:
             merged[-1] = merged[-1][0] * size, stride
@@ -71,12 +89,12 @@ def runs_of(shape: tuple[int, ...], index: Index) -> tuple[Runs, ...]:
             merged.append((high - low, stride))
     *outer, (length, _) = merged or [(1, 1)]
     if length == 0 or any(count == 0 for count, _ in outer):
-        return ()
+        return
     outer = [(count, stride) for count, stride in outer if count > 1]
     spread, inner = outer[:-_MAX_OUTER], [*outer[-1 : -_MAX_OUTER - 1 : -1], *[(1, 0)] * _MAX_OUTER][:_MAX_OUTER]
     counts, strides = tuple(count for count, _ in inner), tuple(stride for _, stride in inner)
     offsets = (sum(at) for at in product(*(range(0, count * stride, stride) for count, stride in spread)))
-    return tuple(Runs(start + offset, length, counts, strides) for offset in offsets)  # pyright: ignore[reportArgumentType]  three of each
+    yield from (Runs(start + offset, length, counts, strides) for offset in offsets)  # pyright: ignore[reportArgumentType]  three of each
 
 
 @frozen

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from attrs import evolve, field, frozen
@@ -11,19 +11,33 @@ from attrs.validators import instance_of
 from torch import nn
 
 from ..specs.errors import Problem
+from ..specs.listing import declared
 from ..specs.mesh import Mesh, MeshAxis
-from ..specs.param import Origin, ParamSpec
-from ..specs.pattern import closest, compile_pattern
 from ..specs.plain import is_plain
 from ..specs.plan import Runtime
 from ..specs.program import Fill, InitProgram, Operation
+from ..specs.shard import Split
 from ..specs.source import Made, TensorCall
-from ..specs.steps import LayoutStep, SetAttributes, Sync, SyncOp, VocabParallel, When
+from ..specs.steps import ForkRng, LayoutStep, SetAttributes, SumGradient, Sync, SyncOp, When
+from . import module_verbs
 from .callables import register
 from .cuts import By, Even, wrong_even, wrong_handed
-from .selection import At, caller, join
+from .edits import (
+    edited,
+    module_of,
+    or_unmatched,
+    own_tensors,
+    selected_modules,
+    selected_tensors,
+    split_named,
+    split_tensors,
+    tensors_below,
+    with_layout,
+    wrong,
+)
+from .selection import At, join
 from .skeleton import ModuleSpec, read_modules, read_tensors
-from .verb_checks import sharded, wrong_attribute, wrong_embedding, wrong_fill, wrong_sync
+from .verb_checks import wrong_attribute, wrong_fill, wrong_sync
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -103,21 +117,36 @@ class Schedule:
         """
         return At(self)
 
+    def __str__(self) -> str:
+        return declared(self.mesh, self.tree, self.layout, self.cuts)
+
+    @property
+    def selected(self) -> str:
+        """The pattern in force.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.pattern is None:
+            msg = "a verb needs a selection: sch.at[pattern].verb(...)"
+            raise ValueError(msg)
+        return self.pattern
+
     def expect(self, num: int) -> Schedule:
         """Say how many modules and tensors the pattern selects; another number is a problem."""
-        found = len(self._modules()) + len(self._tensors())
+        found = len(selected_modules(self)) + len(selected_tensors(self))
         if found == 0 or (found == num and not isinstance(num, bool)):
-            return self._or_unmatched()
-        named = [m.path for m in self._modules()] + [s.path for s in self._tensors()]
+            return or_unmatched(self)
+        named = [m.path for m in selected_modules(self)] + [s.path for s in selected_tensors(self)]
         cause = f"{num!r} expected, {found} selected: {', '.join(named[:3])}{', ...' if found > 3 else ''}"  # noqa: PLR2004
-        return self._wrong(Problem(self._pattern(), cause, f"Write .expect({found}) if that is meant, or mend the pattern"))
+        return wrong(self, Problem(self.selected, cause, f"Write .expect({found}) if that is meant, or mend the pattern"))
 
     def tag(self, **tags: object) -> Schedule:
         """Note plain values on tensors, or on all tensors of modules; ``spec.tags`` has them."""
         if not is_plain(tags):
             cause = f"a plan holds plain values, and {tags!r} has others"
-            return self._wrong(Problem(self._pattern(), cause, "Note numbers, strings, booleans, or lists of them"))
-        return self._edit("tag", self._tensors_below(), lambda spec: evolve(spec, tags={**spec.tags, **tags}))
+            return wrong(self, Problem(self.selected, cause, "Note numbers, strings, booleans, or lists of them"))
+        return edited(self, "tag", tensors_below(self), lambda spec: evolve(spec, tags={**spec.tags, **tags}))
 
     def init(self, value: float | Callable[..., object]) -> Schedule:
         """Give tensors their values, whatever other init code says.
@@ -126,25 +155,25 @@ class Schedule:
             value: A number that fills them, or a function that is called with each whole tensor and writes it in place.
         """
         if isinstance(value, float) and not is_plain(value):
-            return self._wrong(Problem(self._pattern(), f"a plan holds finite numbers, not {value}", "Fill by a function"))
+            return wrong(self, Problem(self.selected, f"a plan holds finite numbers, not {value}", "Fill by a function"))
         if isinstance(value, (bool, int, float)):
-            misfits = [wrong_fill(spec, value) for spec in self._tensors_below()]
+            misfits = [wrong_fill(spec, value) for spec in tensors_below(self)]
             sch = evolve(self, problems=(*self.problems, *(problem for problem in misfits if problem)))
             program = InitProgram([Operation(Fill(value))], replaces=True)
-            return sch._edit("init", sch._tensors_below(), lambda spec: evolve(spec, source=program))
+            return edited(sch, "init", tensors_below(sch), lambda spec: evolve(spec, source=program))
         if not callable(value):
             fix = "nn.init.ones_, or a function of your own with def"
-            return self._wrong(Problem(self._pattern(), f".init takes a number or a function, not {value!r}", fix))
+            return wrong(self, Problem(self.selected, f".init takes a number or a function, not {value!r}", fix))
         name, callables = register(self.runtime.callables, value)
         sch = evolve(self, runtime=evolve(self.runtime, callables=callables))
-        return sch._edit(
-            "init", self._tensors_below(), lambda spec: evolve(spec, source=Made((TensorCall(spec.path, name),)))
+        return edited(
+            sch, "init", tensors_below(self), lambda spec: evolve(spec, source=Made((TensorCall(spec.path, name),)))
         )
 
     def set(self, **attributes: object) -> Schedule:
         """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
-        sch = self._or_unmatched(modules=True)
-        modules = self._modules()
+        sch = or_unmatched(self, modules=True)
+        modules = selected_modules(self)
         earlier = {(s.module, name): v for s in self.layout if isinstance(s, SetAttributes) for name, v in s.values.items()}
         problems = [
             problem
@@ -152,35 +181,46 @@ class Schedule:
             for name, value in attributes.items()
             if (
                 problem := wrong_attribute(
-                    module, self._module(module), name, value, earlier.get((module.path, name), value)
+                    module, module_of(self, module), name, value, earlier.get((module.path, name), value)
                 )
             )
         ]
         if not attributes:
-            problems = [Problem(self._pattern(), ".set() names no attribute", ".set(num_heads=8)")]
+            problems = [Problem(self.selected, ".set() names no attribute", ".set(num_heads=8)")]
         if problems:
             return evolve(sch, problems=(*sch.problems, *problems))
-        return sch._with_layout(SetAttributes(module.path, attributes) for module in modules)
+        return with_layout(sch, (SetAttributes(module.path, attributes) for module in modules))
 
-    def shard(self, name: str | None = None, *, axis: int, mesh_axis: MeshAxis = "tensor") -> Schedule:
-        """Split tensors along an axis, in equal parts over a mesh axis.
+    def shard(
+        self, name: str | None = None, *, axis: int, mesh_axis: MeshAxis = "tensor", **split: Unpack[Split]
+    ) -> Schedule:
+        """Split tensors along an axis over a mesh axis: in equal parts, unless more is said.
 
         Args:
             name: Tensor of each selected module; left out if the pattern selects tensors.
             axis: Axis of the tensor, negative from the end.
-            mesh_axis: ``tensor`` or ``data``.
+            mesh_axis: ``tensor``, ``data`` or ``expert``. A tensor can be split along two axes, over two mesh axes.
+            split: ``blocks``, ``interleaved``, ``granule``, ``replicate``, ``uneven``, ``allow_empty``, ``pad_to_multiple``:
+                what they mean is said by ``shardplan.specs.Shard``.
         """
-        sch = self._or_unmatched(modules=name is not None)
+        sch = or_unmatched(self, modules=name is not None)
         if name is not None:
-            return sch._split_named("shard", self._modules(), name, axis, mesh_axis)
-        specs = self._tensors()
-        if not specs and self._modules():
+            return split_named(sch, "shard", selected_modules(self), name, axis, mesh_axis, **split)
+        specs = selected_tensors(self)
+        if not specs and selected_modules(self):
             cause = "it selects modules, and .shard(axis=...) is for tensors"
-            return sch._wrong(Problem(self._pattern(), cause, f'Name the tensor: .shard("weight", axis={axis})'))
-        return sch._split("shard", specs, axis, mesh_axis)
+            return wrong(sch, Problem(self.selected, cause, f'Name the tensor: .shard("weight", axis={axis})'))
+        return split_tensors(sch, "shard", specs, axis, mesh_axis, **split)
 
     def sync(
-        self, when: When, op: SyncOp | Callable[..., object], axis: int | None = None, *, mesh_axis: MeshAxis = "tensor"
+        self,
+        when: When,
+        op: SyncOp | Callable[..., object],
+        axis: int | None = None,
+        *,
+        mesh_axis: MeshAxis = "tensor",
+        which: int = 0,
+        features: tuple[int, int] | None = None,
     ) -> Schedule:
         """Send a module's input or output through a collective operator, with its own autograd formula.
 
@@ -190,74 +230,124 @@ class Schedule:
         the one before it (``forward_post``).
 
         Args:
-            when: ``forward_pre`` (the input), ``forward_post`` (the output), or ``backward_post`` (the gradient of the
-                input).
-            op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, or a function ``(tensor, group) -> tensor``.
+            when: ``forward_pre`` (the input), ``forward_post`` (the output), ``backward_post`` (the gradient of the input)
+                or ``backward_pre`` (the gradient of the output).
+            op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``divide`` (by the number of ranks), or a function
+                ``(tensor, group) -> tensor``.
             axis: Axis of the activation that is gathered or scattered, negative from the end.
             mesh_axis: Mesh axis along which it communicates.
+            which: Another floating-point tensor than the first, counted from 0.
+            features: Of a gradient that is summed, some entries of the last axis alone: the first, and the one after the
+                last.
         """
-        sch = self._or_unmatched(modules=True)
-        if problem := wrong_sync(self._pattern(), when, op, axis, mesh_axis):
-            return sch._wrong(problem)
+        sch = or_unmatched(self, modules=True)
+        if problem := wrong_sync(self.selected, when, op, axis, mesh_axis, which, features):
+            return wrong(sch, problem)
         if callable(op):
             name, callables = register(self.runtime.callables, op)
             sch = evolve(sch, runtime=evolve(self.runtime, callables=callables))
         else:
             name = op
-        return sch._with_syncs(self._modules(), when, name, axis, mesh_axis)
+        syncs = (Sync(m.path, when, name, axis, mesh_axis, which, features) for m in selected_modules(self))
+        return with_layout(sch, syncs)
 
-    def colwise(self, *, gather_output: bool = False) -> Schedule:
-        """Split the outputs of ``nn.Linear``: each rank computes some of the output features from the whole input.
+    def sum_gradient(self, name: str | None = None, *, mesh_axis: MeshAxis = "tensor") -> Schedule:
+        """Sum the gradient of tensors that are whole on every rank, and work on parts of activations there.
 
-        In verbs: ``.shard("weight", axis=0)``, ``.shard("bias", axis=0)``, ``.sync("backward_post", "all_reduce")``,
-        ``.set(out_features=...)``, and with ``gather_output`` also ``.sync("forward_post", "all_gather", axis=-1)``.
+        Such are norms of split heads, or on a split sequence. The tensor passes an operator on its way into its module, so
+        that the sum is part of the backward pass.
+
+        Args:
+            name: Tensor of each selected module; left out for all its trained ones, or if the pattern selects tensors.
+            mesh_axis: Mesh axis along which the activations are split.
         """
-        sch, linears = self._of_kind(nn.Linear, "colwise", '.shard("weight", axis=...) and .sync(...)')
-        biased = [module for module in linears if join(module.path, "bias") in self.tree]
-        sch = sch._split_named("colwise", linears, "weight", 0)._split_named("colwise", biased, "bias", 0)
-        sch = sch._with_syncs(linears, "backward_post", "all_reduce")._with_local(linears, "out_features")
-        return sch._with_syncs(linears, "forward_post", "all_gather", -1) if gather_output else sch
+        sch = or_unmatched(self, modules=name is not None)
+        if mesh_axis not in ("data", "tensor"):
+            cause = f"activations are not split over mesh axis {mesh_axis!r}"
+            return wrong(sch, Problem(self.selected, cause, "They are over data or tensor"))
+        chosen = {path for spec in selected_tensors(self) for path in spec.paths}
+        for module in selected_modules(self):
+            owned = {path for spec in own_tensors(self, module) if spec.requires_grad for path in spec.paths}
+            mine = {path for path in owned if path.rpartition(".")[0] == module.path}
+            found = mine if name is None else mine & {join(module.path, name)}
+            if not found:
+                held = ", ".join(sorted(mine)) or "none"
+                cause = f"it has no trained tensor{f' {name!r}' if name else ''} of its own"
+                sch = wrong(sch, Problem(module.path, cause, f"Its trained tensors are {held}"))
+            chosen |= found
+        named = (path.rpartition(".") for path in sch.tree.all_paths if path in chosen)
+        return with_layout(sch, (SumGradient(module, last, mesh_axis) for module, _, last in named))
 
-    def rowwise(self) -> Schedule:
-        """Split the inputs of ``nn.Linear``: each rank sums over some of the input features, then all ranks sum.
+    def fork_rng(self) -> Schedule:
+        """Draw other random numbers on each rank along ``tensor`` within modules: dropout on parts of activations."""
+        sch = or_unmatched(self, modules=True)
+        return with_layout(sch, (ForkRng(module.path) for module in selected_modules(self)))
 
-        In verbs: ``.shard("weight", axis=1)``, ``.sync("forward_post", "all_reduce")``, ``.set(in_features=...)``. A bias
-        is added once, after the sum.
+    def colwise(self, *, gather_output: bool = False, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
+        """Split the outputs of ``nn.Linear`` or ``Conv1D``: each rank computes some features of the output.
+
+        In verbs, for ``nn.Linear``: ``.shard("weight", axis=0)``, ``.shard("bias", axis=0)``,
+        ``.sync("backward_post", "all_reduce")``, ``.set(out_features=...)``.
+
+        Args:
+            gather_output: Join the outputs: ``.sync("forward_post", "all_gather", axis=-1)``. Padding is left out.
+            sequence_axis: Axis along which the input is split: ``.sync("forward_pre", "all_gather", axis=sequence_axis)``
+                in place of the sum of its gradient.
+            split: As for ``.shard``.
         """
-        sch, linears = self._of_kind(nn.Linear, "rowwise", '.shard("weight", axis=...) and .sync(...)')
-        sch = sch._split_named("rowwise", linears, "weight", 1)
-        return sch._with_syncs(linears, "forward_post", "all_reduce")._with_local(linears, "in_features")
+        return module_verbs.colwise(self, gather_output=gather_output, sequence_axis=sequence_axis, **split)
 
-    def vocab_parallel(self) -> Schedule:
+    def rowwise(self, *, split_input: bool = False, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
+        """Split the inputs of ``nn.Linear`` or ``Conv1D``: each rank sums over some input features, then all ranks sum.
+
+        In verbs, for ``nn.Linear``: ``.shard("weight", axis=1)``, ``.sync("forward_post", "all_reduce")``,
+        ``.set(in_features=...)``. A bias is added once, after the sum.
+
+        Args:
+            split_input: The input is whole, and each rank takes its own features of it:
+                ``.sync("backward_post", "all_gather", axis=-1)``.
+            sequence_axis: Axis along which the outputs stay split: ``reduce_scatter`` in place of ``all_reduce``.
+            split: As for ``.shard``.
+        """
+        return module_verbs.rowwise(self, split_input=split_input, sequence_axis=sequence_axis, **split)
+
+    def vocab_parallel(self, *, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
         """Split the rows of ``nn.Embedding``: each rank looks up its own, and all ranks sum.
 
         In verbs: ``.shard("weight", axis=0)``, rows of others give zeros, ``.sync("forward_post", "all_reduce")``,
         ``.set(num_embeddings=...)``.
+
+        Args:
+            sequence_axis: As for ``.rowwise``.
+            split: As for ``.shard``; ``pad_to_multiple`` pads the vocabulary.
         """
-        sch, embeddings = self._of_kind(nn.Embedding, "vocab_parallel", ".colwise() for a head")
-        for module in embeddings:
-            if problem := wrong_embedding(module, self._module(module)):
-                sch = sch._wrong(problem)
-        sch = sch._split_named("vocab_parallel", embeddings, "weight", 0)
-        sch = sch._with_layout(VocabParallel(module.path) for module in embeddings)
-        return sch._with_syncs(embeddings, "forward_post", "all_reduce")._with_local(embeddings, "num_embeddings")
+        return module_verbs.vocab_parallel(self, sequence_axis=sequence_axis, **split)
+
+    def expert_parallel(self) -> Schedule:
+        """Spread the experts of fused modules over ``expert``: axis 0 of each tensor that they hold.
+
+        Such a module has ``num_experts`` and is called with tokens, the experts chosen for each, and their weights. Tokens
+        of all ranks along ``expert`` are gathered, each rank computes with its experts, what they give is summed, and each
+        rank keeps its own tokens'; gradients of experts are summed over ``expert_data`` and divided by ``data``.
+        """
+        return module_verbs.expert_parallel(self)
 
     def cut_pipeline_stage(self) -> Schedule:
         """End a pipeline stage after each selected module; there is one stage more than cuts."""
-        sch = self._or_unmatched(modules=True)
-        paths = [module.path for module in self._modules()]
+        sch = or_unmatched(self, modules=True)
+        paths = [module.path for module in selected_modules(self)]
         if "" in paths:
             cause = "it is the model itself, and nothing comes after it"
-            return sch._wrong(Problem(self._pattern(), cause, "Cut a module inside it"))
+            return wrong(sch, Problem(self.selected, cause, "Cut a module inside it"))
         return evolve(sch, cuts=tuple(dict.fromkeys((*self.cuts, *paths))))
 
     def leaf(self) -> Schedule:
         """Let modules run as they are, as one operation of their stage: their code is not exported, and not cut."""
-        sch = self._or_unmatched(modules=True)
-        paths = [module.path for module in self._modules()]
+        sch = or_unmatched(self, modules=True)
+        paths = [module.path for module in selected_modules(self)]
         if "" in paths:
             cause = "it is the model itself, and a leaf is one operation of one stage"
-            return sch._wrong(Problem(self._pattern(), cause, "Mark the module that cannot be exported"))
+            return wrong(sch, Problem(self.selected, cause, "Mark the module that cannot be exported"))
         return evolve(sch, leaves=tuple(dict.fromkeys((*self.leaves, *paths))))
 
     def cut_evenly(self, num_stages: int, by: By = "parameters") -> Schedule:
@@ -268,7 +358,7 @@ class Schedule:
             by: ``parameters`` (their elements) or ``flops`` (of a forward pass on the example inputs).
         """
         if problem := wrong_even(num_stages, by):
-            return self._wrong(problem)
+            return wrong(self, problem)
         return evolve(self, even=Even(num_stages, by))
 
     def with_stages(self, stages: Sequence[nn.Module]) -> Schedule:
@@ -278,117 +368,8 @@ class Schedule:
             stages: One module a stage. The first is called with the example inputs, each other one with what the one before
                 gave: a tensor, or a tuple of tensors.
         """
-        names = {id(self._module(module)): module.path for module in self.modules}
+        names = {id(module_of(self, module)): module.path for module in self.modules}
         if problem := wrong_handed(stages, names):
-            return self._wrong(problem)
+            return wrong(self, problem)
         paths = [names[id(stage)] for stage in stages]
         return evolve(self, handed=tuple((path,) for path in paths))
-
-    # -- selection
-
-    def _pattern(self) -> str:
-        if self.pattern is None:
-            msg = "a verb needs a selection: sch.at[pattern].verb(...)"
-            raise ValueError(msg)
-        return self.pattern
-
-    def _modules(self) -> tuple[ModuleSpec, ...]:
-        if self._is_known_wrong():
-            return ()
-        matches = compile_pattern(self._pattern()).fullmatch
-        return tuple(m for m in self.modules if any(map(matches, (m.path, *m.aliases))))
-
-    def _tensors(self) -> tuple[ParamSpec, ...]:
-        return () if self._is_known_wrong() else self.tree.select(self._pattern())
-
-    def _is_known_wrong(self) -> bool:
-        """Whether the pattern itself is a problem already: it selects nothing, and nothing more is said of it."""
-        return any(problem.path == self._pattern() and not self._is_path(problem.path) for problem in self.problems)
-
-    def _is_path(self, pattern: str) -> bool:
-        return pattern in self.tree or any(pattern in (m.path, *m.aliases) for m in self.modules)
-
-    def _tensors_below(self) -> Iterator[ParamSpec]:
-        prefixes = tuple(f"{m.path}." if m.path else "" for m in self._modules())
-        chosen = {spec.path for spec in self._tensors()}
-        return (
-            s for s in self.tree.values() if s.path in chosen or any(p.startswith(prefixes) for p in s.paths if prefixes)
-        )
-
-    def _module(self, module: ModuleSpec) -> nn.Module:
-        return self.runtime.model.get_submodule(module.path)
-
-    def _of_kind(self, kind: type[nn.Module], verb: str, instead: str) -> tuple[Schedule, list[ModuleSpec]]:
-        """Return the selected modules of a class, and the schedule with a problem for each other one."""
-        sch, found = self._or_unmatched(modules=True), []
-        for module in self._modules():
-            if isinstance(self._module(module), kind):
-                found.append(module)
-            else:
-                cause = f".{verb}() is for nn.{kind.__name__}, and this is a {module.type.partition(':')[2]}"
-                sch = sch._wrong(Problem(module.path, cause, f"Spell it out: {instead}"))
-        return sch, found
-
-    # -- edits
-
-    def _wrong(self, problem: Problem) -> Schedule:
-        return evolve(self, problems=(*self.problems, problem))
-
-    def _or_unmatched(self, *, modules: bool = False) -> Schedule:
-        """Return the schedule, with a problem if the pattern selects nothing that the verb is for."""
-        pattern = self._pattern()
-        if self._is_known_wrong() or self._modules() or (not modules and self._tensors()):
-            return self
-        if modules and self._tensors():
-            return self._wrong(
-                Problem(pattern, "it selects tensors, and this verb is for modules", "Drop the tensor's name")
-            )
-        near = closest(pattern, [*(m.path for m in self.modules), *self.tree.all_paths])
-        fix = f"The closest are {', '.join(near)}" if near else "print(model) shows its paths"
-        return self._wrong(Problem(pattern, "no module and no tensor has a path like this", fix))
-
-    def _with_layout(self, steps: Iterable[LayoutStep]) -> Schedule:
-        """Add steps; one that is there already says nothing new."""
-        return evolve(self, layout=tuple(dict.fromkeys((*self.layout, *steps))))
-
-    def _edit(self, verb: str, specs: Iterable[ParamSpec], change: Callable[[ParamSpec], ParamSpec]) -> Schedule:
-        origin = Origin(verb, self._pattern(), caller())
-        changed = {s.path: change(s if s.origin else evolve(s, origin=origin)) for s in specs}
-        sch = self._or_unmatched()
-        if not changed and sch is self and not self._is_known_wrong():
-            sch = sch._wrong(
-                Problem(self._pattern(), f"no tensor is there for .{verb}()", "Select a module that holds some")
-            )
-        return evolve(sch, tree=self.tree.replace(changed))
-
-    def _with_syncs(
-        self, modules: Iterable[ModuleSpec], when: When, op: str, axis: int | None = None, mesh_axis: MeshAxis = "tensor"
-    ) -> Schedule:
-        return self._with_layout(Sync(module.path, when, op, axis, mesh_axis) for module in modules)
-
-    def _with_local(self, modules: Iterable[ModuleSpec], attribute: str) -> Schedule:
-        """Set an attribute that holds a size to the size on one rank."""
-        return self._with_layout(
-            SetAttributes(module.path, {attribute: getattr(self._module(module), attribute) // self.mesh.tensor})
-            for module in modules
-        )
-
-    def _split_named(
-        self, verb: str, modules: Iterable[ModuleSpec], name: str, axis: int, mesh_axis: MeshAxis = "tensor"
-    ) -> Schedule:
-        sch, specs = self, []
-        for module in modules:
-            if (path := join(module.path, name)) in self.tree:
-                specs.append(self.tree[path])
-            else:
-                near = [spec.path.rpartition(".")[2] for spec in self.tree.values() if spec.module == module.path]
-                fix = f"It holds {', '.join(near)}" if near else "It holds no tensors itself; its submodules do"
-                sch = sch._wrong(Problem(module.path, f"it has no tensor {name!r}", fix))
-        return sch._split(verb, dict.fromkeys(specs), axis, mesh_axis)
-
-    def _split(self, verb: str, specs: Iterable[ParamSpec], axis: int, mesh_axis: MeshAxis) -> Schedule:
-        origin = Origin(verb, self._pattern(), caller())
-        outcomes = {spec.path: sharded(spec, axis, mesh_axis, origin) for spec in specs}
-        problems = (outcome for outcome in outcomes.values() if isinstance(outcome, Problem))
-        changed = {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, ParamSpec)}
-        return evolve(self, tree=self.tree.replace(changed), problems=(*self.problems, *problems))

@@ -10,7 +10,6 @@ from attrs import frozen
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
-from ..specs.mesh import MESH_AXES
 from ..specs.pipeline import holds
 from .callables import find
 from .flow import is_check
@@ -213,7 +212,7 @@ def _compile(stage: StageModule, graph: StageGraph, number: int, local: Local, d
     copied.output(copied.graph_copy(graph.graph, {}))
     for node in copied.nodes:
         if getattr(node.target, "namespace", "") == "shardplan":
-            _address(node, local.groups, local)
+            _address(node, local.groups)
     _move(copied, device)
     compiled = fx.GraphModule(stage, copied, class_name=f"Stage{number}")
     return type(compiled).forward
@@ -243,15 +242,15 @@ def _move(graph: fx.Graph, device: torch.device) -> None:
             node.args = (device.type, *node.args[1:])
 
 
-def _address(node: fx.Node, groups: Mapping[Any, SyncGroup], local: Local) -> None:
+def _address(node: fx.Node, groups: Mapping[Any, SyncGroup]) -> None:
     """Give a collective operator the group and the place of this rank, where the plan has a mesh axis."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # noqa: SLF001
     values = dict(zip(names, node.args, strict=False)) | node.kwargs
     mesh_axis: Any = values["group"]
-    assert mesh_axis in MESH_AXES, "an exported operator names its mesh axis"
+    assert mesh_axis in groups, "an exported operator names its mesh axis, or a group of neighbours along it"
     values["group"] = groups[mesh_axis].name
     if "index" in values:
-        values["index"] = local.coordinate.index(mesh_axis)
+        values["index"] = groups[mesh_axis].index
     node.args, node.kwargs = tuple(values[name] for name in names), {}
 
 

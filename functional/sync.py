@@ -8,11 +8,16 @@ operator             forward                                  backward
 ===================  =======================================  ==========================================
 ``all_reduce``       sum over the group                       g
 ``sum_gradient``     x                                        sum of g over the group
+``sum_gradient_of``  x                                        the same, of some entries of the last axis alone
+``average_gradient`` x                                        sum of g over the group, divided by a number
 ``all_gather``       parts joined along an axis               own part of g
 ``gather_sum``       parts joined along an axis               sum of g, own part of it
 ``reduce_scatter``   sum, own part of it                      parts of g joined
 ``split``            own part along an axis                   parts of g joined
 ===================  =======================================  ==========================================
+
+Parts that are gathered, or split, are equal, or those of ``torch.chunk``: the last ones may be shorter. Padding at their
+ends is left out, and comes back as zeros.
 
 The pairs are Megatron-LM's f and g and their sequence-parallel variants (Shoeybi et al. 2019, section 3; Korthikanti
 et al. 2022, section 4.2.2).
@@ -30,7 +35,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..specs.steps import When
+    from ..specs.steps import Sync
 
 
 @frozen
@@ -53,35 +58,57 @@ class SyncGroup:
         return _process_group(self.name)
 
 
-def sync_function(when: When, op: str, axis: int | None) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa: PLR0911  one case an operator
+def sync_function(sync: Sync) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa: PLR0911  one case an operator
     """Return what a synchronisation does to a tensor on its way forward.
 
-    ``backward_post`` is said of the gradient, so its operator on the way forward is the adjoint:
+    ``backward_post`` and ``backward_pre`` are said of the gradient, so their operator on the way forward is the adjoint:
 
     ==================  ====================  ================================  ==================
     said of             ``all_reduce``        ``all_gather``                    ``reduce_scatter``
     ==================  ====================  ================================  ==================
     ``forward_pre``     ``all_reduce``        ``gather_sum``                    ``reduce_scatter``
     ``forward_post``    ``all_reduce``        ``all_gather``                    ``reduce_scatter``
-    ``backward_post``   ``sum_gradient``      ``split``                         ``gather_sum``
+    ``backward_*``      ``sum_gradient``      ``split``                         ``gather_sum``
     ==================  ====================  ================================  ==================
     """
-    match when, op:
-        case "backward_post", "all_reduce":
+    axis, features, sizes = sync.axis, sync.features, sync.sizes
+    is_backward = sync.when in ("backward_pre", "backward_post")
+    match sync.op:
+        case "divide":
+            return lambda x, group: x / group.num_ranks
+        case "all_reduce" if is_backward and features is not None:
+            return lambda x, group: sum_gradient_of(x, *features, group.name)
+        case "all_reduce" if is_backward:
             return lambda x, group: sum_gradient(x, group.name)
-        case "backward_post", "reduce_scatter":
-            return lambda x, group: gather_sum(x, _axis(x, axis), group.num_ranks, group.index, group.name)
-        case "backward_post", "all_gather":
-            return lambda x, group: split(x, _axis(x, axis), group.num_ranks, group.index, group.name)
-        case _, "all_reduce":
+        case "all_reduce":
             return lambda x, group: all_reduce(x, group.name)
-        case "forward_pre", "all_gather":
+        case "all_gather" if is_backward:
+            return lambda x, group: own_part(x, _axis(x, axis), group, sizes)
+        case "all_gather" if sync.when == "forward_post":
+            return lambda x, group: joined(x, _axis(x, axis), group, sizes)
+        case "all_gather":
             return lambda x, group: gather_sum(x, _axis(x, axis), group.num_ranks, group.index, group.name)
-        case _, "all_gather":
-            return lambda x, group: all_gather(x, _axis(x, axis), group.num_ranks, group.index, group.name)
+        case _ if is_backward:
+            assert sync.op == "reduce_scatter", "the schedule checks it"
+            return lambda x, group: gather_sum(x, _axis(x, axis), group.num_ranks, group.index, group.name)
         case _:
-            assert op == "reduce_scatter", "the schedule checks it"
+            assert sync.op == "reduce_scatter", "the schedule checks it"
             return lambda x, group: reduce_scatter(x, _axis(x, axis), group.num_ranks, group.index, group.name)
+
+
+def joined(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:
+    """Join the parts of all ranks; ``sizes`` are the entries of the first rank and of all, None if all have as many."""
+    part, size = sizes or (x.shape[axis], x.shape[axis] * group.num_ranks)
+    return all_gather(x, axis, group.num_ranks, group.index, part, size, group.name)
+
+
+def own_part(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:
+    """Keep the own part of what all ranks have; ``sizes`` as in :func:`joined`."""
+    if sizes is None and x.shape[axis] % group.num_ranks:
+        raise ValueError(_not_equal(x, axis, group.num_ranks))
+    part = sizes[0] if sizes else x.shape[axis] // group.num_ranks
+    length = min(part, max(0, x.shape[axis] - group.index * part)) if sizes else part
+    return split(x, axis, group.num_ranks, group.index, part, length, group.name)
 
 
 def _axis(x: Tensor, axis: int | None) -> int:
@@ -110,9 +137,24 @@ def _summed_part(x: Tensor, axis: int, num: int, index: int, group: str) -> Tens
 
 def _equal_parts(x: Tensor, axis: int, num: int) -> tuple[Tensor, ...]:
     if x.shape[axis] % num:
-        msg = f"axis {axis} of an activation of shape {list(x.shape)} cannot be split into {num} equal parts"
-        raise ValueError(msg)
+        raise ValueError(_not_equal(x, axis, num))
     return x.split(x.shape[axis] // num, dim=axis)
+
+
+def _not_equal(x: Tensor, axis: int, num: int) -> str:
+    return f"axis {axis} of an activation of shape {list(x.shape)} cannot be split into {num} equal parts"
+
+
+def _with_length(x: Tensor, axis: int, length: int) -> Tensor:
+    """Return x with zeros after its last entry, or without its last entries."""
+    missing = length - x.shape[axis]
+    if missing > 0:
+        return torch.cat([x, x.new_zeros([missing if at == axis else size for at, size in enumerate(x.shape)])], axis)
+    return x.narrow(axis, 0, length)
+
+
+def _resized(x: Tensor, axis: int, size: int) -> Tensor:
+    return x.new_empty([size if at == axis else old for at, old in enumerate(x.shape)])
 
 
 def _longer(x: Tensor, axis: int, num: int) -> Tensor:
@@ -137,10 +179,32 @@ def sum_gradient(x: Tensor, group: str) -> Tensor:
     return x.clone()
 
 
+@torch.library.custom_op("shardplan::sum_gradient_of", mutates_args=())
+def sum_gradient_of(x: Tensor, start: int, stop: int, group: str) -> Tensor:
+    """Pass through; the gradient of some entries of the last axis is summed over the group."""
+    return x.clone()
+
+
+@torch.library.custom_op("shardplan::average_gradient", mutates_args=())
+def average_gradient(x: Tensor, divide: int, group: str) -> Tensor:
+    """Pass through; the gradient is summed over the group and divided by a number."""
+    return x.clone()
+
+
 @torch.library.custom_op("shardplan::all_gather", mutates_args=())
-def all_gather(x: Tensor, axis: int, num: int, index: int, group: str) -> Tensor:
-    """Join the parts of all ranks along an axis; the gradient is the own part."""
-    return _joined(x, axis, num, group)
+def all_gather(x: Tensor, axis: int, num: int, index: int, part: int, size: int, group: str) -> Tensor:
+    """Join the parts of all ranks along an axis; the gradient is the own part.
+
+    Args:
+        x: The own part, of ``part`` entries along the axis, or fewer.
+        axis: Which axis.
+        num: Ranks in the group.
+        index: Place of this one.
+        part: Entries of the first rank.
+        size: Entries of all; what comes after them is padding, and left out.
+        group: Name of the group.
+    """
+    return _with_length(_joined(_with_length(x, axis, part), axis, num, group), axis, size).contiguous()
 
 
 @torch.library.custom_op("shardplan::gather_sum", mutates_args=())
@@ -156,9 +220,14 @@ def reduce_scatter(x: Tensor, axis: int, num: int, index: int, group: str) -> Te
 
 
 @torch.library.custom_op("shardplan::split", mutates_args=())
-def split(x: Tensor, axis: int, num: int, index: int, group: str) -> Tensor:
-    """Keep the own part along an axis; the gradient's parts are joined."""
-    return _equal_parts(x, axis, num)[index].clone(memory_format=torch.contiguous_format)
+def split(x: Tensor, axis: int, num: int, index: int, part: int, length: int, group: str) -> Tensor:
+    """Keep the own part along an axis, with zeros up to ``length``; the gradient's parts are joined.
+
+    ``part`` is what the first rank keeps; the other arguments are those of ``all_gather``.
+    """
+    start = min(index * part, x.shape[axis])
+    own = x.narrow(axis, start, min(length, x.shape[axis] - start))
+    return _with_length(own, axis, length).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("shardplan::own_ids", mutates_args=())
@@ -169,30 +238,53 @@ def own_ids(ids: Tensor, num_rows: int, index: int, group: str) -> Tensor:
 
 all_reduce.register_fake(lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format))
 sum_gradient.register_fake(lambda x, group: torch.empty_like(x))
-all_gather.register_fake(lambda x, axis, num, index, group: _longer(x, axis, num))
+sum_gradient_of.register_fake(lambda x, start, stop, group: torch.empty_like(x))
+average_gradient.register_fake(lambda x, divide, group: torch.empty_like(x))
+all_gather.register_fake(lambda x, axis, num, index, part, size, group: _resized(x, axis, size))
 gather_sum.register_fake(lambda x, axis, num, index, group: _longer(x, axis, num))
 reduce_scatter.register_fake(lambda x, axis, num, index, group: _shorter(x, axis, num, index))
 own_ids.register_fake(lambda ids, num_rows, index, group: torch.empty_like(ids))
-split.register_fake(lambda x, axis, num, index, group: _shorter(x, axis, num, index))
+split.register_fake(lambda x, axis, num, index, part, length, group: _resized(x, axis, length))
+
+
+def _summed_of(grad: Tensor, start: int, stop: int, group: str) -> Tensor:
+    out = grad.clone(memory_format=torch.contiguous_format)
+    out[..., start:stop] = all_reduce(grad[..., start:stop], group)
+    return out
 
 
 def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
+    ctx.arguments, ctx.shape = inputs[1:], inputs[0].shape
 
 
 def _backward(gradient: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (gradient(grad, *ctx.arguments), *(None for _ in ctx.arguments))
+        return (gradient(grad, ctx.shape, *ctx.arguments), *(None for _ in ctx.arguments))
 
     return backward
 
 
 for _op, _gradient in (
-    (all_reduce, lambda grad, group: grad),
-    (sum_gradient, all_reduce),
-    (all_gather, split),
-    (gather_sum, reduce_scatter),
-    (reduce_scatter, all_gather),
-    (split, all_gather),
+    (all_reduce, lambda grad, shape, group: grad),
+    (sum_gradient, lambda grad, shape, group: all_reduce(grad, group)),
+    (sum_gradient_of, lambda grad, shape, start, stop, group: _summed_of(grad, start, stop, group)),
+    (average_gradient, lambda grad, shape, divide, group: all_reduce(grad, group) / divide),
+    (
+        all_gather,
+        lambda grad, shape, axis, num, index, part, size, group: split(grad, axis, num, index, part, shape[axis], group),
+    ),
+    (gather_sum, lambda grad, shape, *rest: reduce_scatter(grad, *rest)),
+    (
+        reduce_scatter,
+        lambda grad, shape, axis, num, index, group: all_gather(
+            grad, axis, num, index, grad.shape[axis], shape[axis], group
+        ),
+    ),
+    (
+        split,
+        lambda grad, shape, axis, num, index, part, length, group: all_gather(
+            grad, axis, num, index, part, shape[axis], group
+        ),
+    ),
 ):
     _op.register_autograd(_backward(_gradient), setup_context=_keep_arguments)

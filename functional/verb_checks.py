@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeGuard, get_args
 
 from torch import Tensor, nn
 
 from ..specs.errors import Problem
-from ..specs.mesh import MESH_AXES, MeshAxis
-from ..specs.param import Origin, ParamSpec, Shard
+from ..specs.mesh import MeshAxis
+from ..specs.param import Origin, ParamSpec
 from ..specs.pattern import closest
 from ..specs.plain import is_plain
+from ..specs.shard import Shard, Split
 from ..specs.steps import SyncOp, When
 from .layout import first_argument
+from .selection import join
 
 if TYPE_CHECKING:
     from .skeleton import ModuleSpec
 
 
-def sharded(spec: ParamSpec, axis: int, mesh_axis: MeshAxis, origin: Origin) -> ParamSpec | Problem:
+_OPTIONS = "Options are blocks=(n, ...), interleaved=n, granule=n, replicate, uneven, allow_empty, pad_to_multiple=n"
+
+
+def sharded(  # noqa: PLR0911  one a mistake
+    spec: ParamSpec, axis: int, mesh_axis: MeshAxis, origin: Origin, split: Split
+) -> ParamSpec | Problem:
     """Return a tensor's spec with one more split, or why it cannot have it; saying a split twice changes nothing."""
     rank = len(spec.orig_shape)
     if not _is_integer(axis) or not -rank <= axis < rank:
         fix = f"Its axes are 0 to {rank - 1}" if rank else "It is a scalar"
         return Problem(spec.path, f"it has no axis {axis!r}", fix, spec.type)
-    if mesh_axis not in MESH_AXES:
-        return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", f"There are {', '.join(MESH_AXES)}", spec.type)
-    shard = Shard(axis % rank, mesh_axis)
+    if mesh_axis not in ("pipe", "data", "expert", "tensor"):
+        return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", "There are data, expert, tensor", spec.type)
+    if unknown := sorted(set(split) - set(Split.__annotations__)):
+        fix = f"There are {', '.join(Split.__annotations__)}"
+        return Problem(spec.path, f"a split has no {', '.join(map(repr, unknown))}", fix, spec.type)
+    try:
+        shard = Shard(axis % rank, mesh_axis, **split)
+    except (TypeError, ValueError) as error:
+        text = str(error.args[0]) if error.args else str(error)
+        return Problem(spec.path, f"it cannot be split so: {text}", _OPTIONS, spec.type)
     if shard in spec.shards:
         return spec
-    if spec.shards:
-        first = spec.shards[0]
+    together = {shard.mesh_axis, *(s.mesh_axis for s in spec.shards)}
+    first = next((s for s in spec.shards if s.axis == shard.axis or s.mesh_axis == mesh_axis), None)
+    if first is None and {"data", "expert"} <= together:
+        first = next(s for s in spec.shards if s.mesh_axis in ("data", "expert"))
+    if first is not None:
         cause = (
             f"it is split twice: along axis {first.axis} over {first.mesh_axis!r} ({spec.origin}),"
             f" and along axis {shard.axis} over {shard.mesh_axis!r} ({origin})"
         )
         tied = f" It is one tensor with {', '.join(spec.tie)}." if spec.tie else ""
-        return Problem(spec.path, cause, f"Keep one of them.{tied}", spec.type)
+        return Problem(spec.path, cause, f"{_keep(first, shard)}.{tied}", spec.type)
     return spec.shard(shard, origin)
 
 
-def wrong_sync(pattern: str, when: object, op: object, axis: object, mesh_axis: object) -> Problem | None:  # noqa: PLR0911  one a mistake
+def _keep(first: Shard, second: Shard) -> str:
+    if {first.mesh_axis, second.mesh_axis} == {"data", "expert"}:
+        return "Keep one of them: 'expert' is a part of 'data'"
+    return "Keep one of them"
+
+
+def wrong_sync(  # noqa: C901, PLR0911, PLR0917  one a mistake
+    pattern: str, when: object, op: object, axis: object, mesh_axis: object, which: object, features: object
+) -> Problem | None:
     """Return what is wrong with a synchronisation, if anything."""
     if when not in get_args(When):
         return Problem(pattern, f"a sync cannot stand at {when!r}", f"It stands at {', '.join(get_args(When))}")
@@ -54,21 +79,41 @@ def wrong_sync(pattern: str, when: object, op: object, axis: object, mesh_axis: 
         )
     if op in ("all_gather", "reduce_scatter") and axis is None:
         return Problem(pattern, f"{op} needs the axis of the activation", f'.sync({when!r}, "{op}", axis=-1)')
-    if op == "all_reduce" and axis is not None:
-        return Problem(pattern, f"all_reduce has no axis, and axis={axis} was given", f'.sync({when!r}, "all_reduce")')
+    if op in ("all_reduce", "divide") and axis is not None:
+        return Problem(pattern, f"{op} has no axis, and axis={axis} was given", f'.sync({when!r}, "{op}")')
+    if op == "divide" and when not in ("forward_pre", "forward_post"):
+        return Problem(
+            pattern, f"divide is said of an activation, not of a gradient ({when})", '.sync("forward_pre", "divide")'
+        )
+    if not _is_integer(which) or which < 0:
+        return Problem(pattern, f"which is a number from 0, not {which!r}", "which=0 is the first floating-point tensor")
+    if features is not None:
+        if op != "all_reduce" or when not in ("backward_pre", "backward_post"):
+            fix = '.sync("backward_pre", "all_reduce", features=(start, stop))'
+            return Problem(pattern, "features is for the sum of a gradient", fix)
+        if not _is_pair(features) or not 0 <= features[0] < features[1]:
+            cause = f"features are the first entry and the one after the last, not {features!r}"
+            return Problem(pattern, cause, "features=(512, 576)")
     if mesh_axis not in ("data", "tensor"):
         return Problem(pattern, f"a sync cannot run along mesh axis {mesh_axis!r}", "It runs along data or tensor")
     return None
 
 
-def wrong_attribute(module: ModuleSpec, found: nn.Module, name: str, value: object, earlier: object) -> Problem | None:
+def wrong_attribute(  # noqa: PLR0911  one a mistake
+    module: ModuleSpec, found: nn.Module, name: str, value: object, earlier: object
+) -> Problem | None:
     """Return why an attribute of a module cannot be set to a value, if it cannot."""
-    if not hasattr(found, name):
-        near = closest(name, (attribute for attribute in vars(found) if not attribute.startswith("_")))
-        fix = f"The closest are {', '.join(near)}" if near else ""
+    holder, _, last = name.rpartition(".")
+    keeper = getattr(found, holder, None) if holder else found
+    if "." in holder or keeper is None or not hasattr(keeper, last):
+        near = closest(last, (attribute for attribute in vars(keeper or found) if not attribute.startswith("_")))
+        fix = f"The closest are {', '.join(f'{holder}.{n}' if holder and keeper else n for n in near)}" if near else ""
         return Problem(module.path, f"it has no attribute {name!r} to set", fix)
-    now = getattr(found, name)
-    if isinstance(now, (Tensor, nn.Module)) or callable(now):
+    if isinstance(keeper, nn.Module) and holder:
+        return Problem(module.path, f"its {holder!r} is a module", f"Select it: sch.at[{join(module.path, holder)!r}]")
+    now = getattr(keeper, last)
+    is_of_torch = isinstance(keeper, nn.Module) and last in vars(nn.Module()) and last != "training"
+    if isinstance(now, (Tensor, nn.Module)) or callable(now) or is_of_torch:
         return Problem(module.path, f"its {name!r} is no plain attribute", "Tensors are split by .shard")
     if not is_plain(value):
         cause = f"a plan holds plain values, and {name}={value!r} is a {type(value).__name__}"
@@ -103,5 +148,9 @@ def wrong_embedding(module: ModuleSpec, found: nn.Module) -> Problem | None:
     return None
 
 
-def _is_integer(value: object) -> bool:
+def _is_pair(value: object) -> TypeGuard[tuple[int, int]]:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_integer, value))  # noqa: PLR2004  two of them
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -3,12 +3,13 @@
 from .codec import dumps, loads
 from .errors import PlanError, Problem
 from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
-from .param import Index, Kind, Origin, ParamSpec, Shard
+from .param import Index, Kind, Origin, ParamSpec
 from .pipeline import Activation, ExampleInput, Pipeline, PlainInput, Stage, TensorInput, VariableSize
 from .plan import SCHEMA_VERSION, Plan, Runtime
 from .program import Constant, InitProgram, Node, Operation
 from .receipt import Collective, Receipt
 from .report import Finding, Report
+from .shard import Interval, Shard, Split
 from .source import Call, Made, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
 from .steps import Step
 from .tree import SpecTree
@@ -26,6 +27,7 @@ __all__ = [
     "Groups",
     "Index",
     "InitProgram",
+    "Interval",
     "Kind",
     "Made",
     "Mesh",
@@ -48,6 +50,7 @@ __all__ = [
     "Shard",
     "Source",
     "SpecTree",
+    "Split",
     "Stage",
     "Step",
     "TensorCall",

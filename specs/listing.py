@@ -7,15 +7,28 @@ from typing import TYPE_CHECKING
 from .dtypes import human_bytes
 from .fold import fold
 from .source import Made
-from .steps import AddBiasAfterSync, SetAttributes, SumTied, Sync, VocabParallel
+from .steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    SumTied,
+    Sync,
+    VocabParallel,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from .mesh import Mesh
     from .param import ParamSpec
     from .pipeline import Pipeline, VariableSize
     from .plan import Plan
-    from .steps import Step
+    from .steps import LayoutStep, Step
+    from .tree import SpecTree
 
 
 _FEW = 5
@@ -36,14 +49,24 @@ def listing(plan: Plan) -> str:
     if plan.pipeline:
         lines += ["", *_stages(plan.pipeline)]
         lines += [_tied(plan.tree[step.path]) for step in plan.steps if isinstance(step, SumTied)]
+    return "\n".join([*lines, *_changes(plan.steps)])
+
+
+def declared(mesh: Mesh, tree: SpecTree, layout: Iterable[LayoutStep], cuts: Iterable[str]) -> str:
+    """Return what ``print(schedule)`` shows: what was said so far of each tensor and module."""
+    rows = ((spec.path, (spec.type, *_notes(spec))) for spec in tree.values())
+    lines = [f"schedule for {mesh}", *_table((path, *cells) for path, cells in fold(rows)), *_changes(layout)]
+    return "\n".join([*lines, *(f"cut after {path}" for path in cuts)])
+
+
+def _changes(steps: Iterable[Step]) -> list[str]:
+    """Write how modules compute otherwise than before, a line a module."""
     layout: dict[str, list[str]] = {}
-    for step in plan.steps:
+    for step in steps:
         for module, words in _layout(step):
             layout.setdefault(module, []).append(words)
     changes = fold((module, ("; ".join(words),)) for module, words in layout.items())
-    if changes:
-        lines += ["", *_table((module or "(model)", *cells) for module, cells in changes)]
-    return "\n".join(lines)
+    return ["", *_table((module or "(model)", *cells) for module, cells in changes)] if changes else []
 
 
 def _stages(pipeline: Pipeline) -> Iterator[str]:
@@ -92,9 +115,9 @@ def _notes(spec: ParamSpec) -> tuple[str, ...]:
     return (", ".join(notes),)
 
 
-def _layout(step: Step) -> list[tuple[str, str]]:
+def _layout(step: Step) -> list[tuple[str, str]]:  # noqa: PLR0911  one case a change
     match step:
-        case Sync():
+        case Sync() | SumGradient():
             return [(step.module, str(step))]
         case SetAttributes(module=module, values=values):
             return [(module, ", ".join(f"{name}={value!r}" for name, value in values.items()))]
@@ -102,6 +125,14 @@ def _layout(step: Step) -> list[tuple[str, str]]:
             return [(module, "looks up its own rows, zeros for others")]
         case AddBiasAfterSync(module=module):
             return [(module, "adds its bias after the sum")]
+        case SetToLocalSize(module=module, attribute=attribute, tensor=tensor, axis=axis):
+            return [(module, f"{attribute} = size of axis {axis} of {tensor}")]
+        case DispatchTokens(module=module, num_experts=num_experts):
+            return [(module, f"tokens gathered@expert, {num_experts} experts each, outputs summed and scattered")]
+        case ForkRng(module=module):
+            return [(module, "random numbers of its own@tensor")]
+        case MaskPadding(module=module):
+            return [(module, "outputs of padding masked")]
         case _:
             return []
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 from attrs import field, fields_dict, frozen
 from attrs.validators import ge
 
 from .plain import check_integer
 
-MeshAxis = Literal["pipe", "data", "tensor"]
-"""A named dimension of the mesh."""
+MeshAxis = Literal["pipe", "data", "expert_data", "expert", "tensor"]
+"""A named dimension of the mesh. ``data`` is ``expert_data`` times ``expert``."""
 
 MESH_AXES: tuple[MeshAxis, ...] = ("pipe", "data", "tensor")
 """The mesh axes, outermost first: DeepSpeed's ``PipeModelDataParallelTopology`` (its ``model`` is ``tensor``)."""
+
+_FINE: tuple[MeshAxis, ...] = ("pipe", "expert_data", "expert", "tensor")
+"""The same with ``data`` in its two factors."""
 
 
 def _size() -> int:
@@ -25,15 +28,18 @@ def _size() -> int:
 class Mesh:
     """Ranks arranged along named axes; the last axis varies fastest.
 
-    The rank of coordinate (p, d, t) is ``(p * data + d) * tensor + t``.
+    The rank of coordinate (p, d, t) is ``(p * data + d) * tensor + t``. Experts are spread over ``expert`` neighbours along
+    ``data``, which see different batches too: place d is place ``d % expert`` among them, and the ``data / expert`` ranks
+    at place ``d // expert`` along ``expert_data`` hold the same experts.
 
     Args:
         pipe: Number of pipeline stages.
         data: Number of replicas that see different batches.
         tensor: Number of ranks that share one layer.
+        expert: Number of ranks that share the experts of a layer; it divides ``data``.
 
     Raises:
-        ValueError: If a size is smaller than 1.
+        ValueError: If a size is smaller than 1, or ``expert`` does not divide ``data``.
         TypeError: If a size is no integer.
 
     >>> mesh = Mesh(pipe=2, data=2, tensor=4)
@@ -46,10 +52,21 @@ class Mesh:
     pipe: int = _size()
     data: int = _size()
     tensor: int = _size()
+    expert: int = _size()
+
+    def __attrs_post_init__(self) -> None:
+        if self.data % self.expert:
+            msg = f"expert={self.expert} is carved out of data={self.data}, and does not divide it"
+            raise ValueError(msg)
+
+    @property
+    def expert_data(self) -> int:
+        """The number of ranks along ``data`` that hold the same experts."""
+        return self.data // self.expert
 
     @property
     def num_ranks(self) -> int:
-        """The number of ranks, the product of all sizes."""
+        """The number of ranks: pipe x data x tensor."""
         return self.pipe * self.data * self.tensor
 
     def num(self, *mesh_axes: MeshAxis) -> int:
@@ -83,11 +100,20 @@ class Mesh:
         """Return the groups of ranks that differ only along ``mesh_axes``, in the order of their first ranks.
 
         Raises:
-            ValueError: If the axes are none, unknown, or not neighbours in the order pipe, data, tensor.
+            ValueError: If the axes are none, unknown, or not neighbours in the order pipe, data, tensor, where data is
+                expert_data and expert, in this order.
         """
         first, last = self._span(mesh_axes)
-        stride = self.num(*MESH_AXES[last + 1 :])
-        return Groups(num_ranks=self.num_ranks, size=self.num(*MESH_AXES[first : last + 1]), stride=stride)
+        stride = self.num(*_FINE[last + 1 :])
+        return Groups(num_ranks=self.num_ranks, size=self.num(*_FINE[first : last + 1]), stride=stride)
+
+    def neighbours(self, mesh_axis: MeshAxis, num: int) -> Groups:
+        """Return the groups of ``num`` neighbours along a mesh axis, whose size ``num`` divides.
+
+        >>> list(Mesh(tensor=8).neighbours("tensor", 2))
+        [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+        """
+        return Groups(num_ranks=self.num_ranks, size=num, stride=self.groups(mesh_axis).stride)
 
     def stage(self, stage: int) -> range:
         """Return the ranks of a pipeline stage.
@@ -101,22 +127,23 @@ class Mesh:
         return self.groups("data", "tensor")[stage]
 
     def _num(self, mesh_axis: MeshAxis) -> int:
-        if mesh_axis not in MESH_AXES:
-            msg = f"mesh axis {mesh_axis!r} is unknown; there are {', '.join(MESH_AXES)}"
-            raise ValueError(msg)
+        _check(mesh_axis)
         return getattr(self, mesh_axis)
 
     def _span(self, mesh_axes: Sequence[MeshAxis]) -> tuple[int, int]:
+        fine: list[MeshAxis] = []
         for mesh_axis in mesh_axes:
-            self._num(mesh_axis)
-        places = sorted(MESH_AXES.index(mesh_axis) for mesh_axis in mesh_axes)
+            _check(mesh_axis)
+            fine += _FINE[1:3] if mesh_axis == "data" else (mesh_axis,)
+        places = sorted(map(_FINE.index, fine))
         if not places or places != list(range(places[0], places[-1] + 1)):
             msg = f"mesh axes {tuple(mesh_axes)} are not neighbours in the order {', '.join(MESH_AXES)}"
             raise ValueError(msg)
         return places[0], places[-1]
 
     def __str__(self) -> str:
-        return "mesh " + " ".join(f"{mesh_axis}={self.num(mesh_axis)}" for mesh_axis in MESH_AXES)
+        expert = f" expert={self.expert}" if self.expert > 1 else ""
+        return "mesh " + " ".join(f"{mesh_axis}={self.num(mesh_axis)}" for mesh_axis in MESH_AXES) + expert
 
 
 @frozen
@@ -147,10 +174,14 @@ class Coordinate:
 
     def index(self, mesh_axis: MeshAxis) -> int:
         """Return the place along one mesh axis, 0 to its size less one."""
-        if mesh_axis not in MESH_AXES:
-            msg = f"mesh axis {mesh_axis!r} is unknown; there are {', '.join(MESH_AXES)}"
-            raise ValueError(msg)
-        return getattr(self, mesh_axis)
+        _check(mesh_axis)
+        match mesh_axis:
+            case "expert":
+                return self.data % self.mesh.expert
+            case "expert_data":
+                return self.data // self.mesh.expert
+            case _:
+                return getattr(self, mesh_axis)
 
     def group(self, *mesh_axes: MeshAxis) -> range:
         """Return the ranks that differ from this one only along ``mesh_axes``, this one among them."""
@@ -202,4 +233,10 @@ class Groups(Sequence[range]):
         return self[block * self.stride + offset % self.stride]
 
 
-assert tuple(fields_dict(Mesh)) == MESH_AXES
+def _check(mesh_axis: str) -> None:
+    if mesh_axis not in get_args(MeshAxis):
+        msg = f"mesh axis {mesh_axis!r} is unknown; there are {', '.join(get_args(MeshAxis))}"
+        raise ValueError(msg)
+
+
+assert tuple(fields_dict(Mesh)) == (*MESH_AXES, "expert")

@@ -10,8 +10,9 @@ from attrs.validators import deep_iterable, ge, in_, instance_of
 from frozendict import deepfreeze, frozendict
 
 from .dtypes import is_known, num_bytes, short_name
-from .mesh import MESH_AXES, MeshAxis
+from .mesh import MeshAxis
 from .plain import check_integer, check_plain
+from .shard import Interval, Shard
 from .source import Source, Unknown
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 Kind = Literal["parameter", "buffer", "non_persistent_buffer"]
 """What a tensor is to its module."""
 
-Index = tuple[tuple[int, int], ...]
-"""A part of a tensor: for each axis, the first element and the one after the last."""
+Index = tuple[tuple[Interval, ...], ...]
+"""A part of a tensor: for each axis the intervals of it, in order."""
 
 
 @frozen
@@ -40,39 +41,6 @@ class Origin:
 
     def __str__(self) -> str:
         return f"{self.where} .at[{self.pattern!r}].{self.verb}"
-
-
-@frozen
-class Shard:
-    """One axis of a tensor, split into equal parts along one mesh axis.
-
-    Args:
-        axis: Axis of the tensor, counted from 0.
-        mesh_axis: Mesh axis whose ranks share it, ``data`` or ``tensor``.
-    """
-
-    axis: int = field(validator=[check_integer, ge(0)])
-    mesh_axis: MeshAxis = field(default="tensor", validator=in_(MESH_AXES))
-
-    def interval(self, size: int, coordinate: Coordinate) -> tuple[int, int]:
-        """Return the part of an axis of ``size`` elements that ``coordinate`` holds.
-
-        With n ranks on the mesh axis and k the place on it: ``[k * size / n, (k + 1) * size / n)``.
-
-        Raises:
-            ValueError: If ``size`` does not divide.
-
-        >>> from shardplan.specs import Mesh
-        >>> Shard(axis=0).interval(12, Mesh(tensor=4).coordinate(2))
-        (6, 9)
-        """
-        num = coordinate.mesh.num(self.mesh_axis)
-        part, rest = divmod(size, num)
-        if rest:
-            msg = f"axis {self.axis} has {size} entries, mesh axis {self.mesh_axis!r} has {num}, which does not divide"
-            raise ValueError(msg)
-        start = coordinate.index(self.mesh_axis) * part
-        return start, start + part
 
 
 def _freeze_tags(tags: Mapping[str, Any]) -> frozendict[str, Any]:
@@ -98,8 +66,8 @@ class ParamSpec:
         origin: The line that decided its layout; outside equality and fingerprint.
 
     Raises:
-        ValueError: If the dtype is unknown, a shard names an axis that the shape has not, or an axis or mesh axis
-            is split twice.
+        ValueError: If the dtype is unknown, a shard names an axis that the shape has not, an axis or mesh axis is split
+            twice, or the tensor is split over ``data`` and over ``expert``, which is a part of it.
 
     >>> from shardplan.specs import Mesh
     >>> spec = ParamSpec("up_proj.weight", (4096, 1024), "bfloat16", shards=(Shard(0),))
@@ -130,6 +98,9 @@ class ParamSpec:
             if len(set(used)) < len(used):
                 msg = f"{self.path}: one {what} is split twice: {self.shards}"
                 raise ValueError(msg)
+        if self.on("data") and self.on("expert"):
+            msg = f"{self.path}: it is split over 'data' and over 'expert', which is a part of 'data'"
+            raise ValueError(msg)
         for shard in self.shards:
             if shard.axis >= len(self.orig_shape):
                 msg = f"{self.path}: no axis {shard.axis} in shape {list(self.orig_shape)}"
@@ -177,15 +148,24 @@ class ParamSpec:
         return self.num_elements * num_bytes(self.dtype)
 
     def index(self, coordinate: Coordinate) -> Index:
-        """Return the part that ``coordinate`` holds: one interval for each axis."""
-        intervals = [(0, size) for size in self.orig_shape]
+        """Return the part that ``coordinate`` holds: the intervals of each axis; padding is not in it.
+
+        >>> from shardplan.specs import Mesh
+        >>> spec = ParamSpec("qkv.weight", (12, 6), "float32", shards=(Shard(0, blocks=(8, 4)), Shard(1, "data")))
+        >>> spec.index(Mesh(data=2, tensor=2).coordinate(3))
+        (((4, 8), (10, 12)), ((3, 6),))
+        """
+        intervals = list(whole_index(self.orig_shape))
         for shard in self.shards:
-            intervals[shard.axis] = shard.interval(self.orig_shape[shard.axis], coordinate)
+            intervals[shard.axis] = shard.intervals(self.orig_shape[shard.axis], coordinate)
         return tuple(intervals)
 
     def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
-        """Return the shape of the part that ``coordinate`` holds."""
-        return index_shape(self.index(coordinate))
+        """Return the shape of what ``coordinate`` holds, padding counted."""
+        shape = list(self.orig_shape)
+        for shard in self.shards:
+            shape[shard.axis] = shard.length(shape[shard.axis], coordinate)
+        return tuple(shape)
 
     def local_bytes(self, coordinate: Coordinate) -> int:
         """Return the bytes of the part that ``coordinate`` holds."""
@@ -194,7 +174,12 @@ class ParamSpec:
     def mesh_axes(self, coordinate: Coordinate) -> tuple[MeshAxis, ...]:
         """Return the mesh axes that really split it on this coordinate's mesh, in mesh order."""
         used = {shard.mesh_axis for shard in self.shards}
-        return tuple(m for m in MESH_AXES if m in used and coordinate.mesh.num(m) > 1)
+        order: tuple[MeshAxis, ...] = ("data", "expert", "tensor")
+        return tuple(m for m in order if m in used and coordinate.mesh.num(m) > 1)
+
+    def on(self, mesh_axis: MeshAxis) -> Shard | None:
+        """Return the split over a mesh axis, None if there is none."""
+        return next((shard for shard in self.shards if shard.mesh_axis == mesh_axis), None)
 
     def shard(self, shard: Shard, origin: Origin | None = None) -> ParamSpec:
         """Return the spec with one more axis split."""
@@ -203,8 +188,9 @@ class ParamSpec:
     @property
     def type(self) -> str:
         """The printed form of its type, e.g. ``bf16[4096@tensor, 4096]``."""
-        split = {shard.axis: f"@{shard.mesh_axis}" for shard in self.shards}
-        sizes = (f"{size}{split.get(axis, '')}" for axis, size in enumerate(self.orig_shape))
+        sizes = [str(size) for size in self.orig_shape]
+        for shard in self.shards:
+            sizes[shard.axis] = shard.axis_type(self.orig_shape[shard.axis])
         return f"{short_name(self.dtype)}[{', '.join(sizes)}]"
 
     def __str__(self) -> str:
@@ -214,7 +200,16 @@ class ParamSpec:
 def index_shape(index: Index) -> tuple[int, ...]:
     """Return the shape of a part.
 
-    >>> index_shape(((0, 4), (6, 9)))
-    (4, 3)
+    >>> index_shape((((0, 4),), ((0, 3), (6, 9))))
+    (4, 6)
     """
-    return tuple(stop - start for start, stop in index)
+    return tuple(sum(stop - start for start, stop in intervals) for intervals in index)
+
+
+def whole_index(shape: tuple[int, ...]) -> Index:
+    """Return the part that is all of a tensor.
+
+    >>> whole_index((4, 3))
+    (((0, 4),), ((0, 3),))
+    """
+    return tuple(((0, size),) if size else () for size in shape)

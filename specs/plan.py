@@ -21,18 +21,23 @@ from .steps import (
     Agree,
     Allocate,
     Broadcast,
+    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
+    ForkRng,
     Generate,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
+    MaskPadding,
     Place,
     Scatter,
     SendCopy,
     SetAttributes,
+    SetToLocalSize,
     Slice,
     Step,
+    SumGradient,
     SumTied,
     Sync,
     SyncOp,
@@ -45,7 +50,7 @@ from .steps import (
 )
 from .tree import SpecTree
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the JSON form; a plan of another version is refused."""
 
 
@@ -160,16 +165,8 @@ def misfits(mesh: Mesh, tree: SpecTree, num_stages: int = 0) -> list[Problem]:
         there = f"is none of the {num_stages} stages" if num_stages else f"is not on {mesh}"
         problems += [Problem(spec.path, f"stage {stage} {there}", type=spec.type) for stage in missing]
         for shard in spec.shards:
-            num, size = mesh.num(shard.mesh_axis), spec.orig_shape[shard.axis]
-            if size % num:
-                cause = (
-                    f"axis {shard.axis} has {size} entries, mesh axis {shard.mesh_axis!r} has {num},"
-                    f" and {num} does not divide {size}"
-                )
-                fix = f"Pad the axis to {-(-size // num) * num}"
-                divisors = [str(n) for n in range(2, num) if size % n == 0]
-                fix += f", or split it over {' or '.join(divisors)} ranks" if divisors else ""
-                problems.append(Problem(spec.path, cause, fix, spec.type))
+            if misfit := shard.misfit(spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis)):
+                problems.append(Problem(spec.path, misfit.cause, misfit.fix, spec.type))
             if shard.mesh_axis == "pipe":
                 problems.append(Problem(spec.path, "a tensor is not split over 'pipe'", "Split over 'tensor'", spec.type))
     return problems
@@ -193,7 +190,9 @@ def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Prob
 def _named(step: Step) -> tuple[tuple[str, ...], tuple[int, ...]]:  # noqa: PLR0911  one case a step
     """Return the tensors that a step names, and the places along ``pipe``."""
     match step:
-        case Agree() | MakeGroups() | SetAttributes() | VocabParallel() | AddBiasAfterSync() | Sync():
+        case Agree() | MakeGroups() | SetAttributes() | SetToLocalSize() | VocabParallel() | AddBiasAfterSync() | Sync():
+            return (), ()
+        case SumGradient() | DispatchTokens() | ForkRng() | MaskPadding():
             return (), ()
         case MakeOptimizer() | TakeStages() | Wrap():
             return (), ()

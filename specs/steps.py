@@ -16,11 +16,12 @@ from .mesh import MeshAxis
 from .plain import check_plain
 from .source import Call
 
-When = Literal["forward_pre", "forward_post", "backward_post"]
-"""Where a synchronisation stands: before a module, after it, or after its backward pass (on its input's gradient)."""
+When = Literal["forward_pre", "forward_post", "backward_pre", "backward_post"]
+"""Where a synchronisation stands: before a module (its input), after it (its output), before its backward pass (the gradient
+of its output), or after that (the gradient of its input)."""
 
-SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter"]
-"""What a synchronisation does along its mesh axis."""
+SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter", "divide"]
+"""What a synchronisation does along its mesh axis; ``divide`` sends nothing, and divides by the number of ranks."""
 
 
 @frozen
@@ -32,9 +33,15 @@ class Agree:
 
 @frozen
 class MakeGroups:
-    """Every rank takes part in making the process groups along each of these sets of mesh axes, in mesh order."""
+    """Every rank takes part in making process groups.
+
+    Args:
+        over: Sets of mesh axes, in mesh order: the ranks that differ along them are a group.
+        sharing: Mesh axes and numbers of neighbours along them that are a group, as they hold a part in common.
+    """
 
     over: tuple[tuple[MeshAxis, ...], ...]
+    sharing: tuple[tuple[MeshAxis, int], ...] = ()
 
 
 @frozen
@@ -195,10 +202,26 @@ class SetAttributes:
 
 
 @frozen
-class VocabParallel:
-    """An embedding whose rows are split looks up its own rows and gives zeros for all others."""
+class SetToLocalSize:
+    """A module's attribute takes the size that an axis of one of its tensors has on this rank."""
 
     module: str
+    attribute: str
+    tensor: str
+    axis: int
+
+
+@frozen
+class VocabParallel:
+    """An embedding whose rows are split looks up its own rows and gives zeros for all others.
+
+    Args:
+        module: Path of the embedding.
+        num_rows: Rows of the first rank: the n-th begins with row n times this.
+    """
+
+    module: str
+    num_rows: int
 
 
 @frozen
@@ -218,6 +241,9 @@ class Sync:
         op: A collective, or ``module:qualname`` of a function of the user's, called as ``function(tensor, group)``.
         axis: Axis of the activation that is gathered or scattered.
         mesh_axis: Mesh axis along which it communicates.
+        which: Which of the floating-point tensors among the arguments, or of the result, from 0.
+        features: Of a gradient that is summed, these entries of the last axis alone: the first, and the one after the last.
+        sizes: Of what is gathered, or split again, the entries of the first rank and of all; None if all ranks have as many.
     """
 
     module: str
@@ -225,10 +251,78 @@ class Sync:
     op: str
     axis: int | None = None
     mesh_axis: MeshAxis = "tensor"
+    which: int = 0
+    features: tuple[int, int] | None = None
+    sizes: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        axis = "" if self.axis is None else f"(axis={self.axis})"
-        return f"{self.when} {self.op}{axis}@{self.mesh_axis}"
+        told = [] if self.axis is None else [f"axis={self.axis}"]
+        told += [f"which={self.which}"] if self.which else []
+        told += [f"features={list(self.features)}"] if self.features else []
+        told += [f"size={self.sizes[1]}"] if self.sizes else []
+        how = f"({', '.join(told)})" if told else ""
+        return f"{self.when} {self.op}{how}@{self.mesh_axis}"
+
+
+@frozen
+class SumGradient:
+    """Before its module computes with it, a tensor passes an operator: its gradient is summed over ranks that hold it too.
+
+    Args:
+        module: Path of the module.
+        name: The tensor's name in it.
+        mesh_axis: Mesh axis along which the gradient is summed.
+        axis: Axis of the tensor whose parts are held by different numbers of ranks.
+        sharing: For each part of that axis, in order, how many entries it has and how many neighbours hold them; empty if
+            all ranks along the mesh axis hold the whole tensor.
+        divide: What the sum is divided by.
+    """
+
+    module: str
+    name: str
+    mesh_axis: MeshAxis = "tensor"
+    axis: int = 0
+    sharing: tuple[tuple[int, int], ...] = ()
+    divide: int = 1
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{size} over {num}" for size, num in self.sharing if num > 1)
+        over = f" ({parts} neighbours)" if parts else ""
+        mean = f" / {self.divide}" if self.divide > 1 else ""
+        return f"gradient of {self.name} summed@{self.mesh_axis}{over}{mean}"
+
+
+@frozen
+class DispatchTokens:
+    """Experts split over ``expert``: each rank computes with its own for the tokens of all; the results are summed.
+
+    Args:
+        module: Path of a module that is called with tokens, the experts chosen for each, and their weights.
+        num_experts: How many experts each rank has.
+    """
+
+    module: str
+    num_experts: int
+
+
+@frozen
+class ForkRng:
+    """Random numbers drawn within a module differ along ``tensor``; those outside are what they would be without it."""
+
+    module: str
+
+
+@frozen
+class MaskPadding:
+    """Outputs that stand for padded rows are the lowest number of their dtype, so that no softmax sees them.
+
+    Args:
+        module: Path of the module whose output features are split.
+        sizes: Output features of each rank, and of all without padding.
+    """
+
+    module: str
+    sizes: tuple[int, int]
 
 
 @frozen
@@ -243,7 +337,17 @@ class Wrap:
     target: str | None
 
 
-LayoutStep = SetAttributes | VocabParallel | AddBiasAfterSync | Sync
+LayoutStep = (
+    SetAttributes
+    | SetToLocalSize
+    | VocabParallel
+    | AddBiasAfterSync
+    | Sync
+    | SumGradient
+    | DispatchTokens
+    | ForkRng
+    | MaskPadding
+)
 """Steps that change how a module computes, not what it holds."""
 
 Step = (
@@ -262,10 +366,7 @@ Step = (
     | Slice
     | Place
     | Tie
-    | SetAttributes
-    | VocabParallel
-    | AddBiasAfterSync
-    | Sync
+    | LayoutStep
     | TakeStages
     | SumTied
     | MakeOptimizer

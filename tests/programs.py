@@ -11,6 +11,7 @@ from torch import nn
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.evaluate import Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation
+from shardplan.specs.param import index_shape, whole_index
 
 MASK = 0xFFFFFFFF
 LIMIT = 2.5
@@ -42,7 +43,7 @@ def number_reference(element, operation, key, *, double, unit):
 
 def whole(shape):
     """The index of a part that is all of a tensor."""
-    return tuple((0, size) for size in shape)
+    return whole_index(tuple(shape))
 
 
 def make(program, shape, dtype=torch.float32, path="w", seed=0, index=None):
@@ -50,7 +51,7 @@ def make(program, shape, dtype=torch.float32, path="w", seed=0, index=None):
     if not isinstance(program, InitProgram):
         program = InitProgram([Operation(what) for what in ([program] if not isinstance(program, list) else program)])
     index = index or whole(shape)
-    out = torch.empty([high - low for low, high in index], dtype=dtype)
+    out = torch.empty(index_shape(index), dtype=dtype)
     evaluate([Job(out, program, path, tuple(shape), tuple(index))], seed)
     return out
 

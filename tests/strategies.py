@@ -54,17 +54,22 @@ from shardplan.specs.steps import (
     Agree,
     Allocate,
     Broadcast,
+    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
+    ForkRng,
     Generate,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
+    MaskPadding,
     Place,
     Scatter,
     SendCopy,
     SetAttributes,
+    SetToLocalSize,
     Slice,
+    SumGradient,
     SumTied,
     Sync,
     SyncOp,
@@ -80,15 +85,21 @@ from shardplan.specs.steps import (
 law = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """How often a law is tried; put it above ``@given``."""
 
-NEIGHBOURS = (("pipe",), ("data",), ("tensor",), ("pipe", "data"), ("data", "tensor"), ("pipe", "data", "tensor"))
-"""All sets of mesh axes that form groups."""
+NEIGHBOURS = (
+    *(("pipe",), ("data",), ("expert_data",), ("expert",), ("tensor",)),
+    *(("pipe", "data"), ("pipe", "expert_data"), ("expert", "tensor"), ("data", "tensor"), ("pipe", "data", "tensor")),
+)
+"""All sets of mesh axes that form groups, each by its shortest name."""
+
+FINE_AXES = ("pipe", "expert_data", "expert", "tensor")
+"""The mesh axes, outermost first, with ``data`` in its two factors."""
 
 words = st.text("abcxyz", min_size=1, max_size=3)
 names = st.integers(0, 12).map(str) | st.text("01", min_size=1, max_size=2) | st.text("abqkv_01", min_size=1, max_size=4)
 paths = st.lists(names, min_size=1, max_size=4).map(".".join)
 functions = st.sampled_from(["train:init", "train:Model.init", "shapes.layers:fill"])
 dtypes = st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "complex64", "int64", "bool"])
-stage_axes = st.sampled_from([("data",), ("tensor",), ("data", "tensor")])
+stage_axes = st.sampled_from([("data",), ("expert",), ("tensor",), ("data", "tensor"), ("expert", "tensor")])
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4)
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(words, inner, max_size=2), max_leaves=4
@@ -182,9 +193,12 @@ others = st.sampled_from([ModuleValues(), OwnValues(), Uninitialised(), Unknown(
 sources = programs | st.builds(Made, many_calls, causes) | others
 
 
-def meshes(max_size=3):
-    sizes = st.integers(1, max_size)
-    return st.builds(Mesh, pipe=sizes, data=sizes, tensor=sizes)
+@st.composite
+def meshes(draw, max_size=3):
+    """A mesh; on some the experts are spread over all that see different batches, or over some of them."""
+    pipe, data, tensor = (draw(st.integers(1, max_size)) for _ in range(3))
+    data = draw(st.sampled_from([data, max_size + 1]))
+    return Mesh(pipe, data, tensor, draw(st.sampled_from([n for n in range(1, data + 1) if data % n == 0])))
 
 
 @st.composite
@@ -195,17 +209,58 @@ def coordinates(draw, mesh=None):
 
 
 @st.composite
+def fitting_shards(draw, mesh, axis=0, mesh_axis="tensor"):  # noqa: PLR0911  one a kind
+    """A split, and the size of an axis that can be split so on the mesh: of each kind, also several at once."""
+    num, part = mesh.num(mesh_axis), draw(st.integers(0, 3))
+    granule = draw(st.sampled_from([1, 1, 2, 3]))
+    kind = draw(st.sampled_from(["even", "blocks", "replicate", "uneven", "groups", "few_groups", *["pad"] * (axis == 0)]))
+    some = st.lists(st.integers(1, 3), min_size=1, max_size=3)
+    match kind:
+        case "blocks":
+            blocks = [count * num * granule for count in draw(some)]
+            return Shard(axis, mesh_axis, blocks, granule=granule, replicate=draw(st.booleans())), sum(blocks)
+        case "replicate":
+            fewer = st.sampled_from([n for n in range(1, num + 1) if num % n == 0])
+            blocks = [count * granule for count in draw(st.lists(fewer | st.just(num * 2), min_size=1, max_size=3))]
+            given = blocks if len(blocks) > 1 or draw(st.booleans()) else ()
+            return Shard(axis, mesh_axis, given, granule=granule, replicate=True), sum(blocks)
+        case "uneven":
+            blocks = [count * granule for count in draw(st.lists(st.integers(1, 3 * num), min_size=1, max_size=2))]
+            given = blocks if len(blocks) > 1 or draw(st.booleans()) else ()
+            return Shard(axis, mesh_axis, given, granule=granule, uneven=True, allow_empty=True), sum(blocks)
+        case "groups":
+            blocks, groups = draw(some), num * draw(st.integers(1, 2))
+            given = blocks if draw(st.booleans()) else ()
+            return Shard(axis, mesh_axis, given, interleaved=groups, granule=granule), sum(blocks) * groups
+        case "few_groups":
+            groups = draw(st.sampled_from([n for n in range(1, num + 1) if num % n == 0]))
+            sharing = num // groups
+            replicate = draw(st.booleans())
+            counts = [draw(st.sampled_from([1, sharing])) if replicate else count * sharing for count in draw(some)]
+            blocks = [count * granule for count in counts]
+            given = blocks if len(blocks) > 1 or draw(st.booleans()) else ()
+            split = Shard(axis, mesh_axis, given, interleaved=groups, granule=granule, replicate=replicate)
+            return split, sum(blocks) * groups
+        case "pad":
+            return Shard(axis, mesh_axis, pad_to_multiple=num * draw(st.integers(1, 3))), draw(st.integers(0, 9))
+        case _:
+            return Shard(axis, mesh_axis, granule=granule), part * num * granule
+
+
+@st.composite
 def param_specs(draw, mesh, path=None, tie=()):
-    """A tensor whose split axes divide on the mesh; some have no elements, some no axes."""
-    mesh_axes = draw(st.lists(st.sampled_from(["data", "tensor"]), unique=True))
-    parts = draw(st.lists(st.integers(0, 3), min_size=len(mesh_axes), max_size=3))
-    axes = draw(st.permutations(range(len(parts))))
-    shards = tuple(map(Shard, axes, mesh_axes))
-    num = {shard.axis: mesh.num(shard.mesh_axis) for shard in shards}
+    """A tensor whose split axes fit the mesh; some have no elements, some no axes."""
+    mesh_axes = draw(st.lists(st.sampled_from([draw(st.sampled_from(["data", "expert"])), "tensor"]), unique=True))
+    sizes = draw(st.lists(st.integers(0, 3), min_size=len(mesh_axes), max_size=3))
+    axes = draw(st.permutations(range(len(sizes))))
+    shards = []
+    for axis, mesh_axis in zip(axes, mesh_axes, strict=False):
+        shard, sizes[axis] = draw(fitting_shards(mesh, axis, mesh_axis))
+        shards.append(shard)
     stages = draw(st.lists(st.integers(0, mesh.pipe - 1), min_size=1, max_size=2, unique=True))
     return ParamSpec(
         path=path or draw(paths),
-        orig_shape=tuple(part * num.get(axis, 1) for axis, part in enumerate(parts)),
+        orig_shape=tuple(sizes),
         dtype=draw(dtypes),
         kind=draw(st.sampled_from(get_args(Kind))),
         shards=shards,
@@ -240,10 +295,14 @@ def steps(mesh, tree):
     places = st.lists(stage, max_size=3).map(tuple)
     one = st.sampled_from(list(tree.all_paths) or ["none"])
     some = st.lists(one, max_size=3, unique=True).map(tuple) if tree else st.just(())
-    op = st.sampled_from(get_args(SyncOp)) | functions
+    op, when, axis = st.sampled_from(get_args(SyncOp)) | functions, st.sampled_from(get_args(When)), st.integers(-2, 2)
+    few = st.integers(0, 9)
+    pairs = st.tuples(few, few)
+    optional, many_pairs = st.none() | pairs, st.lists(pairs, max_size=2).map(tuple)
+    sharing = st.lists(st.tuples(st.sampled_from(["data", "tensor"]), few), max_size=2).map(tuple)
     kinds = [
         st.builds(Agree, st.sampled_from(["opening", "closing"])),
-        st.builds(MakeGroups, st.lists(stage_axes, max_size=2).map(tuple)),
+        st.builds(MakeGroups, st.lists(stage_axes, max_size=2).map(tuple), sharing),
         st.builds(MakeTieGroups, st.lists(places, max_size=2).map(tuple)),
         st.builds(Generate, stage, some, many_calls, some),
         st.builds(Generate, stage, some, many_calls, some, paths),
@@ -251,8 +310,12 @@ def steps(mesh, tree):
         *(st.builds(kind, stage, some, stage_axes) for kind in (Scatter, Broadcast)),
         st.builds(SendCopy, stage, stage, some),
         st.builds(SetAttributes, paths, json_objects),
-        *(st.builds(kind, paths) for kind in (VocabParallel, AddBiasAfterSync)),
-        st.builds(Sync, paths, st.sampled_from(get_args(When)), op, st.none() | st.integers(-2, 2)),
+        *(st.builds(kind, paths) for kind in (AddBiasAfterSync, ForkRng)),
+        *(st.builds(kind, paths, few) for kind in (VocabParallel, DispatchTokens)),
+        st.builds(Sync, paths, when, op, st.none() | axis, st.sampled_from(["data", "tensor"]), few, optional, optional),
+        st.builds(SetToLocalSize, paths, words, words, few),
+        st.builds(SumGradient, paths, words, st.sampled_from(["tensor", "expert_data"]), few, many_pairs, few),
+        st.builds(MaskPadding, paths, pairs),
         st.just(TakeStages()),
         st.just(MakeOptimizer()),
         st.builds(Wrap, st.none() | words),

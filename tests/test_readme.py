@@ -131,8 +131,11 @@ def test_python_blocks_fit_a_screen():
         assert all(len(line) <= 140 for line in textwrap.dedent(block).splitlines())
 
 
-def test_what_the_page_on_init_programs_prints(capsys):
-    page = (ROOT / "docs" / "init-programs.md").read_text()
-    code, printed = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    exec(code, {"__name__": "page"})
-    assert capsys.readouterr().out == printed
+@pytest.mark.parametrize("page", ["init-programs", "layouts", "frontends"])
+def test_what_a_page_prints(page, capsys):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    shown = re.findall(r"^```(?:python|text)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    names = {"__name__": "page"}
+    for code, printed in zip(shown[::2], shown[1::2], strict=True):
+        exec(code, names)
+        assert capsys.readouterr().out == printed

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from shardplan.functional import execute, plan_build
 from tests.models import MODELS, schedule
+from tests.parts import picked, without_padding
 
 NUM_STEPS = 10
 BATCH, LENGTH = 4, 12
@@ -54,8 +55,9 @@ def put_together(plan, by_rank):
         tensor = torch.full(spec.orig_shape, -77, dtype=getattr(torch, spec.dtype))
         written = torch.zeros(spec.orig_shape, dtype=torch.bool)
         for rank, local in enumerate(by_rank):
-            index = tuple(slice(*interval) for interval in spec.index(plan.mesh.coordinate(rank)))
-            part = local[path]
+            here = plan.mesh.coordinate(rank)
+            assert tuple(local[path].shape) == spec.local_shape(here), f"{path} on rank {rank}"
+            index, part = picked(spec.index(here)), without_padding(local[path], spec.index(here))
             assert torch.equal(tensor[index][written[index]], part[written[index]]), f"{path} differs on rank {rank}"
             tensor[index] = part
             written[index] = True

@@ -10,11 +10,12 @@ from ...specs.pattern import closest
 from .plain import PlainDialect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ...specs.mesh import Mesh, MeshAxis
     from ...specs.pipeline import Pipeline
     from ...specs.plan import Plan
+    from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
     from .handover import Handover, Wrapped
 
@@ -25,7 +26,9 @@ ENTRY_POINTS = "shardplan.dialects"
 class Dialect(Protocol):
     """What a runtime wants."""
 
-    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
+    def check(
+        self, mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any] | None
+    ) -> list[Problem]:
         """Return what the runtime would refuse, or get wrong. Pure; the runtime is not imported."""
         ...
 

@@ -11,35 +11,33 @@ from frozendict import frozendict
 from ...specs.errors import Problem
 from ...specs.mesh import Mesh, MeshAxis
 from ...specs.plain import thawed
-from .deepspeed_config import check_boundaries, check_config
+from .deepspeed_config import check_boundaries, check_config, check_layout
 from .deepspeed_pipeline import mend_buffers, to_pipeline_module
-from .handover import Handover, Wrapped, split_parameters
+from .handover import Handover, Wrapped, counted_parts
 from .places import nothing_trained, one_stage_a_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ...specs.pipeline import Pipeline
     from ...specs.plan import Plan
+    from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
 
 class DeepSpeedDialect:
     """``target="deepspeed"``: ``deepspeed.initialize`` with the plan's config and the mesh as ``mpu``."""
 
-    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
+    def check(
+        self, mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any] | None
+    ) -> list[Problem]:
         if not isinstance(config, Mapping):
             cause = (
                 "DeepSpeed needs its configuration" if config is None else f"it is plain JSON values by name, not {config!r}"
             )
             fix = 'config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}'
             return [Problem("config", cause, fix)]
-        split = [
-            spec for spec in tree.values() if spec.kind == "parameter" and any(s.mesh_axis == "data" for s in spec.shards)
-        ]
-        cause = "it is split over 'data', over which DeepSpeed averages gradients as if its parts were copies"
-        fix = "Split it over 'tensor', or leave it to ZeRO 3"
-        return [*check_config(mesh, config), *(Problem(spec.path, cause, fix, spec.type) for spec in split if mesh.data > 1)]
+        return [*check_config(mesh, config), *check_layout(mesh, tree, layout, config)]
 
     def check_pipeline(
         self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
@@ -66,15 +64,18 @@ class DeepSpeedDialect:
 
     def wrap(self, handover: Handover) -> Wrapped:
         import deepspeed
+        import torch.distributed as dist
 
         (module,), plan = handover.modules, handover.plan
         if handover.device.type == "cpu":
             # else a C++ build of a minute for an all-reduce in shared memory; gloo does it
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        for parameter in split_parameters(module, plan):
-            # what DeepSpeed's is_model_parallel_parameter reads, so that the gradient norm counts every part
-            parameter.model_parallel = True
-            parameter.tensor_model_parallel = True
+        for parameter, counted in counted_parts(module, plan, plan.mesh.coordinate(dist.get_rank())):
+            if counted.is_split and counted.parts is None:
+                # what DeepSpeed's is_model_parallel_parameter reads, so that the gradient norm counts every part once:
+                # without it a parameter counts on the first rank along 'tensor' alone, which holds no second copy
+                parameter.model_parallel = True
+                parameter.tensor_model_parallel = True
         initialize: Any = deepspeed.initialize  # its annotation of model_parameters is wrong
         engine, made, dataloader, scheduler = initialize(
             model=to_pipeline_module(handover, to_topology(plan.mesh)) if plan.pipeline else module,

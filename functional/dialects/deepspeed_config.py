@@ -5,14 +5,17 @@ Each refusal was seen with DeepSpeed 0.19.8, by training beside a single process
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...specs.errors import Problem
+from ...specs.steps import SumGradient
 
 if TYPE_CHECKING:
     from ...specs.mesh import Mesh
     from ...specs.pipeline import Pipeline
+    from ...specs.steps import LayoutStep
+    from ...specs.tree import SpecTree
 
 _MAX_ZERO_STAGE = 3
 _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
@@ -21,6 +24,36 @@ _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
 def check_config(mesh: Mesh, config: Mapping[str, Any]) -> list[Problem]:
     """Return what is wrong with a DeepSpeed configuration on a mesh."""
     return [*_batch(mesh, config), *_clipping(config), *_zero(mesh, config)]
+
+
+def check_layout(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Iterate over splits whose gradients DeepSpeed would reduce, count or find in another way."""
+    for spec in tree.values():
+        if spec.kind != "parameter":
+            continue
+        if spec.on("data") and mesh.data > 1:
+            cause = "it is split over 'data', over which DeepSpeed averages gradients as if its parts were copies"
+            yield Problem(spec.path, cause, "Split it over 'tensor', or leave it to ZeRO 3", spec.type)
+        if spec.on("expert") and mesh.expert > 1:
+            cause = (
+                "it is split over 'expert', a part of 'data', over which DeepSpeed averages gradients as if it were a copy"
+            )
+            yield Problem(spec.path, cause, f"target='torch', or Mesh(data={mesh.data}, tensor={mesh.tensor})", spec.type)
+    shared = [step for step in layout if isinstance(step, SumGradient)]
+    section = config.get("zero_optimization", {})
+    if isinstance(section, Mapping) and section.get("stage", 0) == 3:  # noqa: PLR2004  ZeRO 3
+        for step in shared:
+            path = f"{step.module}.{step.name}".lstrip(".")
+            cause = "its gradient is summed on its way into its module, before ZeRO 3 has gathered it there"
+            yield Problem(path, cause, _FIX_ZERO, tree[path].type)
+    for step in shared if config.get("gradient_clipping", 1.0) else ():
+        if len({num for _, num in step.sharing}) > 1:
+            path = f"{step.module}.{step.name}".lstrip(".")
+            cause = (
+                "some of its blocks are repeated on several ranks, and DeepSpeed's norm counts a tensor as a whole or not"
+            )
+            fix = "Write \"gradient_clipping\": 0.0, use target='torch', or split it over as many ranks as it has granules"
+            yield Problem(path, cause, fix, tree[path].type)
 
 
 def check_boundaries(mesh: Mesh, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from .handover import split_parameters
+from .handover import counted_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .handover import Handover
+    from .handover import Counted, Handover
 
 
 @frozen
@@ -22,30 +22,39 @@ class GradientNorm:
     """Counts every element of the model's gradient once, wherever it is.
 
     Args:
-        counted: The parameters of this rank that count here: its parts of split ones; whole ones on the first rank along
-            ``tensor``; what several stages hold on the stage that owns it.
+        counted: The parameters of this rank, each once, with what of them counts here: its parts of split ones, those of
+            the first holder where several ranks hold a part; whole ones on the first rank along ``tensor``; what several
+            stages hold on the stage that owns it.
         trained: All trained parameters of this rank.
         groups: The process groups along which the squares are added up.
+        experts: The group along ``expert``, for squares of experts; None if they are not split.
         device: Where the gradients are.
     """
 
-    counted: Sequence[Any]
+    counted: Sequence[tuple[Any, Counted]]
     trained: Sequence[Any]
     groups: Sequence[Any]
+    experts: Any
     device: Any
 
     @classmethod
     def of(cls, handover: Handover) -> GradientNorm:
         """Return the norm for the modules that a dialect is handed."""
         mesh, rank = handover.plan.mesh, dist.get_rank() if dist.is_initialized() else 0
-        is_first = mesh.coordinate(rank).is_first("tensor")
         copies = {id(parameter) for parameter, is_owner, _ in handover.tied if not is_owner}
-        split = {id(parameter) for module in handover.modules for parameter in split_parameters(module, handover.plan)}
-        found = [parameter for module in handover.modules for parameter in module.parameters()]
-        trained = [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
-        counted = [p for p in trained if id(p) not in copies and (is_first or id(p) in split)]
+        found = {
+            id(parameter): (parameter, counted)
+            for module in handover.modules
+            for parameter, counted in counted_parts(module, handover.plan, mesh.coordinate(rank))
+        }
         groups = [handover.groups[mesh_axis,] for mesh_axis in ("tensor", "pipe") if mesh.num(mesh_axis) > 1]
-        return cls(counted, trained, groups, handover.device)
+        return cls(
+            [pair for name, pair in found.items() if name not in copies],
+            [parameter for parameter, _ in found.values()],
+            groups,
+            handover.groups["expert",] if mesh.expert > 1 else None,
+            handover.device,
+        )
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their norm, over the whole model, is at most ``max_norm``; return the norm before.
@@ -53,9 +62,11 @@ class GradientNorm:
         As ``torch.nn.utils.clip_grad_norm_`` does in one process: by ``max_norm / (norm + 1e-6)`` where that is below 1.
         Every rank calls it.
         """
-        gradients = [parameter.grad for parameter in self.counted if parameter.grad is not None]
-        squares = [torch.linalg.vector_norm(gradient, dtype=torch.float32).square() for gradient in gradients]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
+        total = self._squares(of_experts=False)
+        if self.experts is not None:
+            of_experts = self._squares(of_experts=True)
+            dist.all_reduce(of_experts, group=self.experts)
+            total += of_experts
         for group in self.groups:
             dist.all_reduce(total, group=group)
         norm = total.sqrt()
@@ -64,3 +75,19 @@ class GradientNorm:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
         return norm
+
+    def _squares(self, *, of_experts: bool) -> Tensor:
+        """Return the sum of the squares of what counts on this rank, of experts that are split or of all else."""
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+            for parameter, counted in self.counted
+            if counted.is_expert == of_experts and parameter.grad is not None
+            for gradient in _parts(parameter.grad, counted)
+        ]
+        return torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
+
+
+def _parts(gradient: Tensor, counted: Counted) -> list[Tensor]:
+    if counted.parts is None:
+        return [gradient]
+    return [gradient.narrow(counted.axis, start, stop - start) for start, stop in counted.parts]

@@ -8,7 +8,8 @@ from typing import Any
 from attrs import field, frozen
 from frozendict import frozendict
 
-from ...specs.mesh import MeshAxis
+from ...specs.mesh import Coordinate, MeshAxis
+from ...specs.param import ParamSpec
 from ...specs.plan import Plan
 
 
@@ -36,15 +37,57 @@ class Handover:
     loss_fn: Callable[..., Any] | None = None
 
 
-def split_parameters(module: Any, plan: Plan) -> Iterator[Any]:
-    """Iterate over the parameters of a module of which other ranks along ``tensor`` have other parts."""
-    split = {
-        path
-        for spec in plan.tree.values()
-        for path in spec.paths
-        if plan.mesh.tensor > 1 and any(shard.mesh_axis == "tensor" for shard in spec.shards)
-    }
-    return (parameter for path, parameter in module.named_parameters() if path in split)
+def counted_parts(module: Any, plan: Plan, coordinate: Coordinate) -> Iterator[tuple[Any, Counted]]:
+    """Iterate over the trained parameters of a module, and what of them counts on this rank, along ``tensor``."""
+    by_path = {path: counted_of(spec, coordinate) for spec in plan.tree.values() for path in spec.paths}
+    for path, parameter in module.named_parameters():
+        if parameter.requires_grad and path in by_path:
+            yield parameter, by_path[path]
+
+
+def split_experts(plan: Plan) -> list[str]:
+    """Return the paths of the tensors of which ranks along ``data`` have others: their gradients are summed by the plan."""
+    return [path for spec in plan.tree.values() for path in spec.paths if plan.mesh.expert > 1 and spec.on("expert")]
+
+
+@frozen
+class Counted:
+    """What of a tensor's gradient counts on one rank, so that over the ranks along ``tensor`` all of it counts once.
+
+    Args:
+        axis: Axis that is split; 0 for a whole tensor.
+        parts: Entries of that axis of what the rank holds: the first, and the one after the last; None for all of them.
+        is_split: Whether other ranks have other parts.
+        is_expert: Whether ranks along ``expert`` have other experts.
+    """
+
+    axis: int
+    parts: tuple[tuple[int, int], ...] | None
+    is_split: bool
+    is_expert: bool
+
+
+def counted_of(spec: ParamSpec, coordinate: Coordinate) -> Counted:
+    """Return what of a tensor counts on the rank at a coordinate: of repeated granules, those of the first holder.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Shard
+    >>> qkv = ParamSpec("qkv", (16, 2), "float32", shards=(Shard(0, blocks=(8, 4, 4), granule=4, replicate=True),))
+    >>> [counted_of(qkv, Mesh(tensor=2).coordinate(rank)).parts for rank in (0, 1)]
+    [None, ((0, 4),)]
+    """
+    mesh, shard = coordinate.mesh, spec.on("tensor")
+    is_expert = mesh.expert > 1 and spec.on("expert") is not None
+    if shard is None or mesh.tensor == 1:
+        return Counted(0, None if coordinate.is_first("tensor") else (), is_split=False, is_expert=is_expert)
+    parts: list[tuple[int, int]] = []
+    place = 0
+    held = shard.held(spec.orig_shape[shard.axis], coordinate)
+    for part in held:
+        size = part.stop - part.start
+        parts += [(place, place + size)] if part.holder == 0 else []
+        place += size
+    counted = None if len(parts) == len(held) else tuple(parts)
+    return Counted(shard.axis, counted, is_split=True, is_expert=is_expert)
 
 
 @frozen

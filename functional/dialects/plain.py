@@ -9,18 +9,21 @@ from .handover import Handover, Wrapped
 from .places import one_stage_a_place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ...specs.mesh import Mesh, MeshAxis
     from ...specs.pipeline import Pipeline
     from ...specs.plan import Plan
+    from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
 
 class PlainDialect:
     """``target=None``: nothing is wrapped, and nothing averages gradients over ``data``."""
 
-    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
+    def check(
+        self, mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any] | None
+    ) -> list[Problem]:
         if config is not None:
             return [Problem("config", "it is given, and there is no target to read it", "Name one, e.g. target='deepspeed'")]
         return []

@@ -12,11 +12,12 @@ from .handover import Handover, Wrapped
 from .places import nothing_trained, one_stage_a_place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ...specs.mesh import Mesh, MeshAxis
     from ...specs.pipeline import Pipeline
     from ...specs.plan import Plan
+    from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
@@ -33,10 +34,10 @@ class TorchDialect:
     clips by the norm of the whole model's gradient.
     """
 
-    def check(self, mesh: Mesh, tree: SpecTree, config: Mapping[str, Any] | None) -> list[Problem]:
-        split = [
-            spec for spec in tree.values() if spec.kind == "parameter" and any(s.mesh_axis == "data" for s in spec.shards)
-        ]
+    def check(
+        self, mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any] | None
+    ) -> list[Problem]:
+        split = [spec for spec in tree.values() if spec.kind == "parameter" and spec.on("data")]
         cause = "it is split over 'data', over which DDP averages gradients as if its parts were copies"
         problems = [Problem(spec.path, cause, "Split it over 'tensor'", spec.type) for spec in split if mesh.data > 1]
         if config is not None and not isinstance(config, Mapping):
@@ -64,17 +65,19 @@ class TorchDialect:
         return []
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
-        sizes: tuple[MeshAxis, ...] = ("pipe", "data", "tensor")
+        sizes: tuple[MeshAxis, ...] = ("pipe", "data", "expert", "tensor")
         return tuple((mesh_axis,) for mesh_axis in sizes if mesh.num(mesh_axis) > 1)
 
     def wrap(self, handover: Handover) -> Wrapped:
         from .gradient_norm import GradientNorm
-        from .torch_pipeline import TorchPipeline, replicated
+        from .handover import split_experts
+        from .torch_pipeline import TorchPipeline, ignore, replicated
 
         norm = GradientNorm.of(handover)
         extras = frozendict(clip_grad_norm_=norm.clip)
         if handover.plan.pipeline:
             return Wrapped(TorchPipeline(handover, norm), handover.optimizer, extras)
+        ignore(handover.modules[0], split_experts(handover.plan))
         return Wrapped(replicated(handover.modules[0], handover), handover.optimizer, extras)
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..stage_module import check_inputs, facts_of
+from .handover import split_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,9 +29,19 @@ _TENSOR = object()
 _SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
 
 
+def ignore(module: nn.Module, paths: list[str]) -> None:
+    """Let DDP neither average nor compare some parameters."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, paths)  # noqa: SLF001  torch's name for it
+
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
 def replicated(module: nn.Module, handover: Handover) -> nn.Module:
     """Return a module whose gradients are averaged over ``data``; the plan has made its values equal already."""
-    if handover.plan.mesh.data == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+    ignored = getattr(module, _IGNORED, [])
+    averaged = (p for name, p in module.named_parameters() if name not in ignored)
+    if handover.plan.mesh.data == 1 or not any(parameter.requires_grad for parameter in averaged):
         return module
     return DistributedDataParallel(module, process_group=handover.groups["data",], init_sync=False)
 
@@ -64,8 +75,7 @@ class TorchPipeline:
         self._flat = [_Flat(module) for module in handover.modules]
         for flat in self._flat:
             # what no operation reads gets no gradient, and DDP would wait for it
-            unused = [f"stage.{path}" for path in facts_of(flat.stage).unused]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(flat, unused)  # noqa: SLF001  torch's name for it
+            ignore(flat, [f"stage.{path}" for path in (*facts_of(flat.stage).unused, *split_experts(plan))])
         self._replicated = [replicated(module, handover) for module in self._flat]
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._group = handover.groups.get(("pipe",))

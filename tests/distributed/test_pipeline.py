@@ -15,6 +15,7 @@ from shardplan.functional import create_schedule, execute, plan_build, predict, 
 from shardplan.functional.resolve import Exchange
 from shardplan.specs import Mesh, dumps, loads
 from tests.models import llama, schedule, split_llama, split_t5, t5
+from tests.parts import picked
 from tests.ranks import results, run_ranks
 from tests.training import CLIP, LENGTH, NUM_STEPS, adamw, batch, loss_of, train_alone
 
@@ -202,7 +203,7 @@ def trained_alone(name, num_data):
 
 
 def index_of(spec, coordinate):
-    return tuple(slice(*interval) for interval in spec.index(coordinate))
+    return picked(spec.index(coordinate))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

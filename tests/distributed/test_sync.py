@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build, sync
-from shardplan.specs import Mesh, PlanError
+from shardplan.specs import Mesh
+from shardplan.specs.steps import SumGradient, Sync
+from tests.parts import picked
 from tests.ranks import results, run_ranks
 
 NUM = 2
@@ -27,7 +29,8 @@ def apply(rank, op, x, weight):
     x = x.clone().requires_grad_()
     group = dist.new_group(list(range(NUM))).group_name
     operator = getattr(sync, op)
-    out = operator(x, group) if op in ("all_reduce", "sum_gradient") else operator(x, 1, NUM, rank, group)
+    sizes = {"all_gather": (3, 6), "split": (3, 3)}.get(op, ())
+    out = operator(x, group) if op in ("all_reduce", "sum_gradient") else operator(x, 1, NUM, rank, *sizes, group)
     (grad,) = torch.autograd.grad((out * weight).sum(), x)
     return out.detach(), grad
 
@@ -80,6 +83,164 @@ def test_split_keeps_its_part_and_joins_gradients():
     for rank, (out, grad) in enumerate(results(run_ranks(keeps_a_part, NUM, "split"))):
         torch.testing.assert_close(out, part(WHOLE * (rank + 1), rank, 1))
         torch.testing.assert_close(grad, joined)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def through(function, x, weight):
+    """What a function gives, and the gradient of its weighted sum; ``weight`` is as long as what it gives."""
+    x = x.clone().requires_grad_()
+    out = function(x)
+    assert out.shape == weight.shape
+    (grad,) = torch.autograd.grad((out * weight).sum(), x)
+    return out.detach(), grad
+
+
+def pad(x, axis, length):
+    """Zeros at the end of an axis."""
+    missing = list(x.shape)
+    missing[axis] = length - x.shape[axis]
+    return torch.cat([x, x.new_zeros(missing)], axis)
+
+
+CASES = {
+    "even": (0, 3, 12),
+    "uneven": (1, 3, 10),  # the last of four has one entry
+    "some empty": (0, 2, 5),  # the last of four has none
+    "padded": (2, 4, 13),
+    "all padding": (1, 4, 5),
+}
+"""Axis, entries of the first of four ranks, and of all."""
+
+
+def whole_and_parts(name, num):
+    """A whole tensor, its axis, how many entries the first rank has, and those of all, and the bounds of each part."""
+    axis, part, size = CASES[name]
+    part *= 4 // num
+    shape = [3, 3, 3]
+    shape[axis] = size
+    bounds = [(min(rank * part, size), min((rank + 1) * part, size)) for rank in range(num)]
+    return numbers(*shape), axis, (part, size), bounds
+
+
+def each_operator(rank, num):
+    """Run every operator for every case, each once forward and backward."""
+    group = sync.SyncGroup(dist.new_group(list(range(num))).group_name, num, rank)
+    made = {}
+    for name in CASES:
+        whole, axis, sizes, bounds = whole_and_parts(name, num)
+        padded = "padd" in name
+        start, stop = bounds[rank]
+        own = whole.narrow(axis, start, stop - start)
+        own = pad(own, axis, sizes[0]) if padded else own
+        weight = numbers(*whole.shape, seed=rank + 1)
+        made["joined", name] = through(lambda x, a=axis, s=sizes, g=group: sync.joined(x, a, g, s), own, weight)
+        length = min(sizes[0], max(0, sizes[1] - rank * sizes[0]))
+        mine = whole.narrow(axis, start, length)
+        of_mine = numbers(*mine.shape, seed=rank + 1)
+        made["own_part", name] = through(lambda x, a=axis, s=sizes, g=group: sync.own_part(x, a, g, s), whole, of_mine)
+    x, weight = numbers(4, 8, seed=rank), numbers(4, 8, seed=rank + 1)
+    for key, step in STEPS.items():
+        of_half = weight[:, : 8 // num] if key in {"split", "scattered"} else weight
+        longer = numbers(4, 8 * num, seed=rank + 1) if key in {"gathered", "gathered_sum", "joined_back"} else of_half
+        made[key] = through(lambda x, s=step, g=group: sync.sync_function(s)(x, g), x, longer)
+    made["averaged"] = through(lambda x, g=group: sync.average_gradient(x, 3, g.name), x, weight)
+    return made
+
+
+STEPS = {
+    "summed": Sync("m", "forward_post", "all_reduce"),
+    "passed": Sync("m", "backward_post", "all_reduce"),
+    "passed_of": Sync("m", "backward_pre", "all_reduce", features=(2, 5)),
+    "gathered": Sync("m", "forward_post", "all_gather", -1),
+    "gathered_sum": Sync("m", "forward_pre", "all_gather", -1),
+    "scattered": Sync("m", "forward_post", "reduce_scatter", -1),
+    "split": Sync("m", "backward_post", "all_gather", -1),
+    "joined_back": Sync("m", "backward_pre", "reduce_scatter", -1),
+    "divided": Sync("m", "forward_pre", "divide"),
+}
+
+
+def expected(num):
+    """The same by one process, from what all ranks have: autograd through the whole job, rank by rank."""
+    xs, weights = ([numbers(4, 8, seed=rank + add) for rank in range(num)] for add in (0, 1))
+    longer = [numbers(4, 8 * num, seed=rank + 1) for rank in range(num)]
+    shorter = [weight[:, : 8 // num] for weight in weights]
+    own = [slice(8 * rank, 8 * rank + 8) for rank in range(num)]
+    few = [slice(8 // num * rank, 8 // num * (rank + 1)) for rank in range(num)]
+    of_some = [weight.clone() for weight in weights]
+    for weight in of_some:
+        weight[:, 2:5] = sum(weights)[:, 2:5]
+    joined = torch.cat(xs, 1)
+    return {
+        "summed": [(sum(xs), weight) for weight in weights],
+        "passed": [(x, sum(weights)) for x in xs],
+        "passed_of": list(zip(xs, of_some, strict=True)),
+        "gathered": [(joined, weight[:, at]) for weight, at in zip(longer, own, strict=True)],
+        "gathered_sum": [(joined, sum(longer)[:, at]) for at in own],
+        "scattered": [(sum(xs)[:, at], torch.cat(shorter, 1)) for at in few],
+        "split": [(x[:, at], torch.cat(shorter, 1)) for x, at in zip(xs, few, strict=True)],
+        "joined_back": [(joined, sum(longer)[:, at]) for at in own],
+        "divided": [(x / num, weight / num) for x, weight in zip(xs, weights, strict=True)],
+        "averaged": [(x, sum(weights) / 3) for x in xs],
+    }
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_operators_and_their_gradients_with_parts_of_any_size(num):
+    ranks = results(run_ranks(each_operator, num, num))
+    for key, by_rank in expected(num).items():
+        for made, (out, grad) in zip(ranks, by_rank, strict=True):
+            torch.testing.assert_close(made[key], (out, grad), rtol=1e-14, atol=1e-14)
+    for name in CASES:
+        whole, axis, (part, size), bounds = whole_and_parts(name, num)
+        seen = []
+        for rank, made in enumerate(ranks):
+            start, stop = bounds[rank]
+            weight = numbers(*whole.shape, seed=rank + 1)
+            out, grad = made["joined", name]
+            assert torch.equal(out, whole), "padding is left out"
+            mine = weight.narrow(axis, start, stop - start)
+            assert torch.equal(grad, pad(mine, axis, part) if "padd" in name else mine), "what is padding has no gradient"
+            out, grad = made["own_part", name]
+            assert torch.equal(out, whole.narrow(axis, start, stop - start))
+            seen.append(numbers(*out.shape, seed=rank + 1))
+            assert grad.shape[axis] == size
+        for made in ranks:
+            assert torch.equal(made["own_part", name][1], torch.cat(seen, axis))
+
+
+def adjoint(rank, num):
+    """The sum over ranks of <J v, w> and of <v, J^T w>, for operators whose backward is their adjoint."""
+    group = sync.SyncGroup(dist.new_group(list(range(num))).group_name, num, rank)
+    found = {}
+    for name in ("gathered_sum", "scattered", "joined_back"):
+        function = sync.sync_function(STEPS[name])
+        x = numbers(4, 8, seed=rank).requires_grad_()
+        out = function(x, group)
+        w = numbers(*out.shape, seed=rank + 10)
+        (grad,) = torch.autograd.grad(out, x, w)
+        v = numbers(4, 8, seed=rank + 20)
+        both = torch.stack([(function(v, group) * w).sum(), (grad * v).sum()])
+        found[name] = sync.all_reduce(both, group.name)
+    return found
+
+
+def test_gradients_are_adjoint_to_what_goes_forward():
+    for found in results(run_ranks(adjoint, 4, 4)):
+        for name, (forward, backward) in found.items():
+            torch.testing.assert_close(forward, backward, msg=name)
+
+
+@pytest.mark.parametrize("op", ["own_part", "reduce_scatter"])
+def test_unequal_parts_without_sizes_are_refused(op):
+    group = sync.SyncGroup("", 4, 0)
+    with pytest.raises(ValueError, match=r"axis 1 of an activation of shape \[2, 6\] cannot be split into 4 equal parts"):
+        sync.own_part(torch.ones(2, 6), 1, group, None) if op == "own_part" else sync.reduce_scatter(
+            torch.ones(2, 6), 1, 4, 0, ""
+        )
 
 
 class Net(nn.Module):
@@ -138,9 +299,7 @@ X = torch.linspace(-2, 2, 32).view(4, 8)
 
 
 def run_layout(rank, name):
-    # a replicated bias behind a scattered sum sees its own part of the sequence, and planning with inputs would say so
-    inputs = None if name == "sequence_parallel" else {"x": X}
-    plan = plan_build(LAYOUTS[name](create_schedule(Net(), Mesh(tensor=2))), example_inputs=inputs)
+    plan = plan_build(LAYOUTS[name](create_schedule(Net(), Mesh(tensor=2))), example_inputs={"x": X})
     module = execute(plan, device="cpu").module
     x = X.clone().requires_grad_()
     out = module(x)
@@ -160,17 +319,17 @@ def test_forward_and_backward_equal_one_process(name):
         torch.testing.assert_close(grad, x.grad)
         for path, parameter in alone.named_parameters():
             index, local = grads[path]
-            whole = parameter.grad[tuple(slice(*interval) for interval in index)]
-            summed_elsewhere = name == "sequence_parallel" and path == "inner.down.bias"
-            if not summed_elsewhere:  # a replicated bias behind a scattered sum sees its own part of the sequence
-                torch.testing.assert_close(local, whole, msg=path)
+            whole = parameter.grad[picked(index)]
+            torch.testing.assert_close(local, whole, msg=path)
 
 
-def test_the_one_gradient_that_is_partial_is_refused_by_planning():
-    with pytest.raises(
-        PlanError, match=r"1 problem\n  inner.down.bias  f32\[8\]: it is whole, and meets parts of an activation"
-    ):
-        plan_build(sequence_parallel(create_schedule(Net(), Mesh(tensor=2))), example_inputs={"x": X})
+def test_a_bias_behind_a_scattered_sum_sums_its_gradient():
+    plan = plan_build(sequence_parallel(create_schedule(Net(), Mesh(tensor=2))), example_inputs={"x": X})
+    assert [step for step in plan.steps if isinstance(step, SumGradient)] == [SumGradient("inner.down", "bias")]
+    frozen = Net()
+    frozen.inner.down.bias.requires_grad_(requires_grad=False)
+    plan = plan_build(sequence_parallel(create_schedule(frozen, Mesh(tensor=2))), example_inputs={"x": X})
+    assert not [step for step in plan.steps if isinstance(step, SumGradient)]
 
 
 def export(rank):

@@ -17,7 +17,7 @@ from shardplan.specs import Problem
 
 
 class Shouting:
-    def check(self, mesh, tree, config):
+    def check(self, mesh, tree, layout, config):
         return [] if config else [Problem("config", "nothing to shout", "Write a word")]
 
     def check_pipeline(self, mesh, tree, pipeline, config):

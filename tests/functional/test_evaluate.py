@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from shardplan.functional import evaluate as module
 from shardplan.functional.evaluate import CHUNK_ELEMENTS, Job, evaluate
-from shardplan.specs import InitProgram, Operation
+from shardplan.specs import InitProgram, Mesh, Operation, Shard
+from shardplan.specs.param import index_shape
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,
@@ -31,6 +32,7 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
+from tests.parts import one_interval, picked
 from tests.programs import make, same, whole
 from tests.strategies import law
 
@@ -124,8 +126,8 @@ def programs(draw, shape):
 
 @st.composite
 def cuts(draw, shape):
-    """Intervals of each axis: even for 1 to 8 ranks, or anywhere; an axis of several blocks is cut in each."""
-    pieces = []
+    """Parts, each with the intervals of every axis: even for 1 to 8 ranks, anywhere, or some of each of three blocks."""
+    of_axes = []
     for size in shape:
         marks = {0, size}
         match draw(st.sampled_from(["whole", "even", "uneven", "fused"])):
@@ -134,17 +136,22 @@ def cuts(draw, shape):
                 marks |= {min(size, rank * -(-size // num)) for rank in range(num)}
             case "uneven":
                 marks |= set(draw(st.lists(st.integers(0, size), max_size=4)))
-            case "fused":
-                block, num = size // 3, draw(st.sampled_from([2, 4]))
-                marks |= {b * block + rank * block // num for b in range(3) for rank in range(num)}
+            case "fused" if size:
+                num = draw(st.sampled_from([2, 4]))
+                blocks = draw(st.lists(st.integers(1, size), min_size=1, max_size=3))
+                shard = Shard(0, blocks=[*blocks, size], uneven=True, allow_empty=True)
+                whole = [shard.intervals(sum(blocks) + size, Mesh(tensor=num).coordinate(rank)) for rank in range(num)]
+                inside = [[(a, min(b, size)) for a, b in intervals if a < size] for intervals in whole]
+                of_axes.append([tuple(intervals) for intervals in inside])
+                continue
             case _:
                 pass
-        pieces.append(list(pairwise(sorted(marks))) or [(0, size)])
-    return list(product(*pieces))[:300]
+        of_axes.append([(interval,) for interval in pairwise(sorted(marks))] or [()])
+    return list(product(*of_axes))[:300]
 
 
 def cut(tensor, index):
-    return tensor[tuple(slice(*interval) for interval in index)]
+    return tensor[picked(index)]
 
 
 @law
@@ -164,7 +171,7 @@ def test_all_at_once_is_one_by_one(data, shape, dtype):
     """However many tensors and parts are asked for together, each gets what it gets alone."""
     chosen = [data.draw(programs(shape)) for _ in range(2)]
     jobs = [
-        Job(torch.full([b - a for a, b in index], 9, dtype=dtype), data.draw(st.sampled_from(chosen)), path, shape, index)
+        Job(torch.full(index_shape(index), 9, dtype=dtype), data.draw(st.sampled_from(chosen)), path, shape, index)
         for path in ("a", "b", "c.d")
         for index in data.draw(cuts(shape))[:6]
     ]
@@ -177,7 +184,7 @@ def test_all_at_once_is_one_by_one(data, shape, dtype):
 def test_programs_that_compare_equal_by_value_alone_are_not_mixed_up():
     plain = [InitProgram([Operation(Fill(value))]) for value in (0.0, -0.0)]
     outs = [torch.full((4,), 9.0) for _ in range(2)]
-    evaluate((Job(out, p, "w", (4,), ((0, 4),)) for out, p in zip(outs, plain, strict=True)), 0)
+    evaluate((Job(out, p, "w", (4,), (((0, 4),),)) for out, p in zip(outs, plain, strict=True)), 0)
     assert [out.signbit().all().item() for out in outs] == [False, True]
 
 
@@ -212,7 +219,7 @@ def test_threads_and_chunks_do_not_change_a_bit(num, dtype):
     finally:
         torch.set_num_threads(before)
     assert all(same(one, made[0]) for one in made[1:])
-    part = make(program, shape, dtype, index=((2, 6), (1, 330), (3, 66)))
+    part = make(program, shape, dtype, index=one_interval((2, 6), (1, 330), (3, 66)))
     assert same(part, made[0][2:6, 1:330, 3:66])
 
 
@@ -222,7 +229,7 @@ def test_odd_lengths_are_rounded_as_even_ones(function):
     program = InitProgram([Operation(Uniform(0, 1)), Operation(function)])
     long = make(program, (1000,))
     for length in (1, 2, 3, 5, 7, 9, 15, 17, 31, 33, 63, 65, 127):
-        assert same(make(program, (1000,), index=((1000 - length, 1000),)), long[-length:])
+        assert same(make(program, (1000,), index=one_interval((1000 - length, 1000))), long[-length:])
         assert same(make(program, (length,)), long[:length])
 
 
@@ -237,7 +244,9 @@ def test_one_path_has_one_key_and_others_have_others():
 def test_the_draws_of_a_program_are_counted_whether_they_hit_or_not():
     outside = Operation(Normal(0, 1), ((0, 1, 1),))
     first = make(InitProgram([Operation(Fill(0)), outside, Operation(Normal(0, 1), ((5, 8, 1),))]), (8,))
-    again = make(InitProgram([Operation(Fill(0)), outside, Operation(Normal(0, 1), ((5, 8, 1),))]), (8,), index=((4, 8),))
+    again = make(
+        InitProgram([Operation(Fill(0)), outside, Operation(Normal(0, 1), ((5, 8, 1),))]), (8,), index=one_interval((4, 8))
+    )
     assert torch.equal(first[4:], again)
     assert torch.equal(first[5:], make([Normal(0, 1), Normal(0, 1)], (8,))[5:])
 
@@ -292,7 +301,7 @@ def test_a_program_is_its_operations_on_a_whole_tensor(data, shape, dtype):
     ],
 )
 def test_fills_are_exact(dtype, value):
-    part = make(Fill(value), (5, 7), dtype, index=((1, 4), (0, 7)))
+    part = make(Fill(value), (5, 7), dtype, index=one_interval((1, 4), (0, 7)))
     assert same(part, torch.full((3, 7), value, dtype=dtype))
 
 
@@ -303,7 +312,7 @@ def test_constants_of_any_dtype_are_cut(dtype):
     node = Node("clone", ({"tensor": table.reshape(-1).tolist(), "shape": [5, 7], "dtype": name},))
     program = InitProgram([Operation(Set(Constant((5, 7), name, [node])))])
     assert same(make(program, (5, 7), dtype), table)
-    assert same(make(program, (5, 7), dtype, index=((2, 5), (1, 3))), table[2:5, 1:3].contiguous())
+    assert same(make(program, (5, 7), dtype, index=one_interval((2, 5), (1, 3))), table[2:5, 1:3].contiguous())
 
 
 def test_integers_are_computed_as_integers():
@@ -327,7 +336,7 @@ def test_narrow_dtypes_are_rounded_once_from_float32(dtype):
 
 def test_what_a_part_is_does_not_depend_on_strides_of_the_run():
     """More axes than a table row has."""
-    shape, index = (3, 2, 3, 2, 3, 4), ((0, 2), (1, 2), (0, 2), (0, 1), (1, 3), (1, 3))
+    shape, index = (3, 2, 3, 2, 3, 4), one_interval((0, 2), (1, 2), (0, 2), (0, 1), (1, 3), (1, 3))
     program = [Normal(0, 1), Map("mul_.Tensor", ({"node": 0},), {}, [ramp(shape)])]
     assert same(make(program, shape, index=index), cut(make(program, shape), index).contiguous())
 
@@ -347,7 +356,7 @@ MEMORY = """
         program = InitProgram([Operation(TruncatedNormal(0, 1, -2, 2)), Operation(Map("mul_.Tensor", (2,)), row)])
         shape = (num // 1024, 1024)
         out = torch.empty(shape)
-        evaluate([Job(out, program, "w", shape, ((0, shape[0]), (0, 1024)))], 0)
+        evaluate([Job(out, program, "w", shape, tuple(((0, size),) for size in shape))], 0)
         return out
     make(2**20)
     before = peak()

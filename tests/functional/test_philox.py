@@ -19,6 +19,7 @@ from shardplan.functional.bits import _philox, draw_bits, draw_by_torch
 from shardplan.functional.distributions import sample
 from shardplan.functional.runs import elements, runs_of, stretches
 from shardplan.specs.program import Bernoulli, Cauchy, Exponential, Geometric, LogNormal, Normal, TruncatedNormal, Uniform
+from tests.parts import one_interval, picked
 from tests.programs import make, number_reference, philox_reference
 from tests.strategies import law
 
@@ -97,7 +98,7 @@ def test_the_counter_goes_on_into_its_second_word(double, unit, lead):
 @law
 @given(st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple), st.data(), st.integers(1, 40), st.booleans())
 def test_a_part_in_pieces_is_that_part_of_the_whole(shape, data, size, double):
-    index = tuple(tuple(sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))) for n in shape)
+    index = one_interval(*(sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in shape))
     rows, out = [], 0
     for runs in runs_of(shape, index):
         for stretch in stretches(runs, size, size):
@@ -105,7 +106,7 @@ def test_a_part_in_pieces_is_that_part_of_the_whole(shape, data, size, double):
             out += stretch.num_elements
     total = int(np.prod(shape))
     whole = drawn(draw_bits, np.array([(*KEY, 0, 0, total, 0, 1, 1, 1, 0, 0, 0)]), 1, double=double, unit=False)
-    part = whole.reshape(shape)[tuple(slice(*interval) for interval in index)].reshape(-1)
+    part = whole.reshape(shape)[picked(index)].reshape(-1)
     pieces = drawn(draw_bits, np.array(rows), 1, double=double, unit=False) if rows else part[:0]
     assert torch.equal(pieces, part)
 

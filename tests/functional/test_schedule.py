@@ -84,7 +84,7 @@ def test_gathered_output_and_vocabulary():
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 6, bias=False))
     sch = create_schedule(model, Mesh(tensor=2)).at["0"].vocab_parallel().at["1"].colwise(gather_output=True)
-    assert VocabParallel("0") in sch.layout
+    assert VocabParallel("0", 5) in sch.layout
     assert SetAttributes("0", {"num_embeddings": 5}) in sch.layout
     assert Sync("1", "forward_post", "all_gather", -1) in sch.layout
 
@@ -150,7 +150,7 @@ def test_the_same_split_twice_is_no_problem(sch):
         (lambda s: s.at["0.bias"].shard(axis=0, mesh_axis="pipe"), "a tensor is not split over 'pipe'"),
         (lambda s: s.at["0"].shard(axis=0), 'Name the tensor: .shard("weight", axis=0)'),
         (lambda s: s.at["0"].shard("kernel", axis=0), "0: it has no tensor 'kernel'\n      It holds weight, bias"),
-        (lambda s: s.at["1"].colwise(), ".colwise() is for nn.Linear, and this is a ReLU"),
+        (lambda s: s.at["1"].colwise(), ".colwise() is for nn.Linear and transformers' Conv1D, and this is a ReLU"),
         (lambda s: s.at["0"].vocab_parallel(), ".vocab_parallel() is for nn.Embedding, and this is a Linear"),
         (lambda s: s.at["0.weight"].sync("forward_post", "all_reduce"), "it selects tensors, and this verb is for modules"),
         (lambda s: s.at["0"].sync("after", "all_reduce"), "a sync cannot stand at 'after'"),
@@ -193,7 +193,7 @@ def test_a_split_that_does_not_divide_says_the_sizes():
         "weight  f32[50257@tensor, 4]: axis 0 has 50257 entries, mesh axis 'tensor' has 8, and 8 does not divide 50257"
         in message
     )
-    assert "Pad the axis to 50264" in message
+    assert "Pad it to 50264: pad_to_multiple=8; or allow uneven parts: uneven=True; or leave it whole" in message
 
 
 def test_all_problems_come_at_once(sch):

@@ -10,6 +10,7 @@ from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.bits import draw_bits, draw_by_torch
 from shardplan.functional.evaluate import Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation
+from shardplan.specs.param import index_shape
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,
@@ -22,6 +23,7 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
+from tests.parts import one_interval, picked
 from tests.programs import make, number_reference, same, whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
@@ -75,7 +77,7 @@ def test_bits_are_those_of_the_reference():
 
 
 def on_cuda(program, shape, index, dtype):
-    out = torch.empty([high - low for low, high in index], dtype=dtype, device="cuda")
+    out = torch.empty(index_shape(index), dtype=dtype, device="cuda")
     evaluate([Job(out, program, "w", shape, index)], 0)
     return out.cpu()
 
@@ -95,13 +97,14 @@ def test_values_are_close_to_those_of_the_cpu_and_no_cut_changes_them(draw, dtyp
     tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(one, make(program, shape, dtype), rtol=tolerance, atol=tolerance * 1e-2)
     for index in (
-        ((0, 350), (0, 333)),
-        ((350, 701), (0, 333)),
-        ((0, 701), (1, 100)),
-        ((5, 9), (100, 333)),
-        ((700, 701), (0, 1)),
+        one_interval((0, 350), (0, 333)),
+        one_interval((350, 701), (0, 333)),
+        one_interval((0, 701), (1, 100)),
+        one_interval((5, 9), (100, 333)),
+        one_interval((700, 701), (0, 1)),
+        (((0, 100), (300, 401), (700, 701)), ((3, 30), (111, 333))),
     ):
-        part = one[tuple(slice(*interval) for interval in index)].contiguous()
+        part = one[picked(index)].contiguous()
         assert same(on_cuda(program, shape, index, dtype), part), index
 
 

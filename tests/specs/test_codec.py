@@ -68,17 +68,22 @@ from shardplan.specs.steps import (
     Agree,
     Allocate,
     Broadcast,
+    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
+    ForkRng,
     Generate,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
+    MaskPadding,
     Place,
     Scatter,
     SendCopy,
     SetAttributes,
+    SetToLocalSize,
     Slice,
+    SumGradient,
     SumTied,
     Sync,
     TakeShard,
@@ -117,7 +122,7 @@ PROGRAM = InitProgram(
 SOURCES = (PROGRAM, Made(CALLS, "its code looks at values"), ModuleValues(), OwnValues(), Uninitialised(), Unknown())
 STEPS = (
     Agree("opening"),
-    MakeGroups((("data",), ("data", "tensor"))),
+    MakeGroups((("data",), ("data", "tensor")), (("tensor", 2),)),
     MakeTieGroups(((0, 1), (1, 0))),
     Generate(0, ("up.weight",), CALLS, scratch=("s.1",), key="s.0"),
     TakeWhole(0, ("s.1",)),
@@ -132,10 +137,18 @@ STEPS = (
     Place(0, ("up.weight",)),
     Tie(0, "up.weight", ("head.weight",)),
     SetAttributes("up", {"out_features": 4, "names": ["a", {"b": None}]}),
-    VocabParallel("up"),
+    VocabParallel("up", 4),
     AddBiasAfterSync("up"),
     Sync("up", "forward_post", "all_gather", axis=-1),
     Sync("up", "backward_post", "train:join", mesh_axis="data"),
+    Sync("up", "backward_pre", "all_reduce", which=1, features=(2, 4)),
+    Sync("up", "forward_post", "all_gather", axis=1, sizes=(4, 7)),
+    SetToLocalSize("up", "out_features", "weight", 0),
+    SumGradient("up", "weight", axis=0, sharing=((4, 1), (2, 2))),
+    SumGradient("up", "weight", "expert_data", divide=2),
+    DispatchTokens("up", 4),
+    ForkRng("up"),
+    MaskPadding("up", (4, 7)),
     TakeStages(),
     SumTied("up.weight", (0, 1)),
     Agree("closing"),
@@ -164,7 +177,7 @@ def example():
         "up.weight",
         (8, 4),
         "bfloat16",
-        shards=(Shard(0),),
+        shards=(Shard(0, granule=2), Shard(1, "expert", blocks=(2, 2))),
         also_on=(1,),
         tags=dict.fromkeys(set(NAMES), 1),
         tie=("head.weight",),
@@ -174,7 +187,7 @@ def example():
     others = (ParamSpec(f"s.{i}", (), "float32", source=source) for i, source in enumerate(SOURCES))
     config = {"zero_optimization": {"stage": 1}, "betas": [0.9, 0.95], **dict.fromkeys(set(NAMES), 1)}
     return Plan(
-        Mesh(2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7, pipeline=PIPELINE
+        Mesh(2, 2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7, pipeline=PIPELINE
     )
 
 
@@ -418,11 +431,16 @@ def test_fingerprint_and_listing_are_the_same_in_every_process(hash_seed):
     assert done.stdout == f"{example().fingerprint} {example()}\n"
 
 
+UNSAID = {"blocks": [], "interleaved": 1, "granule": 1, "replicate": False, "uneven": False}
+UNSAID |= {"allow_empty": False, "pad_to_multiple": 1}
+
+
 def test_a_saved_plan_reads_like_the_records():
     data = json.loads(dumps(example()))
-    assert data["mesh"] == {"pipe": 2, "data": 2, "tensor": 2}
+    assert data["mesh"] == {"pipe": 2, "data": 2, "tensor": 2, "expert": 2}
     assert data["steps"][0] == {"moment": "opening", "is": "Agree"}
-    assert data["tree"][0]["shards"] == [{"axis": 0, "mesh_axis": "tensor"}]
+    assert data["tree"][0]["shards"][0] == {"axis": 0, "mesh_axis": "tensor", **UNSAID, "granule": 2}
+    assert data["tree"][0]["shards"][1] == {"axis": 1, "mesh_axis": "expert", **UNSAID, "blocks": [2, 2]}
     assert data["tree"][0]["origin"] == {"verb": "colwise", "pattern": "up", "where": "train.py:12"}
     assert data["tree"][0]["source"]["operations"][0] == {"what": {"mean": 0.0, "std": 0.02, "is": "Normal"}, "box": None}
     assert data["tree"][0]["source"]["operations"][-1] == {
@@ -454,10 +472,10 @@ def test_a_saved_plan_reads_like_the_records():
         ("[]", "it is damaged: it is a JSON list, not an object"),
         (
             "{}",
-            "its schema version is None, and this shardplan reads 3\n      Plan again with this version, or load it with",
+            "its schema version is None, and this shardplan reads 4\n      Plan again with this version, or load it with",
         ),
-        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 3"),
-        ('{"schema_version": 3}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
+        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 4"),
+        ('{"schema_version": 4}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
     ],
 )
 def test_what_is_no_plan_of_this_version_is_refused(text, error):
@@ -529,14 +547,20 @@ def test_a_damaged_plan_is_refused_and_says_where(text, error):
     [
         (damaged("tree", 1, "dtype", value="quint4x2"), r"s\.0: dtype 'quint4x2' is unknown"),
         (damaged("tree", 1, "path", value="s.4"), "two tensors claim the path 's.4'"),
-        (damaged("tree", 0, "orig_shape", value=[7, 4]), "up.weight .* axis 0 has 7 entries, mesh axis 'tensor' has 2"),
+        (
+            damaged("tree", 0, "orig_shape", value=[7, 4]),
+            "up.weight .* axis 0 has 7 entries, which granules of 2 do not divide",
+        ),
         (damaged("steps", 4, "paths", value=["v"]), "v: a TakeWhole step names it, but no tensor has it"),
         (damaged("steps", 0, "is", value="Nope"), "'Nope'"),
         (damaged("steps", 7, "paths", value=["v"]), "v: an? EvaluateWhole step names it, but no tensor has it"),
         (damaged("steps", 8, "paths", value=["v"]), "v: an? EvaluateShard step names it, but no tensor has it"),
         (damaged("steps", 11, "to", value=2), "a SendCopy step is for stage 2, which is not on mesh pipe=2 data=2 tensor=2"),
         (damaged("steps", 2, "between", value=[[0, 2]]), "a MakeTieGroups step is for stage 2, which is not on mesh pipe=2"),
-        (damaged("tree", 0, "also_on", value=[2]), r"up\.weight  bf16\[8@tensor, 4\]: stage 2 is none of the 2 stages"),
+        (
+            damaged("tree", 0, "also_on", value=[2]),
+            r"up\.weight  bf16\[8@tensor, 2\|2@expert\]: stage 2 is none of the 2 stages",
+        ),
         (damaged(*OPERATIONS, 0, "what", "is", value="Gumbel"), "'Gumbel'"),
     ],
 )

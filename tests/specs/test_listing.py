@@ -40,7 +40,17 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
-from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
+from shardplan.specs.steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    Sync,
+    VocabParallel,
+)
 from tests.models import llama, split_llama
 from tests.strategies import law, paths, plans, programs, words
 
@@ -232,13 +242,30 @@ def test_golden_of_all_that_can_be_noted():
     table = ParamSpec("table", (), "int64", kind="non_persistent_buffer", stage=1)
     layout = [
         SetAttributes("embed", {"num_embeddings": 32}),
-        VocabParallel("embed"),
+        VocabParallel("embed", 32),
         Sync("", "forward_post", "all_gather", axis=-1),
         *(Sync(f"layers.{i}", "forward_pre", "train:join", mesh_axis="data") for i in range(3)),
         AddBiasAfterSync("head"),
+        Sync("head", "backward_pre", "all_reduce", which=1, features=(4, 8)),
+        Sync("head", "forward_post", "all_gather", axis=-1, sizes=(33, 65)),
+        SetToLocalSize("head", "out_features", "weight", 0),
+        MaskPadding("head", (33, 65)),
+        *(ForkRng(f"layers.{i}.dropout") for i in range(3)),
+        *(SumGradient(f"layers.{i}.norm", "weight") for i in range(3)),
+        *(DispatchTokens(f"layers.{i}.experts", 4) for i in range(3)),
+        *(SumGradient(f"layers.{i}.experts", "up", "expert_data", divide=4) for i in range(3)),
+        SumGradient("qkv", "weight", axis=0, sharing=((4, 1), (2, 2))),
     ]
-    tree = SpecTree([head, words, gain, mask, table])
-    check_golden("notes.txt", Plan(Mesh(pipe=2, tensor=2), tree, layout, target="deepspeed", seed=7))
+    repeated = Shard(0, blocks=(8, 4, 4), granule=4, replicate=True)
+    split = [
+        ParamSpec("qkv.weight", (16, 8), "float32", shards=(repeated,)),
+        ParamSpec("neox.weight", (48, 8), "float32", shards=(Shard(0, interleaved=4),)),
+        ParamSpec("chunked.weight", (5, 8), "float32", shards=(Shard(0, uneven=True), Shard(1, "data"))),
+        ParamSpec("padded.weight", (63, 8), "float32", shards=(Shard(0, pad_to_multiple=4),)),
+        ParamSpec("experts.up", (4, 24, 8), "float32", shards=(Shard(0, "expert"), Shard(1, blocks=(12, 12)))),
+    ]
+    tree = SpecTree([head, words, gain, mask, table, *split])
+    check_golden("notes.txt", Plan(Mesh(pipe=2, data=2, tensor=2, expert=2), tree, layout, target="deepspeed", seed=7))
 
 
 def test_a_missing_golden_fails():

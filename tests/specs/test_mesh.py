@@ -6,11 +6,12 @@ import tracemalloc
 from itertools import product
 
 import pytest
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.specs import MESH_AXES, Coordinate, Mesh
-from tests.strategies import NEIGHBOURS, coordinates, law, meshes
+from tests.strategies import FINE_AXES, NEIGHBOURS, coordinates, law, meshes
 
 
 @law
@@ -44,13 +45,17 @@ def test_groups_partition_the_ranks(mesh, mesh_axes):
     assert len(list(groups)) == len(groups)
 
 
+def fine(mesh_axes):
+    return [m for axis in mesh_axes for m in (("expert_data", "expert") if axis == "data" else (axis,))]
+
+
 @law
 @given(meshes(), st.sampled_from(NEIGHBOURS))
 def test_a_group_is_the_ranks_that_agree_elsewhere(mesh, mesh_axes):
     listed = {}
     for rank in range(mesh.num_ranks):
         here = mesh.coordinate(rank)
-        listed.setdefault(tuple(here.index(m) for m in MESH_AXES if m not in mesh_axes), []).append(rank)
+        listed.setdefault(tuple(here.index(m) for m in FINE_AXES if m not in fine(mesh_axes)), []).append(rank)
     assert list(map(list, mesh.groups(*mesh_axes))) == sorted(listed.values())
 
 
@@ -67,6 +72,54 @@ def test_a_coordinate_is_in_its_own_group(here, mesh_axes):
 @given(meshes(), st.permutations(("data", "tensor")))
 def test_the_order_in_which_mesh_axes_are_named_means_nothing(mesh, mesh_axes):
     assert mesh.groups(*mesh_axes) == mesh.groups("data", "tensor")
+
+
+@law
+@given(meshes())
+def test_data_is_its_two_factors(mesh):
+    assert mesh.num("data") == mesh.num("expert_data", "expert")
+    assert mesh.groups("data") == mesh.groups("expert_data", "expert") == mesh.groups("expert", "expert_data")
+    assert mesh.num_ranks == mesh.num(*FINE_AXES)
+    for here in map(mesh.coordinate, range(mesh.num_ranks)):
+        assert here.data == here.index("expert_data") * mesh.expert + here.index("expert")
+        assert (here.index("expert_data"), here.index("expert")) == divmod(here.index("data"), mesh.expert)
+        assert here.is_first("data") == here.is_first("expert", "expert_data")
+        # those that share the experts of a layer are neighbours along data
+        assert [mesh.coordinate(rank).data - here.index("expert_data") * mesh.expert for rank in here.group("expert")] == [
+            *range(mesh.expert)
+        ]
+        # those that hold the same experts are as many places along data apart as there are in between
+        assert [mesh.coordinate(rank).data for rank in here.group("expert_data")] == [
+            *range(here.index("expert"), mesh.data, mesh.expert)
+        ]
+
+
+@law
+@given(meshes(4))
+def test_without_experts_a_mesh_is_what_it_was(mesh):
+    bare = evolve(mesh, expert=1)
+    for axes in NEIGHBOURS:
+        if not {"expert", "expert_data"} & set(axes):
+            assert mesh.groups(*axes) == bare.groups(*axes)
+    assert [mesh.rank(evolve(bare.coordinate(rank), mesh=mesh)) for rank in range(bare.num_ranks)] == [
+        *range(mesh.num_ranks)
+    ]
+    assert bare.groups("expert_data") == bare.groups("data")
+    assert all(len(group) == 1 for group in bare.groups("expert"))
+    assert str(mesh).removeprefix(str(bare)) == (f" expert={mesh.expert}" if mesh.expert > 1 else "")
+
+
+@law
+@given(meshes(4), st.sampled_from(["pipe", "data", "expert_data", "expert", "tensor"]), st.data())
+def test_neighbours_are_the_parts_of_groups_in_order(mesh, mesh_axis, data):
+    num = mesh.num(mesh_axis)
+    few = data.draw(st.sampled_from([n for n in range(1, num + 1) if num % n == 0]))
+    found = list(map(list, mesh.neighbours(mesh_axis, few)))
+    parts = [list(group)[at : at + few] for group in mesh.groups(mesh_axis) for at in range(0, num, few)]
+    assert sorted(found) == sorted(parts)
+    assert len(mesh.neighbours(mesh_axis, few)) == mesh.num_ranks // few
+    for rank in range(mesh.num_ranks):
+        assert rank in mesh.neighbours(mesh_axis, few).of(rank)
 
 
 @law
@@ -135,12 +188,28 @@ def test_a_mesh_of_16384_ranks_lists_nothing():
         ),
         (lambda: Mesh(tensor=2).coordinate(-1), IndexError, "rank -1 is not on mesh pipe=1 data=1 tensor=2"),
         (lambda: Coordinate(0, 2, 0, Mesh(data=2)), ValueError, "coordinate data=2 is not on mesh pipe=1 data=2 tensor=1"),
-        (lambda: Mesh().num("expert"), ValueError, "mesh axis 'expert' is unknown; there are pipe, data, tensor"),
-        (lambda: Mesh().groups("expert"), ValueError, "mesh axis 'expert' is unknown; there are pipe, data, tensor"),
+        (
+            lambda: Mesh().num("model"),
+            ValueError,
+            "mesh axis 'model' is unknown; there are pipe, data, expert_data, expert, tensor",
+        ),
+        (lambda: Mesh().groups("model"), ValueError, "mesh axis 'model' is unknown; there are pipe, data, "),
         (
             lambda: Mesh().groups("pipe", "tensor"),
             ValueError,
             r"\('pipe', 'tensor'\) are not neighbours in the order pipe, data",
+        ),
+        (
+            lambda: Mesh(data=6, expert=4),
+            ValueError,
+            "expert=4 is carved out of data=6, and does not divide it",
+        ),
+        (lambda: Mesh(data=2, expert=0), ValueError, "'expert' must be >= 1: 0"),
+        (lambda: Mesh(data=2, expert=True), TypeError, "expert is an integer, not True"),
+        (
+            lambda: Mesh(data=4, expert=2).groups("pipe", "expert"),
+            ValueError,
+            r"\('pipe', 'expert'\) are not neighbours in the order pipe, data, tensor",
         ),
         (lambda: Mesh().groups(), ValueError, r"mesh axes \(\) are not neighbours"),
     ],
@@ -161,6 +230,6 @@ def test_a_rank_outside_belongs_to_no_group(mesh, mesh_axes):
 def test_a_mesh_axis_is_asked_by_its_name():
     here = Mesh(pipe=2, data=2, tensor=2).coordinate(3)
     assert [here.index(mesh_axis) for mesh_axis in MESH_AXES] == [0, 1, 1]
-    for name in ("expert", "mesh", "rank"):
-        with pytest.raises(ValueError, match=f"mesh axis '{name}' is unknown; there are pipe, data, tensor"):
+    for name in ("model", "mesh", "rank"):
+        with pytest.raises(ValueError, match=f"mesh axis '{name}' is unknown; there are pipe, data, expert_data, expert"):
             here.index(name)

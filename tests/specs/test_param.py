@@ -14,7 +14,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardplan.specs import (
-    MESH_AXES,
     Constant,
     InitProgram,
     Made,
@@ -41,8 +40,10 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
-from tests.strategies import coordinates, law, meshes, numbers, operations, param_specs, programs
+from tests.parts import by_hand, entries, picked
+from tests.strategies import FINE_AXES, law, meshes, numbers, operations, param_specs, programs
 
+FACTORS = {"data": ("expert_data", "expert")}
 WEIGHT = ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))
 
 
@@ -51,7 +52,16 @@ def everywhere(mesh):
 
 
 def elements(index):
-    return list(product(*(range(start, stop) for start, stop in index)))
+    return list(product(*map(entries, index)))
+
+
+def num_holders(spec, mesh):
+    """How many ranks of a replica group hold each element, by cutting axes by hand."""
+    of_axes = [Counter(range(size)) for size in spec.orig_shape]
+    for shard in spec.shards:
+        parts = by_hand(shard, spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis))
+        of_axes[shard.axis] = Counter(entry for part in parts for entry in part.tolist())
+    return {at: prod(of_axes[axis][entry] for axis, entry in enumerate(at)) for at in product(*map(range, spec.orig_shape))}
 
 
 @st.composite
@@ -62,42 +72,70 @@ def specs_on_meshes(draw):
 
 @law
 @given(specs_on_meshes())
-def test_each_replica_group_holds_each_element_once(case):
+def test_each_replica_group_holds_each_element_as_often_as_it_is_repeated(case):
     spec, mesh = case
-    split = {shard.mesh_axis for shard in spec.shards}
+    split = {factor for shard in spec.shards for factor in FACTORS.get(shard.mesh_axis, (shard.mesh_axis,))}
     replicas = {}
     for here in everywhere(mesh):
-        replica = tuple(here.index(mesh_axis) for mesh_axis in MESH_AXES if mesh_axis not in split)
+        replica = tuple(here.index(mesh_axis) for mesh_axis in FINE_AXES if mesh_axis not in split)
         replicas.setdefault(replica, Counter()).update(elements(spec.index(here)))
-    whole = Counter(product(*map(range, spec.orig_shape)))
+    whole = Counter(num_holders(spec, mesh))
     assert len(replicas) == mesh.num_ranks // mesh.num(*split)
     assert all(held == whole for held in replicas.values())
+    assert set(whole.values()) <= {1} or any(shard.replicate for shard in spec.shards)
 
 
 @law
 @given(specs_on_meshes())
-def test_the_bytes_of_all_ranks_add_up_to_the_total_times_the_replicas(case):
+def test_parts_put_together_are_the_tensor(case):
     spec, mesh = case
-    replicas = mesh.num_ranks // mesh.num(*(shard.mesh_axis for shard in spec.shards))
-    assert sum(spec.local_bytes(here) for here in everywhere(mesh)) == spec.num_bytes * replicas
-
-
-@law
-@given(specs_on_meshes())
-def test_shape_bytes_and_index_say_the_same(case):
-    spec, mesh = case
+    whole = torch.arange(prod(spec.orig_shape)).view(spec.orig_shape)
+    again = torch.full_like(whole, -1)
     for here in everywhere(mesh):
-        assert spec.local_shape(here) == index_shape(spec.index(here))
-        assert spec.local_bytes(here) == len(elements(spec.index(here))) * num_bytes(spec.dtype)
+        index = picked(spec.index(here))
+        assert torch.equal(again[index][again[index] >= 0], whole[index][again[index] >= 0])
+        again[index] = whole[index]
+    assert torch.equal(again, whole)
+
+
+@law
+@given(specs_on_meshes())
+def test_shape_bytes_and_index_say_the_same_but_for_padding(case):
+    spec, mesh = case
+    padded = {shard.axis for shard in spec.shards if shard.pad_to_multiple > 1 and mesh.num(shard.mesh_axis) > 1}
+    for here in everywhere(mesh):
+        held, shape = index_shape(spec.index(here)), spec.local_shape(here)
+        assert held == tuple(len(entries(intervals)) for intervals in spec.index(here))
+        assert [axis for axis, size in enumerate(shape) if size != held[axis]] in ([], [0])
+        assert held == shape or padded == {0}
+        assert spec.local_bytes(here) == prod(shape) * num_bytes(spec.dtype)
+        if not padded:
+            assert spec.local_bytes(here) == len(elements(spec.index(here))) * num_bytes(spec.dtype)
     assert spec.num_elements == prod(spec.orig_shape)
 
 
 @law
-@given(coordinates(), st.integers(0, 5), st.sampled_from(MESH_AXES))
-def test_intervals_follow_one_another_in_equal_lengths(here, part, mesh_axis):
-    num = here.mesh.num(mesh_axis)
-    start, stop = Shard(0, mesh_axis).interval(part * num, here)
-    assert (start, stop) == (here.index(mesh_axis) * part, (here.index(mesh_axis) + 1) * part)
+@given(specs_on_meshes())
+def test_the_bytes_of_all_ranks_add_up_to_the_total_times_the_holders(case):
+    spec, mesh = case
+    held = sum(num_holders(spec, mesh).values()) * num_bytes(spec.dtype)
+    split = {factor for shard in spec.shards for factor in FACTORS.get(shard.mesh_axis, (shard.mesh_axis,))}
+    replicas = mesh.num_ranks // mesh.num(*split)
+    filled = sum(prod(index_shape(spec.index(here))) for here in everywhere(mesh)) * num_bytes(spec.dtype)
+    assert filled == held * replicas
+    assert sum(spec.local_bytes(here) for here in everywhere(mesh)) >= filled
+
+
+def test_two_axes_over_expert_and_tensor_are_cut_each_on_its_own():
+    mesh = Mesh(data=4, tensor=2, expert=2)
+    spec = ParamSpec("experts.gate_up", (4, 12, 3), "float32", shards=(Shard(0, "expert"), Shard(1, blocks=(6, 6))))
+    assert spec.type == "f32[4@expert, 6|6@tensor, 3]"
+    assert spec.mesh_axes(mesh.coordinate(0)) == ("expert", "tensor")
+    assert spec.index(mesh.coordinate(3)) == (((2, 4),), ((3, 6), (9, 12)), ((0, 3),))
+    # the same experts again after two places along data
+    assert [spec.index(mesh.coordinate(rank)) for rank in range(4)] == [
+        spec.index(mesh.coordinate(rank)) for rank in range(4, 8)
+    ]
 
 
 @law
@@ -105,13 +143,14 @@ def test_intervals_follow_one_another_in_equal_lengths(here, part, mesh_axis):
 def test_only_mesh_axes_longer_than_one_split(case):
     spec, mesh = case
     split = spec.mesh_axes(mesh.coordinate(0))
-    assert list(split) == [m for m in MESH_AXES if mesh.num(m) > 1 and m in {shard.mesh_axis for shard in spec.shards}]
+    used = {shard.mesh_axis for shard in spec.shards}
+    assert list(split) == [m for m in ("data", "expert", "tensor") if mesh.num(m) > 1 and m in used]
     if not split:
         assert spec.local_shape(mesh.coordinate(mesh.num_ranks - 1)) == spec.orig_shape
 
 
 def test_a_size_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="axis 0 has 6 entries, mesh axis 'tensor' has 4, which does not divide"):
+    with pytest.raises(ValueError, match="axis 0 has 6 entries, mesh axis 'tensor' has 4, and 4 does not divide 6"):
         ParamSpec("w", (6,), "float32", shards=(Shard(0),)).index(Mesh(tensor=4).coordinate(0))
 
 
@@ -119,13 +158,20 @@ def test_a_size_that_does_not_divide_is_refused():
 @given(specs_on_meshes())
 def test_the_printed_type_names_every_axis_and_its_mesh_axis(case):
     spec, _ = case
-    split = {shard.axis: shard.mesh_axis for shard in spec.shards}
+    split = {shard.axis: shard for shard in spec.shards}
     short, _, sizes = spec.type.rstrip("]").partition("[")
-    axes = [size.partition("@") for size in sizes.split(", ")] if sizes else []
+    axes = sizes.split(", ") if sizes else []
     assert short == short_name(spec.dtype)
-    assert [(int(size), mesh_axis) for size, _, mesh_axis in axes] == [
-        (size, split.get(axis, "")) for axis, size in enumerate(spec.orig_shape)
-    ]
+    for axis, (size, shown) in enumerate(zip(spec.orig_shape, axes, strict=True)):
+        if axis not in split:
+            assert shown == str(size)
+            continue
+        numbers, _, over = shown.partition("@")
+        shard = split[axis]
+        assert over.partition("(")[0] == shard.mesh_axis
+        assert ("(repeated)" in over, "(uneven)" in over) == (shard.replicate, shard.uneven)
+        padded = -(-size // shard.pad_to_multiple) * shard.pad_to_multiple
+        assert eval(numbers.replace("x", "*").replace("|", "+")) == padded  # as it is read
     assert str(spec) == f"{spec.path}  {spec.type}"
 
 
@@ -201,6 +247,11 @@ def test_sharding_adds_one_axis_and_its_origin():
             ValueError,
             "w: one mesh axis is split twice",
         ),
+        (
+            lambda: ParamSpec("w", (4, 4), "float32", shards=(Shard(0, "data"), Shard(1, "expert"))),
+            ValueError,
+            "w: it is split over 'data' and over 'expert', which is a part of 'data'",
+        ),
         (lambda: ParamSpec("w", (4, -1), "float32"), ValueError, "'orig_shape' must be >= 0: -1"),
         (lambda: ParamSpec("w", (4, 0.5), "float32"), TypeError, "orig_shape is an integer, not 0.5"),
         (lambda: ParamSpec("w", (4,), "float32", kind="weight"), ValueError, "'kind' must be in .*'weight'"),
@@ -233,7 +284,11 @@ def test_sharding_adds_one_axis_and_its_origin():
         (lambda: Map("add_.Tensor", (1j,)), ValueError, r"args: a plan holds plain, finite JSON values, not \(1j,\)"),
         (lambda: Node("full", ([4], {1: 2})), ValueError, "args: a plan holds plain, finite JSON values"),
         (lambda: Shard(-1), ValueError, "'axis' must be >= 0: -1"),
-        (lambda: Shard(0, "model"), ValueError, r"'mesh_axis' must be in \('pipe', 'data', 'tensor'\) \(got 'model'\)"),
+        (
+            lambda: Shard(0, "model"),
+            ValueError,
+            r"'mesh_axis' must be in \('pipe', 'data', 'expert', 'tensor'\) \(got 'model'\)",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(make, error, text):

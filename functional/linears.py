@@ -1,0 +1,61 @@
+"""Linear modules, and which axis of their weight is which: ``nn.Linear`` and transformers' ``Conv1D``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+@frozen
+class Linear:
+    """How a module keeps its weight.
+
+    Args:
+        out_axis: Axis of the weight along which the output features lie.
+        in_axis: Axis along which the input features lie.
+        out_features: Attribute that holds the number of output features.
+        in_features: Attribute that holds the number of input features.
+    """
+
+    out_axis: int
+    in_axis: int
+    out_features: str
+    in_features: str
+
+
+_LINEAR = Linear(out_axis=0, in_axis=1, out_features="out_features", in_features="in_features")
+_CONV1D = Linear(out_axis=1, in_axis=0, out_features="nf", in_features="nx")
+
+
+def linear_of(module: nn.Module) -> Linear | None:
+    """Return how a module keeps its weight, None if it is no linear one.
+
+    >>> linear_of(nn.Linear(4, 8)).out_axis, linear_of(nn.LayerNorm(4))
+    (0, None)
+    """
+    if isinstance(module, nn.Linear):
+        return _LINEAR
+    return _CONV1D if _is_conv1d(type(module)) else None
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Tell whether a linear module computes otherwise than its class does, so that its bias cannot be taken out."""
+    return type(module).forward is not nn.Linear.forward and not _is_conv1d(type(module), exactly=True)
+
+
+def product(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
+    """Return what a linear module gives without its bias; it may be called with its input by name."""
+    (x,) = (*given, *named.values())
+    return nn.functional.linear(x, module.weight) if isinstance(module, nn.Linear) else x @ module.weight
+
+
+def _is_conv1d(cls: type, *, exactly: bool = False) -> bool:
+    """Tell whether a class is transformers' ``Conv1D``; whoever has such a module has imported it."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return conv1d is not None and (cls is conv1d if exactly else issubclass(cls, conv1d))
