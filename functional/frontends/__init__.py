@@ -1,0 +1,22 @@
+"""How a schedule is made from what others already declare. Names are loaded when they are first asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .huggingface import schedule_from_tp_plan as schedule_from_tp_plan
+    from .infer import infer_schedule as infer_schedule
+    from .rules import schedule_from_rules as schedule_from_rules
+
+__all__ = ["infer_schedule", "schedule_from_rules", "schedule_from_tp_plan"]
+
+_HOMES = {"infer_schedule": "infer", "schedule_from_rules": "rules", "schedule_from_tp_plan": "huggingface"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

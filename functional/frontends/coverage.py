@@ -1,0 +1,191 @@
+"""Which models of transformers can be split as they declare: ``python -m shardplan.functional.frontends.coverage``.
+
+Each type is built on the meta device from its default configuration, cut to a few layers; its schedule is planned for
+several numbers of ranks, with a forward pass at local shapes where the whole model runs on fake tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from attrs import field, frozen
+
+from ...specs.errors import PlanError
+from ...specs.mesh import Mesh
+from ..plan import plan_build
+from .default_models import NUM_LAYERS, declared_model, example_inputs, model_types
+from .huggingface import schedule_from_tp_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TENSOR = (2, 4, 8)
+"""Numbers of ranks along ``tensor`` that are tried."""
+
+_NOT_REACHED = "it is not called in this forward pass"
+
+_PRELOAD = ["torch", "transformers", __name__]
+
+
+@frozen
+class Covered:
+    """What became of one model type.
+
+    Args:
+        model_type: The type.
+        cls: The model's class.
+        num_rules: Rules of its plan.
+        forward: Whether a forward pass at local shapes was tried; in part where the inputs do not reach some split modules.
+        errors: By number of ranks, what the plan was refused with; empty where it was planned.
+        lost: Why there is no outcome: it took too long, or its process ended.
+    """
+
+    model_type: str
+    cls: str = ""
+    num_rules: int = 0
+    forward: Literal["yes", "in part", "no"] = "no"
+    errors: tuple[str, ...] = field(default=(), converter=tuple)
+    lost: str = ""
+
+
+def cover(model_type: str, tensor: Sequence[int] = TENSOR) -> Covered | None:
+    """Plan one model type for several numbers of ranks; None if it declares no plan, or cannot be built."""
+    logging.disable(logging.WARNING)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        model = declared_model(model_type)
+        if model is None:
+            return None
+        inputs = example_inputs(model)
+        outcomes = [_plan(model, num, inputs) for num in tensor]
+    forward = "no" if inputs is None else "in part" if any(is_part for _, is_part in outcomes) else "yes"
+    errors = [error for error, _ in outcomes]
+    return Covered(model_type, type(model).__name__, len(vars(model)["_tp_plan"]), forward, errors)
+
+
+def _plan(model: nn.Module, num: int, inputs: Mapping[str, Tensor] | None) -> tuple[str, bool]:
+    """Return what planning is refused with, and whether the inputs are too few to reach all modules that are split."""
+    sch = schedule_from_tp_plan(model, Mesh(tensor=num))
+    try:
+        plan_build(sch, init_weights=False, example_inputs=inputs)
+    except PlanError as error:
+        if inputs is None or not all(problem.cause.startswith(_NOT_REACHED) for problem in error.problems):
+            return str(error), False
+        return _plan(model, num, None)[0], True
+    return "", False
+
+
+def cover_all(types: Iterable[str], *, jobs: int = 1, timeout: float = 300) -> Iterator[Covered]:
+    """Return what became of each type that declares a plan, each planned in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with ThreadPoolExecutor(jobs) as pool:
+        for outcome in pool.map(partial(_apart, context, timeout), types):
+            if outcome is not None:
+                yield outcome
+
+
+def _apart(context: multiprocessing.context.ForkServerContext, timeout: float, model_type: str) -> Covered | None:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, model_type), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(timeout) else Covered(model_type, lost=f"it took more than {timeout:.0f} s")
+    except EOFError:
+        return Covered(model_type, lost="its process ended without an outcome")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(pipe: multiprocessing.connection.Connection, model_type: str) -> None:
+    try:
+        pipe.send(cover(model_type))
+    except Exception as error:  # noqa: BLE001  whatever a model's code raises is reported
+        pipe.send(Covered(model_type, lost=f"{type(error).__name__}: {error}"[:300]))
+
+
+def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
+    """Return the outcomes as Markdown: counts, one line a type, and the errors of those that were refused."""
+    found = [outcome for outcome in outcomes if not outcome.lost]
+    planned = [sum(not outcome.errors[place] for outcome in found) for place in range(len(tensor))]
+    lines = [
+        "# Models of transformers that can be split as they declare",
+        "",
+        "Written by `python -m shardplan.functional.frontends.coverage --write docs/coverage.md`.",
+        "",
+        f"Counted are the {len(outcomes)} model types of transformers {_version()} that declare a tensor-parallel plan and",
+        "build on the meta device from their default configuration, as the first of these that builds: causal language",
+        f"model, image-text model, sequence-to-sequence model, bare model. Each is cut to {NUM_LAYERS} layers where that is",
+        "possible, and planned with `schedule_from_tp_plan` and `plan_build(init_weights=False)`; *forward* says whether",
+        f"a forward pass at local shapes was tried ({sum(o.forward == 'yes' for o in found)} types), in part where the",
+        f"inputs do not reach all that is split ({sum(o.forward == 'in part' for o in found)}).",
+        "",
+        "| ranks along `tensor` | " + " | ".join(map(str, tensor)) + " |",
+        "|---|" + "---|" * len(tensor),
+        "| planned | " + " | ".join(map(str, planned)) + " |",
+        "| refused | " + " | ".join(str(len(found) - num) for num in planned) + " |",
+        "",
+        "| model type | class | rules | forward | " + " | ".join(map(str, tensor)) + " |",
+        "|---|---|---|---|" + "---|" * len(tensor),
+        *(_row(outcome, tensor) for outcome in outcomes),
+        "",
+        "## Refused",
+        "",
+        *(line for outcome in outcomes for line in _refusals(outcome, tensor)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(outcome: Covered, tensor: Sequence[int]) -> str:
+    cells = [f"`{outcome.lost}`"] * len(tensor) if outcome.lost else ["refused" if e else "planned" for e in outcome.errors]
+    return f"| {outcome.model_type} | {outcome.cls} | {outcome.num_rules} | {outcome.forward} | {' | '.join(cells)} |"
+
+
+def _refusals(outcome: Covered, tensor: Sequence[int]) -> Iterator[str]:
+    for num, error in zip(tensor, outcome.errors, strict=False):
+        if error:
+            yield from (f"{outcome.model_type}, {num} ranks:", "", "```text", error, "```", "")
+
+
+def _version() -> str:
+    import transformers  # only a test dependency
+
+    return transformers.__version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print or write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("types", nargs="*", help="model types; all by default")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one type")
+    parser.add_argument("--write", type=Path, help="file that takes the table")
+    options = parser.parse_args(arguments)
+    outcomes: list[Covered] = []
+    for outcome in cover_all(options.types or model_types(), jobs=options.jobs, timeout=options.timeout):
+        outcomes.append(outcome)
+        states = outcome.lost or " ".join("refused" if error else "planned" for error in outcome.errors)
+        print(f"{outcome.model_type}: {states}", file=sys.stderr, flush=True)  # noqa: T201  progress
+    text = table(outcomes)
+    if options.write:
+        options.write.write_text(text)
+    else:
+        print(text)  # noqa: T201  what it is for
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

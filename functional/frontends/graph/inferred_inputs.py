@@ -1,0 +1,75 @@
+"""What a model is called with, told from its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....specs.errors import PlanError, Problem
+
+_BATCH = 2
+_LENGTH = 7
+_OTHER_LENGTH = 5
+
+
+def inferred_inputs(model: nn.Module) -> dict[str, Any]:
+    """Return inputs for a model that has a configuration and says what its main input is.
+
+    Raises:
+        PlanError: If the model does not say it.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    takes = inspect.signature(model.forward).parameters
+    if main == "pixel_values" and (shape := _image(config)):
+        inputs: dict[str, Any] = {"pixel_values": torch.zeros(shape, device="meta")}
+        if "input_ids" in takes:
+            inputs["input_ids"] = _tokens(_LENGTH)
+    elif main == "input_ids" and main in takes:
+        inputs = {"input_ids": _tokens(_LENGTH)}
+        if (
+            "pixel_values" in takes
+            and (shape := _image(config))
+            and takes["pixel_values"].default is inspect.Parameter.empty
+        ):
+            inputs["pixel_values"] = torch.zeros(shape, device="meta")
+    else:
+        cause = f"what this {type(model).__name__} is called with cannot be told from its configuration"
+        raise PlanError([Problem("example_inputs", cause, "infer_schedule(model, mesh, example_inputs={'x': tensor})")])
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = _tokens(_OTHER_LENGTH)
+    return with_no_cache(model, inputs)
+
+
+def with_no_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs that ask for no cache of keys and values, where the model can be asked."""
+    takes = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    has_cache = hasattr(getattr(model, "config", None), "use_cache")
+    if has_cache and ("use_cache" in takes or takes_any):
+        return {"use_cache": False, **inputs}
+    return dict(inputs)
+
+
+def _tokens(length: int) -> Tensor:
+    return torch.zeros(_BATCH, length, dtype=torch.long, device="meta")
+
+
+def _image(config: object) -> tuple[int, ...] | None:
+    for holder in _configurations(config):
+        side = getattr(holder, "image_size", None)
+        height_width = [
+            size for size in (side if isinstance(side, (list, tuple)) else (side, side)) if isinstance(size, int)
+        ]
+        if height_width:
+            channels = getattr(holder, "num_channels", 3)
+            return (_BATCH, channels if isinstance(channels, int) else 3, *height_width)
+    return None
+
+
+def _configurations(config: object) -> Iterator[object]:
+    yield config
+    yield getattr(config, "vision_config", None)

@@ -1,0 +1,118 @@
+"""Why each tensor is split as it is, or stays whole: one short sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ...linears import linear_of
+from .factors import Axis, Factor, find, segments, spell
+from .regions import Refused, Region
+
+if TYPE_CHECKING:
+    from ....specs.param import ParamSpec
+    from ...schedule import Schedule
+    from .follow_axes import Followed
+    from .vocabulary import Vocabulary
+
+_FEW = 3
+
+
+def reasons(
+    sch: Schedule,
+    found: Followed,
+    outcomes: Iterable[Region | Refused],
+    tables: Iterable[Vocabulary],
+    small: Mapping[str, str],
+) -> dict[str, str]:
+    """Return a sentence for each tensor, by canonical path."""
+    said: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, Refused):
+            refused |= {module: outcome.reason for module in outcome.modules if module not in refused}
+        else:
+            for path, why in _of_region(sch, outcome):
+                said.setdefault(sch.tree[path].path, why)
+    for table in tables:
+        said[table.table] = _of_table(table)
+        for head in table.heads:
+            said[sch.tree[f"{head}.weight"].path] = _of_table(table)
+            if spec := sch.tree.get(f"{head}.bias"):
+                said[spec.path] = "split like the rows whose scores it is added to, which are then joined"
+    for spec in sch.tree.values():
+        if spec.path not in said:
+            said[spec.path] = _of_whole(found, spec, refused, small)
+    return said
+
+
+def _of_region(sch: Schedule, region: Region) -> Iterator[tuple[str, str]]:
+    what = _what(region)
+    for module, split in region.columns.items():
+        each = f" of {split['granule']}" if "granule" in split else ""
+        how = ", repeated on neighbouring ranks" if split.get("replicate") else ""
+        why = f"its outputs are {what}{each}, which nothing mixes before {_names(region.rows)} sums over them{how}"
+        for name in ("weight", "bias"):
+            if (path := _join(module, name)) in sch.tree:
+                yield path, why
+    for module in region.rows:
+        why = f"it sums over the {what} that {_names(region.columns)} gives; the ranks' sums are added up"
+        yield _join(module, "weight"), why
+        if (path := _join(module, "bias")) in sch.tree:
+            yield path, "whole: it is added once, after the ranks' sums are added up"
+    for path, (axis, _) in region.others.items():
+        yield path, f"its axis {axis} has the {what} that {_names(region.columns)} gives, and is split alike"
+    for path in region.summed:
+        yield path, f"whole: it works on all {what} alike, and its gradient is summed over the ranks"
+
+
+def _what(region: Region) -> str:
+    size = region.leaf.size
+    return f"{size} groups of heads" if region.repeated else f"{size} heads" if region.is_attention else f"{size} features"
+
+
+def _of_table(table: Vocabulary) -> str:
+    lookup = "each rank looks up the rows that it has, and others give zeros" if table.embeddings else ""
+    score = f"{_names(table.heads)} scores them, and the scores are joined" if table.heads else ""
+    return "; ".join(part for part in (lookup, score) if part)
+
+
+def _of_whole(found: Followed, spec: ParamSpec, refused: Mapping[str, str], small: Mapping[str, str]) -> str:
+    module = spec.path.rpartition(".")[0]
+    if spec.path in small:
+        return f"whole: {small[spec.path]}"
+    for path in spec.paths:
+        if (owner := path.rpartition(".")[0]) in refused:
+            return f"whole: {refused[owner]}"
+    held = found.tensors.get(spec.path)
+    if held is None:
+        return "whole: nothing in this forward pass reads it"
+    kind = linear_of(found.model.get_submodule(module))
+    if kind is not None and len(held.axes) > 1:
+        out, into = _reason(held.axes[kind.out_axis]), _reason(held.axes[kind.in_axis])
+        if out and into:
+            return f"whole: of its outputs, {out}; of its inputs, {into}"
+        return "whole: of its outputs, no linear module sums over them" if into else f"whole: of its outputs, {out}"
+    reason = next(filter(None, map(_reason, reversed(held.axes))), "")
+    return f"whole: it works on whole activations{f', as of these {reason}' if reason else ''}"
+
+
+def _reason(axis: Axis) -> str:
+    return next((factor.reason for factor in _leaves(axis) if factor.reason), "")
+
+
+def _leaves(axis: Iterable[Factor]) -> Iterator[Factor]:
+    for factor in spell(axis):
+        yield find(factor)
+        if factor.kind == "sum":
+            for inner in segments(factor):
+                yield from _leaves((inner,)) if inner is not factor else ()
+
+
+def _names(modules: Iterable[str]) -> str:
+    names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    return ", ".join(names[:_FEW]) + (" and others" if len(names) > _FEW else "")
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name

@@ -1,0 +1,145 @@
+"""A model's operations in the order in which its code runs them, exported on fake tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_leaves
+
+from ...generators import own_generators
+from ...local_copy import local_copy, quiet
+
+if TYPE_CHECKING:
+    from ....specs.mesh import Mesh
+    from ....specs.steps import LayoutStep
+    from ....specs.tree import SpecTree
+
+
+@frozen(eq=False)
+class Traced:
+    """A model as one rank runs it.
+
+    Args:
+        root: The graph, with the graphs of regions in it.
+        paths: Canonical path of each of the model's tensors, by the name of the node that stands for it.
+        inputs: Names of the nodes that stand for what the model is called with.
+        training: Whether it runs as it does in training.
+    """
+
+    root: fx.GraphModule
+    paths: Mapping[str, str]
+    inputs: frozenset[str]
+    training: bool
+
+
+@frozen
+class Stopped:
+    """An export that did not get to its end.
+
+    Args:
+        path: The module that was running.
+        cause: What was raised.
+    """
+
+    path: str
+    cause: str
+
+
+def trace(
+    model: nn.Module,
+    tree: SpecTree,
+    layout: Sequence[LayoutStep],
+    mesh: Mesh,
+    inputs: Mapping[str, Any],
+    *,
+    training: bool,
+) -> Traced | Stopped:
+    """Return what the first rank runs, in training or in evaluation."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    local = local_copy(model, tree, layout, mesh.coordinate(0), {}, mode, named=True)
+    local.train(training)
+    open_modules: list[str] = []
+    for path, module in local.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            _follow(module, path, open_modules)
+    local.forward = _tensors_only(local.forward)
+    with mode:
+        fakes = {
+            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+    try:
+        with mode, own_generators(0), torch.no_grad(), quiet():
+            exported: Any = torch.export.export(local, (), fakes, strict=False)
+    except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
+        lines = str(error).strip().splitlines()
+        return Stopped(open_modules[-1] if open_modules else "", f"{type(error).__name__}: {lines[0] if lines else ''}")
+    paths: dict[str, str] = {}
+    given: set[str] = set()
+    for spec in exported.graph_signature.input_specs:
+        if spec.target is not None and spec.target in tree:
+            paths[spec.arg.name] = tree[spec.target].path
+        elif spec.kind is InputKind.USER_INPUT:
+            given.add(spec.arg.name)
+    return Traced(exported.graph_module, paths, frozenset(given), training)
+
+
+def regions(node: fx.Node) -> Iterator[tuple[fx.GraphModule, Sequence[Any]]]:
+    """Iterate over the graph that a node stands for, with its arguments: code under ``torch.no_grad`` and the like."""
+    for at, argument in enumerate(node.args):
+        if isinstance(argument, fx.Node) and argument.op == "get_attr" and isinstance(argument.target, str):
+            found = getattr(node.graph.owning_module, argument.target, None)
+            if isinstance(found, fx.GraphModule):
+                yield found, node.args[at + 1 :]
+
+
+def operations(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Iterate over all operations, those of regions too."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        inner = list(regions(node))
+        for found, _ in inner:
+            yield from operations(found.graph)
+        if not inner:
+            yield node
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the module whose code runs an operation."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of an operator, without its overload: ``add``, ``softmax``."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.removeprefix("aten::") if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _follow(module: nn.Module, path: str, open_modules: list[str]) -> None:
+    def enter(*_: object) -> None:
+        open_modules.append(path)
+
+    def leave(*_: object) -> None:
+        open_modules.pop()
+
+    module.register_forward_pre_hook(enter, prepend=True)
+    module.register_forward_hook(leave)
+
+
+def _tensors_only(forward: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """Leave out of what a model returns all that is no tensor, such as a cache, which an export cannot take."""
+
+    @functools.wraps(forward)
+    def tensors(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return [value for value in tree_leaves(forward(*args, **kwargs)) if isinstance(value, Tensor)]
+
+    return tensors

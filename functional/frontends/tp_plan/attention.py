@@ -1,0 +1,173 @@
+"""Attention whose heads are split: projections, norms of heads, tensors with one entry a head, dropout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ....specs.errors import Problem
+from ..sayings import Options, Saying
+from .heads import Heads, counts_heads, local_sizes, read_heads
+
+if TYPE_CHECKING:
+    from .declared import Declaration, Declared
+
+_COLWISE, _ROWWISE = ("colwise", "packed_colwise"), ("rowwise", "packed_rowwise")
+
+
+def split_attention(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
+    """Return what splits the heads of an attention module; nothing where its plan splits no heads."""
+    rules = [rule for rule in decl.below(path) if rule.style in (*_COLWISE, *_ROWWISE)]
+    if not any(rule.style in _COLWISE for rule in rules) or not any(rule.style in _ROWWISE for rule in rules):
+        return
+    if norm_of_all_heads(decl, path):
+        yield from _gathered(decl, rules)
+        return
+    heads = read_heads(decl, path)
+    if isinstance(heads, Problem):
+        yield heads
+        return
+    if problem := heads.problem():
+        yield problem
+        return
+    for rule in rules:
+        yield from _bare(decl, heads, rule) if rule.is_tensor else _projection(decl, heads, rule)
+    declared = {rule.path for rule in decl.below(path)}
+    yield from _undeclared(decl, heads, declared)
+    for inside in (path, *(f"{path}.{name}" for name in _beside(decl.module(path)))):
+        yield from local_sizes(decl, heads, inside)
+    yield from _dropout(decl, heads)
+
+
+def norm_of_all_heads(decl: Declaration, path: str) -> str:
+    """Return the path of a norm that looks at all features of a projection, not at one head; empty if there is none.
+
+    Such heads are split in the projections alone, and gathered after them.
+    """
+    for rule in (rule for rule in decl.below(path) if rule.style in _COLWISE):
+        projection = re.fullmatch(r"(q|k|v|query|key|value)_proj", rule.path.removeprefix(f"{path}."))
+        size = getattr(decl.module(rule.path), "out_features", 0) if projection else 0
+        for name, child in decl.module(path).named_children() if projection else ():
+            weight = getattr(child, "weight", None)
+            if projection and re.match(rf"{projection[1]}_(layer_?)?norm", name) and weight is not None:
+                size_of_head = getattr(decl.module(path), "head_dim", size)
+                if tuple(weight.shape) == (size,) and size > size_of_head:
+                    return f"{path}.{name}"
+    return ""
+
+
+def _gathered(decl: Declaration, rules: Sequence[Declared]) -> Iterator[Saying]:
+    for rule in rules:
+        verb, option = ("colwise", "gather_output") if rule.style in _COLWISE else ("rowwise", "split_input")
+        if not rule.is_tensor:
+            size = getattr(decl.module(rule.path), "out_features" if verb == "colwise" else "in_features", 0)
+            uneven: Options = (("uneven", True),) if size % decl.num else ()
+            yield Saying(rule.path, verb, (), ((option, True), *uneven))
+
+
+def _projection(decl: Declaration, heads: Heads, rule: Declared) -> Iterator[Saying | Problem]:
+    module = decl.module(rule.path)
+    verb = "colwise" if rule.style in _COLWISE else "rowwise"
+    if not isinstance(module, nn.Linear):
+        yield Saying(rule.path, verb)  # the verb knows other classes, and says which it does not
+        return
+    size = module.out_features if verb == "colwise" else module.in_features
+    count = heads.count(rule.path)
+    if verb == "rowwise" and _is_one_a_head(module, heads):
+        yield from _own_heads(rule.path, module, heads)
+        return
+    if re.search(r"qkv|query_key_value", rule.path.removeprefix(heads.path)) and verb == "colwise":
+        yield from _fused(rule, module, heads)
+        return
+    split = heads.split(count, size)
+    if split is None:
+        cause = f"its {size} {'outputs' if verb == 'colwise' else 'inputs'} are not {count} heads of one size"
+        yield Problem(rule.path, cause, "Split it with the verbs", decl.sch.tree[f"{rule.path}.weight"].type)
+    else:
+        yield Saying(rule.path, verb, (), split)
+
+
+def _fused(rule: Declared, module: nn.Linear, heads: Heads) -> Iterator[Saying | Problem]:
+    """Return the split of queries, keys and values in one: head by head, as a contiguous split of them must be."""
+    if heads.key_value != heads.query or module.out_features % (3 * heads.query):
+        cause = f"its {module.out_features} outputs are not q, k and v of {heads.query} heads one after another"
+        yield Problem(rule.path, cause, "Split it with the verbs: .colwise(blocks=(q, k, v), granule=head_dim)")
+    else:
+        yield Saying(rule.path, "colwise", (), (("interleaved", heads.query),))
+
+
+def _is_one_a_head(module: nn.Linear, heads: Heads) -> bool:
+    return module.out_features in {heads.query, heads.key_value} and module.out_features < module.in_features
+
+
+def _own_heads(path: str, module: nn.Linear, heads: Heads) -> Iterator[Saying | Problem]:
+    """Return the split of a projection from all heads to one number a head: each rank keeps those of its own heads."""
+    inputs = heads.key_value if module.in_features % heads.key_value == 0 else heads.query
+    if module.out_features % heads.num or module.bias is not None:
+        why = "it has a bias" if module.bias is not None else f"{heads.num} ranks do not divide them"
+        yield Problem(path, f"it gives one number for each of {module.out_features} heads, and {why}", "Leave it whole")
+        return
+    split = heads.split(inputs, module.in_features) or ()
+    yield Saying(path, "shard", ("weight",), (("axis", 1), *split))
+    yield Saying(path, "sync", ("forward_post", "reduce_scatter", -1))
+    yield Saying(path, "set", (), (("in_features", module.in_features // heads.num),))
+
+
+def _bare(decl: Declaration, heads: Heads, rule: Declared) -> Iterator[Saying | Problem]:
+    spec = decl.sch.tree[rule.path]
+    count = heads.count(rule.path)
+    axis = max(len(spec.orig_shape) - 2, 0) if rule.style in _COLWISE else -1
+    split = heads.split(count, spec.orig_shape[axis]) if spec.orig_shape else None
+    if split is None:
+        yield Problem(rule.path, f"it does not hold {count} heads of one size along axis {axis}", "", spec.type)
+    else:
+        yield Saying(rule.path, "shard", (), (("axis", axis), *split))
+
+
+def _undeclared(decl: Declaration, heads: Heads, declared: set[str]) -> Iterator[Saying]:
+    """Return what is needed by tensors that work on split heads and that the plan does not name."""
+    module = decl.module(heads.path)
+    beside = _beside(module)
+    for spec in (*decl.own(heads.path), *(spec for name in beside for spec in decl.own(f"{heads.path}.{name}"))):
+        count = heads.count(spec.path)
+        for num in dict.fromkeys((count, heads.query, heads.key_value)):
+            is_one_a_head = num > 1 and num in spec.orig_shape and (spec.num_elements == num or spec.orig_shape[0] == num)
+            is_of_one_head = (
+                len(spec.orig_shape) == 1 and spec.module != heads.path and not counts_heads(decl.module(spec.module))
+            )
+            if is_one_a_head and not is_of_one_head and not declared & {spec.path, spec.module}:
+                axis = spec.orig_shape.index(num)
+                yield Saying(spec.path, "shard", (), (("axis", axis), *(heads.split(num, num) or ())))
+                break
+    for name in beside:
+        norm = re.fullmatch(r"(q|k|v|query|key|value)_(layer_?)?norm", name)
+        path, weight = f"{heads.path}.{name}", getattr(module.get_submodule(name), "weight", None)
+        if norm and path not in declared and isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            projection = f"{heads.path}.{norm[1]}"
+            if any(p.startswith((f"{projection}_proj", projection + ".")) for p in declared) and weight.requires_grad:
+                yield Saying(path, "sum_gradient")
+
+
+def _beside(module: nn.Module) -> list[str]:
+    """Return the names of what an attention module holds besides its projections: nothing linear is in it."""
+    return [name for name, c in module.named_children() if not any(isinstance(m, nn.Linear) for m in c.modules())]
+
+
+def _dropout(decl: Declaration, heads: Heads) -> Iterator[Saying]:
+    """Return that attention probabilities of other heads are dropped by other random numbers, where nothing else draws."""
+    module = decl.module(heads.path)
+    rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value}
+    layers = {name: m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p}
+    drawing = {**rates, **layers}
+    of_heads = {name for name in drawing if re.search(r"att", name)}
+    if not of_heads:
+        return
+    if set(drawing) == of_heads:
+        yield Saying(heads.path, "fork_rng")
+    else:
+        others = ", ".join(sorted(set(drawing) - of_heads))
+        why: Options = (("dropout", f"all ranks drop the same heads' entries, as {others} draws on whole activations"),)
+        yield Saying(heads.path, "tag", (), why)
