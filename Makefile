@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(QUIET) PIPE=$(PIPE) TENSOR=$(TENSOR) $(BIN)/torchrun --nproc-per-node $$(($(PIPE) * $(DATA) * $(TENSOR))) examples/train_llama.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ..specs.mesh import MESH_AXES
+from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
 from .dry import AGREEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _NUM_WORDS = AGREEMENT_BYTES // 8
 _TEXT_BYTES = 8192
+_SIZES: tuple[MeshAxis, ...] = (*MESH_AXES, "expert")
 
 
 class ExecutionError(RuntimeError):
@@ -50,7 +51,7 @@ def _words(plan: Plan, error: BaseException | None) -> list[int]:
     whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
     fields = plan.canonical_fields
     parts = [_digest(fields["tree"]), _digest(fields["steps"]), _digest(fields["target"] + fields["config"])]
-    sizes = [plan.mesh.num(mesh_axis) for mesh_axis in MESH_AXES]
+    sizes = [plan.mesh.num(mesh_axis) for mesh_axis in _SIZES]
     words = [int(error is not None), *sizes, plan.seed % 2**63, *parts, *whole]
     return words + [0] * (_NUM_WORDS - len(words))
 
@@ -61,13 +62,14 @@ def _digest(text: str) -> int:
 
 def _difference(table: list[list[int]], rank: int) -> str:
     ours, theirs = table[0], table[rank]
-    if ours[1:4] != theirs[1:4]:
-        names = [" ".join(f"{m}={n}" for m, n in zip(MESH_AXES, words[1:4], strict=True)) for words in (ours, theirs)]
+    if ours[1:5] != theirs[1:5]:
+        meshes = [Mesh(**dict(zip(_SIZES, words[1:5], strict=True))) for words in (ours, theirs)]
+        names = [str(mesh).removeprefix("mesh ") for mesh in meshes]
         return f"rank 0 has mesh {names[0]}, rank {rank} has mesh {names[1]}"
-    if ours[4] != theirs[4]:
-        return f"rank 0 has seed {ours[4]}, rank {rank} has seed {theirs[4]}"
+    if ours[5] != theirs[5]:
+        return f"rank 0 has seed {ours[5]}, rank {rank} has seed {theirs[5]}"
     names = ["its tensors", "its steps", "its target or config"]
-    found = [name for name, a, b in zip(names, ours[5:8], theirs[5:8], strict=True) if a != b]
+    found = [name for name, a, b in zip(names, ours[6:9], theirs[6:9], strict=True) if a != b]
     return f"rank {rank} differs from rank 0 in {' and '.join(found) or 'its contents'}"
 
 

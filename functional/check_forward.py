@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..specs.errors import Problem
 from ..specs.steps import SetAttributes, SetToLocalSize, SumGradient
@@ -94,6 +95,10 @@ def _never_called(path: str) -> Problem:
 
 def _stopped(model: nn.Module, tree: SpecTree, path: str, error: Exception) -> Problem:
     module = model.get_submodule(path)
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)):
+        cause = f"the code of this {type(module).__name__} depends on values ({error}), and fake tensors have none"
+        fix = "Let it compute without them (transformers' experts: experts_implementation='grouped_mm'), or plan without"
+        return Problem(path, cause, f"{fix} example_inputs, which leaves out this check")
     prefix = f"{path}." if path else ""
     near = [f"{s.path.removeprefix(prefix)} {s.type}" for s in tree.values() if s.path.startswith(prefix) and s.shards]
     what = f"{type(module).__name__} with {', '.join(near[:4])}" if near else type(module).__name__

@@ -82,7 +82,8 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # n
             if hasattr(module, "_is_expert_parallel"):  # transformers' word for experts of which others have some
                 setattr(module, "_is_expert_parallel", True)  # noqa: B010
             _hook_before(module, dispatch.before)
-            _hook_after(module, dispatch.after)
+            module.register_forward_hook(dispatch.after, with_kwargs=True)
+            _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
         case ForkRng():
             forked = OwnRng(local.coordinate.index("tensor"))
             _hook_before(module, forked.before)

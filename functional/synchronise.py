@@ -151,12 +151,29 @@ class Dispatch:
         }
         return tuple(given.get(id(a), a) for a in args), {key: given.get(id(a), a) for key, a in kwargs.items()}
 
-    def after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Sum what all experts give for each token, and keep the own tokens'."""
         if not _is_activation(output):
             msg = f"{type(module).__name__} returned a {type(output).__name__}, and experts give a tensor"
             raise TypeError(msg)
+        if torch.is_grad_enabled() and not output.requires_grad:
+            # no token has come to this rank's experts, and the others wait for its part of the backward pass
+            own = [getattr(module, name) for name in module._parameters]  # noqa: SLF001
+            output = _Behind.apply(output, *filter(_is_activation, (*args, *kwargs.values(), *own)))
         return reduce_scatter(output, 0, self.group.num_ranks, self.group.index, self.group.name)
+
+
+class _Behind(torch.autograd.Function):
+    """An output that no input has gone into, with the inputs behind it all the same: their gradients are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (grads[0], *map(torch.zeros_like, ctx.saved_tensors))
 
 
 @frozen

@@ -221,7 +221,8 @@ class Shard:
         used = -(-count // -(-count // sharing))
         if self.uneven:
             is_filled = used == num or self.allow_empty
-            return ("", "") if is_filled else (f"{cause}: {num - used} ranks would hold nothing", "")
+            idle = f"{num - used} rank{'s' if num - used > 1 else ''}"
+            return ("", "") if is_filled else (f"{cause}: {idle} would hold nothing", "")
         return cause, ""
 
     def _nearest(self, size: int, num: int) -> str:

@@ -19,7 +19,7 @@ from ...specs.errors import Problem
 from ..schedule import Schedule, create_schedule
 from .sayings import Options, Saying, say, wildcard
 from .tp_plan.attention import norm_of_all_heads, split_attention
-from .tp_plan.declared import Declaration, Declared, read_plan
+from .tp_plan.declared import Declaration, Declared, names_no_layer, read_plan
 from .tp_plan.experts import split_fused, sum_experts
 from .tp_plan.heads import attention_above, first_number, forward_source
 from .tp_plan.ties import with_ties
@@ -66,6 +66,8 @@ def schedule_from_tp_plan(model: nn.Module, mesh: Mesh) -> Schedule:
     if not isinstance(plan, Mapping) or not plan:
         cause = f"this {type(model).__name__} declares no tensor-parallel plan"
         return _wrong(sch, [Problem("", cause, "Split it with the verbs, or set model._tp_plan")])
+    if problem := names_no_layer(sch, plan):
+        return _wrong(sch, [problem])
     said = [*_split_experts(sch, model), *(_translate(read_plan(sch, plan)) if mesh.tensor > 1 else ())]
     sayings = (saying for saying in said if isinstance(saying, Saying))
     return _wrong(say(sch, sayings), [problem for problem in said if isinstance(problem, Problem)])

@@ -41,7 +41,7 @@ def sequence(mesh):
     return sch.at["lm_head"].colwise(gather_output=True)
 
 
-def mixtral(device="meta"):
+def mixtral(**changes):
     config = MixtralConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -50,16 +50,22 @@ def mixtral(device="meta"):
         num_key_value_heads=2,
         vocab_size=64,
         num_local_experts=4,
-        num_experts_per_tok=2,
         attn_implementation="eager",
+        **{"num_experts_per_tok": 2, **changes},
     )
-    with torch.device(device):
+    with torch.device("meta"):
         return MixtralForCausalLM(config)
 
 
-def experts(mesh):
+def starved(mesh):
+    """All tokens go to one expert, so that ranks with others have nothing to do, and are waited for."""
+    model = mixtral(experts_implementation="eager", num_experts_per_tok=1)
+    return experts(mesh, model).at["**.mlp.gate.weight"].init(0.0)
+
+
+def experts(mesh, model=None):
     """Experts over ``expert``, each of them over ``tensor``: gate and up are two blocks of one tensor."""
-    sch = create_schedule(mixtral(), mesh)
+    sch = create_schedule(model or mixtral(), mesh)
     sch = sch.at["**.self_attn.[qkv]_proj"].colwise(granule=8).at["**.o_proj"].rowwise(granule=8)
     sch = sch.at["**.mlp.experts"].shard("gate_up_proj", axis=1, blocks=(48, 48))
     sch = sch.at["**.mlp.experts"].shard("down_proj", axis=2).at["**.mlp.experts"].sync("forward_post", "all_reduce")
@@ -96,6 +102,35 @@ def fused(mesh):
     return sch.at["head"].colwise(pad_to_multiple=12).at["head"].sync("forward_post", join_padded)
 
 
+class Grouped(nn.Module):
+    """Attention whose matrix has, group by group, four query heads, their key and their value, as Falcon's."""
+
+    def __init__(self, device="meta"):
+        super().__init__()
+        self.groups, self.queries = 2, 4
+        self.embed = nn.Embedding(20, 16, device=device)
+        self.qkv = nn.Linear(16, 2 * (4 + 1 + 1) * 4, device=device)
+        self.out = nn.Linear(32, 16, device=device)
+        self.head = nn.Linear(16, 20, device=device)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        mixed = self.qkv(x).unflatten(-1, (self.groups, self.queries + 2, 4)).permute(0, 2, 3, 1, 4)
+        q, k, v = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
+        k, v = (t.repeat_interleave(self.queries, 1) for t in (k, v))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(torch.tanh(x))
+
+
+def grouped(mesh):
+    """Fewer groups than ranks: two ranks share a group's queries, and each has its key and its value."""
+    sch = create_schedule(Grouped(), mesh)
+    sch = sch.at["qkv"].colwise(interleaved=2, blocks=(16, 4, 4), granule=4, replicate=True)
+    sharing = max(1, mesh.tensor // 2)
+    sch = sch.at[""].set(groups=max(1, 2 // mesh.tensor), queries=4 // sharing)
+    return sch.at["out"].rowwise(granule=4).at["head"].colwise(gather_output=True)
+
+
 def join_padded(x, group):
     """Join the split outputs, padding and all."""
     from shardplan.functional.sync import joined
@@ -103,13 +138,21 @@ def join_padded(x, group):
     return joined(x, -1 % x.dim(), group, None) if group.num_ranks > 1 else x
 
 
-MODELS = {"repeated": (repeated, 131), "sequence": (sequence, 128), "experts": (experts, 64), "fused": (fused, 20)}
+MODELS = {
+    "repeated": (repeated, 131),
+    "sequence": (sequence, 128),
+    "experts": (experts, 64),
+    "starved": (starved, 64),
+    "fused": (fused, 20),
+    "grouped": (grouped, 20),
+}
 
 
 def plan_of(name, mesh, target, config):
     make, vocab = MODELS[name]
-    inputs = {"ids" if name == "fused" else "input_ids": torch.zeros(BATCH, 12, dtype=torch.long)}
-    return plan_build(make(mesh), target=target, config=config, example_inputs=inputs), vocab
+    inputs = {"ids" if name in {"fused", "grouped"} else "input_ids": torch.zeros(BATCH, 12, dtype=torch.long)}
+    followed = None if name == "starved" else inputs  # whose code depends on values
+    return plan_build(make(mesh), target=target, config=config, example_inputs=followed), vocab
 
 
 def train(rank, jobs):
@@ -174,8 +217,12 @@ def zero(stage):
                 ("sequence", Mesh(tensor=4), *zero(1)),
                 ("fused", Mesh(tensor=4), "torch", None),
                 ("fused", Mesh(data=2, tensor=2), "torch", None),
+                ("grouped", Mesh(tensor=4), "torch", None),
+                ("grouped", Mesh(data=2, tensor=2), "torch", None),
                 ("experts", Mesh(tensor=2, data=2, expert=2), "torch", None),
                 ("experts", Mesh(data=4, expert=2), "torch", None),
+                ("starved", Mesh(data=4, expert=4), "torch", None),
+                ("starved", Mesh(data=2, expert=2, tensor=2), "torch", None),
             ],
         ),
     ],

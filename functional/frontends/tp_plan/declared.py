@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from ....specs.errors import Problem
 from ..sayings import wildcard
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Declaration:
 def read_plan(sch: Schedule, plan: Mapping[str, str]) -> Declaration:
     """Return the rules that a plan has for a model; rules that name nothing in it are written to the log."""
     model = sch.runtime.model
+    plan = _from_the_top(sch, plan)
     used: set[str] = set()
 
     def style_of(paths: tuple[str, ...]) -> str | None:
@@ -106,3 +108,30 @@ def read_plan(sch: Schedule, plan: Mapping[str, str]) -> Declaration:
     if unused := [f"{key}: {style}" for key, style in plan.items() if key not in used]:
         _log.warning("rules of its plan name nothing in this %s: %s", type(model).__name__, ", ".join(sorted(unused)))
     return Declaration(model, sch, rules)
+
+
+def names_no_layer(sch: Schedule, plan: Mapping[str, str]) -> Problem | None:
+    """Return that all rules for repeated layers name nothing, if they do: the layers would stay whole without a word."""
+    starred = [key for key in plan if "*" in key]
+    if not starred or _fits(sch, _from_the_top(sch, plan)):
+        return None
+    cause = f"none of the {len(starred)} rules for layers in its plan, such as {starred[0]!r}, names anything in the model"
+    return Problem("", cause, "Mend model._tp_plan: its keys are paths from the model on, with * for numbers")
+
+
+def _from_the_top(sch: Schedule, plan: Mapping[str, str]) -> Mapping[str, str]:
+    """Return a plan whose rules for layers begin at the model, where they begin at one of its modules instead."""
+    if _fits(sch, plan):
+        return plan
+    prefixed = (
+        {f"{child}.{key}" if "*" in key else key: style for key, style in plan.items()}
+        for child, _ in sch.runtime.model.named_children()
+    )
+    found = [changed for changed in prefixed if _fits(sch, changed)]
+    return found[0] if len(found) == 1 else plan
+
+
+def _fits(sch: Schedule, plan: Mapping[str, str]) -> bool:
+    """Tell whether any rule for layers names something."""
+    paths = {wildcard(path) for m in sch.modules for path in (m.path, *m.aliases)} | set(map(wildcard, sch.tree.all_paths))
+    return any("*" in key and key in paths for key in plan)

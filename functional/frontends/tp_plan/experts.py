@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from ....specs.dtypes import num_bytes
 from ....specs.errors import Problem
 from ..sayings import Options, Saying
 
@@ -23,6 +24,7 @@ _DOWN = {"rowwise": -1, "colwise": -2}
 """Axis of the inner features, by style, of the tensors that make them and of the tensor that takes them."""
 
 _FEW = 3
+_ROW_BYTES = 16
 
 
 @frozen
@@ -54,12 +56,32 @@ def split_fused(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
         return
     axis = _DOWN[styles[down]]
     width = own[down].orig_shape[axis]
+    if problem := _unaligned(module, own[down], width, decl.num):
+        yield problem
+        return
     inner = Inner(width, uneven=bool(width % decl.num))
     joined = bool(getattr(module, "is_concatenated", True))
     yield Saying(down, "shard", (), (("axis", axis), *(inner.split(width, joined=joined) or ())))
     for tensor, spec in own.items():
         if tensor != down:
             yield _split_up(spec, styles.get(tensor), inner, joined=joined)
+
+
+def _unaligned(module: nn.Module, spec: ParamSpec, width: int, num: int) -> Problem | None:
+    """Return why a grouped matrix product cannot take the parts, if it cannot: its rows are multiples of 16 bytes."""
+    part = -(-width // num)
+    sizes = {part, width - part * (num - 1)}
+    if getattr(getattr(module, "config", None), "_experts_implementation", None) != "grouped_mm":
+        return None
+    if all(size * num_bytes(spec.dtype) % _ROW_BYTES == 0 for size in sizes) or width * num_bytes(spec.dtype) % _ROW_BYTES:
+        return None
+    cause = (
+        f"{num} ranks would have {' or '.join(map(str, sorted(sizes)))} of its {width} inner features, and rows of torch's"
+        f" grouped matrix product are multiples of {_ROW_BYTES} bytes"
+    )
+    fits = [n for n in range(2, num) if width % n == 0 and width // n * num_bytes(spec.dtype) % _ROW_BYTES == 0]
+    fewer = f"Split it over {max(fits)} ranks" if fits else "Leave it whole"
+    return Problem(spec.path, cause, f"{fewer}, or build the model with experts_implementation='eager'", spec.type)
 
 
 def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool) -> Saying | Problem:
