@@ -22,6 +22,8 @@ from transformers import (
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -121,6 +123,15 @@ MAKERS = {
     "gpt2": _gpt2,
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SMALL)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **_SMALL,
+            moe_intermediate_size=40,  # on 4 ranks rows of 10 numbers, which a grouped matrix product does not take
+            shared_expert_intermediate_size=30,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_SMALL, head_dim=8, sliding_window=4)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SMALL, head_dim=8)),
     "bert": lambda: BertForMaskedLM(

@@ -29,19 +29,26 @@ _ROW_BYTES = 16
 
 @frozen
 class Inner:
-    """The inner features of experts: how wide the tensor is that takes them, and how their axes are split."""
+    """The inner features of experts.
+
+    Args:
+        width: How many there are.
+        granule: How many stay together, so that rows of a part are as long as a grouped matrix product takes them.
+        uneven: Whether parts differ.
+    """
 
     width: int
+    granule: int
     uneven: bool
 
     def split(self, size: int, *, joined: bool) -> Options | None:
         """Return how an axis of ``size`` is split: once the inner features, or twice, gate and up."""
-        uneven: Options = (("uneven", True),) if self.uneven else ()
-        if size == self.width:
-            return uneven
-        if size != 2 * self.width:
+        twice = size == 2 * self.width
+        if not twice and size != self.width:
             return None
-        return (("blocks", (self.width, self.width)), *uneven) if joined else (("granule", 2), *uneven)
+        granule = self.granule if joined or not twice else 2 * self.granule
+        blocks: Options = (("blocks", (self.width, self.width)),) if joined and twice else ()
+        return (*blocks, *((("granule", granule),) if granule > 1 else ()), *((("uneven", True),) if self.uneven else ()))
 
 
 def split_fused(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
@@ -56,10 +63,11 @@ def split_fused(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
         return
     axis = _DOWN[styles[down]]
     width = own[down].orig_shape[axis]
-    if problem := _unaligned(module, own[down], width, decl.num):
+    granule = _granule(module, own[down], width, decl.num)
+    inner = Inner(width, granule, uneven=bool(width // granule % decl.num))
+    if problem := _idle(own[down], inner, decl.num):
         yield problem
         return
-    inner = Inner(width, uneven=bool(width % decl.num))
     joined = bool(getattr(module, "is_concatenated", True))
     yield Saying(down, "shard", (), (("axis", axis), *(inner.split(width, joined=joined) or ())))
     for tensor, spec in own.items():
@@ -67,21 +75,23 @@ def split_fused(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
             yield _split_up(spec, styles.get(tensor), inner, joined=joined)
 
 
-def _unaligned(module: nn.Module, spec: ParamSpec, width: int, num: int) -> Problem | None:
-    """Return why a grouped matrix product cannot take the parts, if it cannot: its rows are multiples of 16 bytes."""
-    part = -(-width // num)
-    sizes = {part, width - part * (num - 1)}
-    if getattr(getattr(module, "config", None), "_experts_implementation", None) != "grouped_mm":
+def _granule(module: nn.Module, spec: ParamSpec, width: int, num: int) -> int:
+    """Return how many inner features stay together: rows that torch's grouped matrix product takes are of 16 bytes each."""
+    row = max(1, _ROW_BYTES // num_bytes(spec.dtype))
+    is_grouped = getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm"
+    is_aligned = width % num == 0 and width // num % row == 0
+    return row if is_grouped and width % row == 0 and not is_aligned else 1
+
+
+def _idle(spec: ParamSpec, inner: Inner, num: int) -> Problem | None:
+    """Return that ranks would have none of the inner features, if they would."""
+    count = inner.width // inner.granule
+    if not inner.uneven or -(-count // -(-count // num)) == num:
         return None
-    if all(size * num_bytes(spec.dtype) % _ROW_BYTES == 0 for size in sizes) or width * num_bytes(spec.dtype) % _ROW_BYTES:
-        return None
-    cause = (
-        f"{num} ranks would have {' or '.join(map(str, sorted(sizes)))} of its {width} inner features, and rows of torch's"
-        f" grouped matrix product are multiples of {_ROW_BYTES} bytes"
-    )
-    fits = [n for n in range(2, num) if width % n == 0 and width // n * num_bytes(spec.dtype) % _ROW_BYTES == 0]
-    fewer = f"Split it over {max(fits)} ranks" if fits else "Leave it whole"
-    return Problem(spec.path, cause, f"{fewer}, or build the model with experts_implementation='eager'", spec.type)
+    why = f", of which {inner.granule} stay together for torch's grouped matrix product" if inner.granule > 1 else ""
+    cause = f"it has {inner.width} inner features{why}, and some of {num} ranks would have none"
+    fits = [n for n in range(2, num) if -(-count // -(-count // n)) == n]
+    return Problem(spec.path, cause, f"Split it over {max(fits)} ranks" if fits else "Leave it whole", spec.type)
 
 
 def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool) -> Saying | Problem:
