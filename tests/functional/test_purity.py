@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shardplan.functional import audit, create_schedule, plan_build
+from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
 from shardplan.specs import Mesh, dumps
+from tests.families import INFERRED, MAKERS
 from tests.models import MODELS, llama, split_llama
 
 
@@ -93,3 +95,20 @@ def test_a_module_with_values_keeps_them_where_they_are():
 def test_the_schedule_keeps_no_tensor_of_its_own():
     sch = create_schedule(llama(), Mesh())
     assert not [leaf for leaf in tree_leaves([sch.tree, sch.modules, sch.layout]) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_a_frontend_leaves_no_trace(name):
+    torch.manual_seed(0)
+    model = MAKERS[name]()
+    before = {path: (tensor.data_ptr(), tensor.clone(), tensor._version) for path, tensor in model.state_dict().items()}
+    attributes = {path: dict(vars(module)) for path, module in model.named_modules()}
+    generators = random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    frontend = infer_schedule if name in INFERRED else schedule_from_tp_plan
+    sch = frontend(model, Mesh(tensor=2))
+    assert any(spec.shards for spec in sch.tree.values())
+    after = model.state_dict()
+    assert all(before[path][::2] == (tensor.data_ptr(), tensor._version) for path, tensor in after.items())
+    assert all(torch.equal(before[path][1], tensor) for path, tensor in after.items())
+    assert {path: dict(vars(module)) for path, module in model.named_modules()} == attributes
+    assert generators == (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())  # noqa: NPY002
