@@ -143,6 +143,8 @@ def _own_rows(module: nn.Embedding, part: int, local: Local) -> None:
 
     def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else kwargs[name]
+        if num_rows == 0:  # as an uneven split may leave it, if that is allowed
+            return self.weight.sum() + self.weight.new_zeros(*ids.shape, self.weight.shape[1])
         own = own_ids(ids, part, index, group)
         is_mine = (own >= 0) & (own < num_rows)
         mine = torch.where(is_mine, own, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ...linears import linear_of
+from ...linears import has_forward_of_its_own, linear_of
 from .factors import Axis, Factor, find, segments, spell
 from .regions import Refused, Region
 
@@ -77,7 +77,9 @@ def _of_table(table: Vocabulary) -> str:
     return "; ".join(part for part in (lookup, score) if part)
 
 
-def _of_whole(found: Followed, spec: ParamSpec, refused: Mapping[str, str], small: Mapping[str, str]) -> str:
+def _of_whole(  # noqa: PLR0911  one a reason
+    found: Followed, spec: ParamSpec, refused: Mapping[str, str], small: Mapping[str, str]
+) -> str:
     module = spec.path.rpartition(".")[0]
     if spec.path in small:
         return f"whole: {small[spec.path]}"
@@ -87,8 +89,11 @@ def _of_whole(found: Followed, spec: ParamSpec, refused: Mapping[str, str], smal
     held = found.tensors.get(spec.path)
     if held is None:
         return "whole: nothing in this forward pass reads it"
-    kind = linear_of(found.model.get_submodule(module))
+    owner = found.model.get_submodule(module)
+    kind = linear_of(owner)
     if kind is not None and len(held.axes) > 1:
+        if has_forward_of_its_own(owner):
+            return f"whole: its {type(owner).__name__} computes in a way of its own, not as a linear module does"
         out, into = _reason(held.axes[kind.out_axis]), _reason(held.axes[kind.in_axis])
         if out and into:
             return f"whole: of its outputs, {out}; of its inputs, {into}"
