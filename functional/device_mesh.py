@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def to_device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
     """Return a ``DeviceMesh`` with dimensions pipe, data, tensor; it makes its own process groups.
 
+    ``expert``, a part of ``data``, is no dimension of it.
+
     Args:
         mesh: A mesh as large as the world.
         device_type: ``cuda`` or ``cpu``.

@@ -31,7 +31,10 @@ def find(plan: Plan) -> Iterator[Finding]:
     yield from _made_whole(plan)
     if plan.target is None and plan.mesh.data > 1:
         cause = f"data={plan.mesh.data}, and without a target nothing averages gradients over it"
-        yield Finding("warning", "", cause, "Use target='deepspeed', or average them yourself before each step")
+        has_experts = any(spec.on("expert") for spec in plan.tree.values()) and plan.mesh.expert > 1
+        target = "torch" if has_experts else "deepspeed"
+        others = ", all but those of experts, which the plan averages" if has_experts else ""
+        yield Finding("warning", "", cause, f"Use target={target!r}, or average them yourself before each step{others}")
 
 
 def _unjoined(plan: Plan) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Random numbers that differ along ``tensor`` within a module, and go on outside as if nothing had been drawn there."""
+"""Random numbers that differ along ``tensor`` within a module, and stay the same along it outside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class OwnRng:
     """Hooks around a module: torch's own generators are seeded anew for it, and set back after it.
 
-    The seed follows from one number that the generator of the CPU draws, the same on all ranks, and from the rank's place
+    The seed follows from one number that the CPU's generator draws at each call, the same on all ranks, and from the rank's place
     along ``tensor``. What a checkpointed region draws when it is computed again is therefore what it drew before.
 
     Args:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from attrs import frozen
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing import Any
 
 
 @frozen

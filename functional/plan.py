@@ -210,6 +210,7 @@ def _layout(model: nn.Module, sch: Schedule) -> tuple[list[LayoutStep], list[Pro
     steps = [step for step in sch.layout if _matters(step, sch.mesh)]
     problems: list[Problem] = []
     summed = {s.module: s.op for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
+    problems += _unequal_gathers(sch.mesh, sch.tree, steps)
     shared = list(_shared_gradients(sch.mesh, sch.tree))
     for path, op in summed.items():
         module = model.get_submodule(path)
@@ -230,6 +231,18 @@ def _layout(model: nn.Module, sch: Schedule) -> tuple[list[LayoutStep], list[Pro
     # last, so that whatever else is done after a module is done with the operator's result
     others = [step for step in steps if not isinstance(step, SumGradient)]
     return [*others, *dict.fromkeys((*(s for s in steps if isinstance(s, SumGradient)), *shared))], problems
+
+
+def _unequal_gathers(mesh: Mesh, tree: SpecTree, steps: Iterable[LayoutStep]) -> Iterator[Problem]:
+    """Iterate over gathers of outputs of which ranks have different numbers, and that are not told how many."""
+    gathered = {
+        s.module for s in steps if isinstance(s, Sync) and s.op == "all_gather" and s.when == "forward_post" and not s.sizes
+    }
+    for spec in tree.values():
+        uneven = [s for s in spec.shards if s.axis == 0 and not s.is_even(spec.orig_shape[0], mesh)]
+        for module in {path.rpartition(".")[0] for path in spec.paths} & gathered if uneven else ():
+            cause = "its parts differ in size from rank to rank, and a gather of its module's outputs takes equal ones"
+            yield Problem(spec.path, cause, f"sch.at[{module!r}].colwise(gather_output=True, uneven=True)", spec.type)
 
 
 def _shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:

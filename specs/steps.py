@@ -307,7 +307,7 @@ class DispatchTokens:
 
 @frozen
 class ForkRng:
-    """Random numbers drawn within a module differ along ``tensor``; those outside are what they would be without it."""
+    """Random numbers drawn within a module differ along ``tensor``; those outside stay the same along it."""
 
     module: str
 

@@ -320,3 +320,15 @@ def test_nonsense_is_a_problem_and_nothing_worse(value, mesh):
         assert all(problem.cause and str(problem) for problem in said.problems)
         assert said.layout == said.layout
         assert hash(said.layout) == hash(said.layout)
+
+
+def test_a_gather_of_unequal_outputs_is_told_their_sizes_or_refused():
+    model = nn.Sequential(nn.Linear(4, 10, device="meta"))
+    sch = create_schedule(model, Mesh(tensor=4)).at["0.weight"].shard(axis=0, uneven=True)
+    sch = sch.at["0.bias"].shard(axis=0, uneven=True).at["0"].sync("forward_post", "all_gather", axis=-1)
+    with pytest.raises(PlanError) as caught:
+        plan_build(sch)
+    assert "0.weight  f32[10@tensor(uneven), 4]: its parts differ in size from rank to rank" in str(caught.value)
+    assert "sch.at['0'].colwise(gather_output=True, uneven=True)" in str(caught.value)
+    told = create_schedule(model, Mesh(tensor=4)).at["0"].colwise(gather_output=True, uneven=True)
+    assert any(getattr(step, "sizes", None) == (3, 10) for step in plan_build(told).steps)
