@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class OwnRng:
     """Hooks around a module: torch's own generators are seeded anew for it, and set back after it.
 
-    The seed follows from one number that the CPU's generator draws at each call, the same on all ranks, and from the rank's place
-    along ``tensor``. What a checkpointed region draws when it is computed again is therefore what it drew before.
+    The seed follows from one number that the CPU's generator draws at each call, the same on all ranks, and from the rank's
+    place along ``tensor``. What a checkpointed region draws when it is computed again is therefore what it drew before.
 
     Args:
         index: Place of the rank along ``tensor``.
