@@ -24,6 +24,7 @@ NUM_STEPS = 10
 BATCH, LENGTH, VOCAB = 4, 32, 1024
 NUM_MICROBATCHES = 2
 CLIP = 1.0
+LEARNING_RATE = 3e-3
 
 
 def make_model() -> LlamaForCausalLM:
@@ -65,8 +66,8 @@ def loss_of(output: CausalLMOutputWithPast, ids: torch.Tensor) -> torch.Tensor:
 
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer of both runs."""
-    return torch.optim.AdamW(parameters, lr=3e-3)
+    """Return the optimizer of the run in one process; DeepSpeed makes the same one from its configuration."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE)
 
 
 def train_alone() -> list[float]:
@@ -103,7 +104,8 @@ def main() -> None:
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": num_steps,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "torch_adam": True}},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 2**18},  # elements; 2 GB by default
         "steps_per_print": NUM_STEPS + 1,
     }
     inputs = {"input_ids": torch.empty(rows, LENGTH, dtype=torch.long, device="meta"), "use_cache": False}
@@ -111,7 +113,7 @@ def main() -> None:
     if rank == 0:
         print(plan, audit(plan), sep="\n\n", flush=True)
 
-    built = execute(plan, optimizer=adamw, loss_fn=loss_of if pipe > 1 else None)
+    built = execute(plan, loss_fn=loss_of if pipe > 1 else None)
     engine, _ = built
     if rank == 0:
         print(f"\n{built.receipt}\n\nstep  split   alone")

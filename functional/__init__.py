@@ -13,52 +13,70 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .agreement import ExecutionError as ExecutionError
     from .audit import audit as audit
-    from .audit import predict as predict
     from .build import build as build
     from .build import consolidate_model as consolidate_model
     from .build import init_target_engine as init_target_engine
     from .device_mesh import from_device_mesh as from_device_mesh
     from .device_mesh import to_device_mesh as to_device_mesh
+    from .diff import diff as diff
+    from .dry import DryRun as DryRun
+    from .dry import predict as predict
     from .execute import Built as Built
     from .execute import execute as execute
+    from .goldens import assert_plan_matches as assert_plan_matches
+    from .html_report import html_report as html_report
+    from .nearest import nearest_meshes as nearest_meshes
     from .plan import plan_build as plan_build
     from .resolve import resolve as resolve
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
+    from .search import search as search
     from .stages import stage_modules as stage_modules
 
 __all__ = [
     "Built",
+    "DryRun",
     "ExecutionError",
     "Schedule",
+    "assert_plan_matches",
     "audit",
     "build",
     "consolidate_model",
     "create_schedule",
+    "diff",
     "execute",
     "from_device_mesh",
+    "html_report",
     "init_target_engine",
+    "nearest_meshes",
     "plan_build",
     "predict",
     "resolve",
+    "search",
     "stage_modules",
     "to_device_mesh",
 ]
 
 _HOMES = {
     "Built": "execute",
+    "DryRun": "dry",
     "ExecutionError": "agreement",
     "Schedule": "schedule",
+    "assert_plan_matches": "goldens",
     "audit": "audit",
     "build": "build",
     "consolidate_model": "build",
     "create_schedule": "schedule",
+    "diff": "diff",
     "execute": "execute",
     "from_device_mesh": "device_mesh",
+    "html_report": "html_report",
     "init_target_engine": "build",
+    "nearest_meshes": "nearest",
     "plan_build": "plan",
-    "predict": "audit",
+    "predict": "dry",
     "resolve": "resolve",
+    "search": "search",
     "stage_modules": "stages",
     "to_device_mesh": "device_mesh",
 }

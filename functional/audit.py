@@ -2,93 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..specs.mesh import Coordinate
+from attrs import evolve
+
+from ..specs.distinct import Distinct
+from ..specs.finding import silenced
 from ..specs.plan import Plan
-from ..specs.report import Boundary, Report, Share, Traffic
-from .dry import DryEffects
+from ..specs.report import Report
+from ..specs.traffic import Boundary
 from .findings import find
-from .interpret import interpret
+from .findings.silences import unused
+from .memory import shares
+from .proofs import prove
+from .trace import trace
+from .traffic import execution_traffic, step_traffic
+from .training.microbatches import num_microbatches
 
 if TYPE_CHECKING:
     from ..specs.pipeline import Stage
-    from ..specs.receipt import Receipt
 
 
-def audit(plan: Plan) -> Report:
+def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int | None = None) -> Report:
     """Return what a plan means for each rank, without running it: no device, no process group, no torch.
 
-    >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
-    >>> report = audit(Plan(Mesh(), SpecTree([ParamSpec("weight", (4, 4), "float32")]), steps=()))
-    >>> report.ok, report.shares[0].parameter_bytes
-    (True, 64)
-    """
-    if not isinstance(plan, Plan):
-        msg = f"audit takes a plan, not a {type(plan).__name__}: audit(plan_build(schedule))"
-        raise TypeError(msg)
-    mesh = plan.mesh
-    shards = [(spec.orig_shape[shard.axis], shard) for spec in plan.tree.values() for shard in spec.shards]
-    is_even = all(shard.is_even(size, mesh) for size, shard in shards)
-    distinct = {
-        (stage, data, tensor): predict(plan, mesh.rank(Coordinate(pipe=stage, data=data, tensor=tensor, mesh=mesh)))
-        for stage in range(mesh.pipe)
-        for data in range(min(mesh.data, 2) if is_even else mesh.data)
-        for tensor in range(min(mesh.tensor, 2) if is_even else mesh.tensor)
-    }  # where parts are equal, places past the second are like it: only the first sends
-    return Report(
-        title=f"audit of plan {plan.fingerprint[:12]}, {mesh}, target={plan.target or 'none'}",
-        mesh=mesh,
-        shares=tuple(_share(plan, stage, tensor, distinct) for stage in range(mesh.pipe) for tensor in range(mesh.tensor)),
-        traffic=tuple(row for stage in range(mesh.pipe) for row in _traffic(stage, distinct[stage, 0, 0])),
-        replicated=_replicated(plan),
-        findings=tuple(find(plan)),
-        boundaries=tuple(_boundary(number, stage) for number, stage in enumerate(plan.stages[:-1])),
-    )
+    Time and memory go by tensors and by kinds of ranks, not by ranks.
 
-
-def predict(plan: Plan, rank: int) -> Receipt:
-    """Return the receipt that a rank will give, by running the interpreter with effects that only keep the books.
+    Args:
+        plan: The plan.
+        ranks_per_node: Ranks that share a node; with it traffic is told apart into inside and between nodes.
+        device_memory: Bytes of one device; with it a rank that needs more is an error.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import Allocate, Place
     >>> tree = SpecTree([ParamSpec("weight", (4, 4), "float32")])
-    >>> predict(Plan(Mesh(data=64), tree, [Allocate(0, ("weight",)), Place(0, ("weight",))]), rank=17).held_bytes
-    64
+    >>> report = audit(Plan(Mesh(data=64), tree, [Allocate(0, ("weight",)), Place(0, ("weight",))]))
+    >>> report.memory(rank=17).parameter_bytes, report.proof("cover").holds
+    (64, True)
     """
-    effects = DryEffects(rank)
-    interpret(plan, plan.mesh.coordinate(rank), effects)
-    return effects.ledger.receipt(rank)
-
-
-def _share(plan: Plan, stage: int, tensor: int, distinct: dict[tuple[int, int, int], Receipt]) -> Share:
-    here = Coordinate(pipe=stage, data=0, tensor=tensor, mesh=plan.mesh)
-    mine = [spec for spec in plan.tree.values() if stage in spec.places(plan.mesh)]
-    return Share(
-        stage=stage,
-        tensor=tensor,
-        parameter_bytes=sum(spec.local_bytes(here) for spec in mine if spec.kind == "parameter"),
-        buffer_bytes=sum(spec.local_bytes(here) for spec in mine if spec.kind != "parameter"),
-        replicated_bytes=sum(spec.num_bytes for spec in mine if not spec.mesh_axes(here)),
-        peak_bytes=max(
-            receipt.peak_bytes
-            for (s, _, t), receipt in distinct.items()
-            if (s, t) == (stage, tensor if (stage, 0, tensor) in distinct else min(tensor, 1))
-        ),
+    _check(plan, ranks_per_node, device_memory)
+    distinct = Distinct.of(plan.mesh, plan.tree)
+    traces = trace(plan, distinct)
+    receipts = {here: done.ledger.receipt(here.rank) for here, done in traces.items()}
+    report = Report(
+        title=f"audit of plan {plan.fingerprint[:12]}, {plan.mesh}, target={plan.target or 'none'}",
+        mesh=plan.mesh,
+        distinct=distinct,
+        shares=tuple(shares(plan, distinct, {here: receipt.peak_bytes for here, receipt in receipts.items()})),
+        execution=tuple(execution_traffic(receipts)),
+        training=tuple(step_traffic(plan, ranks_per_node)),
+        boundaries=tuple(_boundary(number, stage) for number, stage in enumerate(plan.stages[:-1])),
+        replicated=_replicated(plan),
+        proofs=prove(plan, distinct, traces),
+        num_microbatches=num_microbatches(plan),
+        ranks_per_node=ranks_per_node,
+        device_memory=device_memory,
     )
+    loud, quiet = silenced(find(plan, report), plan.silences, plan.tree)
+    return evolve(report, findings=(*loud, *unused(plan, report, quiet)), silenced=tuple(quiet))
+
+
+def _check(plan: object, ranks_per_node: object, device_memory: object) -> None:
+    if not isinstance(plan, Plan):
+        msg = f"audit takes a plan, not a {type(plan).__name__}: audit(plan_build(schedule))"
+        raise TypeError(msg)
+    for name, value in (("ranks_per_node", ranks_per_node), ("device_memory", device_memory)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            example = "8" if name == "ranks_per_node" else "80 * 2**30"
+            msg = f"{name} is a positive integer, not {value!r}: audit(plan, {name}={example})"
+            raise ValueError(msg)
 
 
 def _boundary(number: int, stage: Stage) -> Boundary:
     gradients = sum(output.num_bytes for output in stage.outputs if output.requires_grad)
     return Boundary(number, len(stage.outputs), stage.output_bytes, gradients)
-
-
-def _traffic(stage: int, receipt: Receipt) -> Iterator[Traffic]:
-    kinds = dict.fromkeys((call.op, call.mesh_axes) for call in receipt.collectives)
-    for op, mesh_axes in kinds:
-        sizes = [call.num_bytes for call in receipt.collectives if (call.op, call.mesh_axes) == (op, mesh_axes)]
-        yield Traffic(stage, op, mesh_axes, len(sizes), sum(sizes))
 
 
 def _replicated(plan: Plan) -> tuple[tuple[str, str, int], ...]:

@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..specs.errors import Problem
 from ..specs.steps import SetAttributes, SetToLocalSize, SumGradient
-from .local_copy import following, local_copy
+from .local_copy import fake_inputs, following, local_copy
 from .parts import Parts
 from .selection import join
+from .shortcut import Shortcut
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..specs.mesh import Mesh
     from ..specs.param import ParamSpec
     from ..specs.steps import LayoutStep
@@ -40,31 +43,51 @@ def check_forward(
     except TypeError as error:
         fix = f"forward takes {inspect.signature(model.forward)}"
         return [Problem("example_inputs", f"the model cannot be called with them: {error}", fix)]
+    found = _look(model, tree, layout, mesh, callables, example_inputs, once=True)
+    if found is None:  # repeated layers told something: each is looked at, so that all is said
+        found = _look(model, tree, layout, mesh, callables, example_inputs, once=False)
+    assert found is not None, "without repetitions all has been looked at"
+    return found
+
+
+def _look(
+    model: nn.Module,
+    tree: SpecTree,
+    layout: Sequence[LayoutStep],
+    mesh: Mesh,
+    callables: Mapping[str, Any],
+    example_inputs: Mapping[str, Tensor],
+    *,
+    once: bool,
+) -> list[Problem] | None:
+    """Return what goes wrong; None if repeated layers were looked at once, and there is something to say."""
     first = mesh.coordinate(0)
     open_modules: list[str] = []
-    called: set[str] = set()
+    num_calls: dict[str, int] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     local = local_copy(model, tree, layout, first, callables, mode)
+    is_split = {path: bool(set(spec.mesh_axes(first)) - {"expert"}) for path, spec in tree.items()}
+    parts = Parts(local, tree, open_modules, is_split)
+    shortcut = Shortcut(layout, tree, num_calls, known=parts.known)
     with following(mode), torch.no_grad():
+        if once:
+            shortcut.watch(model, local)
         for path, module in local.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                _follow(module, path, open_modules, called)
-        inputs = {
-            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
-            for name, value in example_inputs.items()
-        }
-        is_split = {path: bool(set(spec.mesh_axes(first)) - {"expert"}) for path, spec in tree.items()}
-        parts = Parts(local, tree, open_modules, is_split)
+                _follow(module, path, open_modules, num_calls)
+        shortcut.settle(local)
         try:
             with parts:
-                local(**inputs)
+                local(**fake_inputs(example_inputs))
         except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
             path = open_modules[-1] if open_modules else ""
-            return [_stopped(local, tree, path, error)]
-    silent = {step.module for step in layout if not isinstance(step, (SetAttributes, SetToLocalSize))} - called
+            return None if shortcut.repeated else [_stopped(local, tree, path, error)]
+    met = parts.met.union(*(shortcut.alike(path) for path in parts.met))
+    silent = {step.module for step in layout if not isinstance(step, (SetAttributes, SetToLocalSize))} - num_calls.keys()
     summed = {join(step.module, step.name) for step in layout if isinstance(step, SumGradient) and _is_of_all(step)}
-    alone = (tree[path] for path in summed if tree[path].path not in parts.met)
-    return [*parts.problems.values(), *map(_never_called, sorted(silent)), *map(_counted_twice, alone)]
+    alone = (tree[path] for path in summed if tree[path].path not in met)
+    problems = [*parts.problems.values(), *map(_never_called, sorted(silent)), *map(_counted_twice, alone)]
+    return None if shortcut.repeated and (problems or not shortcut.is_sound) else problems
 
 
 def _is_of_all(step: SumGradient) -> bool:
@@ -76,10 +99,10 @@ def _counted_twice(spec: ParamSpec) -> Problem:
     return Problem(spec.path, cause, "Leave out its .sum_gradient()", spec.type)
 
 
-def _follow(module: nn.Module, path: str, open_modules: list[str], called: set[str]) -> None:
+def _follow(module: nn.Module, path: str, open_modules: list[str], num_calls: dict[str, int]) -> None:
     def enter(*_: object) -> None:
         open_modules.append(path)
-        called.add(path)
+        num_calls[path] = num_calls.get(path, 0) + 1
 
     def leave(*_: object) -> None:
         open_modules.pop()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from attrs import Factory, define
 
 from ..specs.dtypes import num_bytes
-from .interpret import message_bytes
+from ..specs.receipt import Receipt
+from .interpret import interpret, message_bytes
 from .ledger import Ledger
 
 if TYPE_CHECKING:
@@ -23,12 +24,36 @@ AGREEMENT_BYTES = 8 * 16
 """Bytes that each rank tells the others in one agreement: 16 integers of 8 bytes."""
 
 
+def predict(plan: Plan, rank: int) -> Receipt:
+    """Return the receipt that a rank will give, by running the interpreter with effects that only keep the books.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
+    >>> from shardplan.specs.steps import Allocate, Place
+    >>> tree = SpecTree([ParamSpec("weight", (4, 4), "float32")])
+    >>> predict(Plan(Mesh(data=64), tree, [Allocate(0, ("weight",)), Place(0, ("weight",))]), rank=17).held_bytes
+    64
+    """
+    effects = DryRun(rank)
+    interpret(plan, plan.mesh.coordinate(rank), effects)
+    return effects.ledger.receipt(rank)
+
+
 @define
-class DryEffects:
+class DryRun:
     """Predicts the receipt of one rank; a tensor is its number of bytes.
+
+    ``execute(plan, effects=DryRun(rank=1234))`` runs the interpreter itself, without tensors or processes.
 
     Args:
         rank: The rank that it stands for.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
+    >>> from shardplan.specs.steps import Allocate, Place
+    >>> from shardplan.functional import DryRun, execute
+    >>> tree = SpecTree([ParamSpec("weight", (4, 4), "float32")])
+    >>> plan = Plan(Mesh(data=4096), tree, [Allocate(0, ("weight",)), Place(0, ("weight",))])
+    >>> execute(plan, effects=DryRun(rank=1234)).receipt.held_bytes
+    64
     """
 
     rank: int

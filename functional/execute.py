@@ -18,22 +18,23 @@ from rich.progress import Progress
 from torch import nn
 
 from ..specs.errors import PlanError, Problem
+from ..specs.finding import folded
 from ..specs.plan import Plan
 from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import MakeGroups
+from .audit import audit
 from .callables import find
 from .compare_model import differences
 from .dialects import find_dialect
 from .effects import TorchEffects
-from .findings import find as find_risks
 from .interpret import Effects, interpret
 from .module_copy import copy_module
 from .stages import planned_partition
 
 if TYPE_CHECKING:
+    from ..specs.finding import Finding
     from ..specs.mesh import Coordinate
     from ..specs.receipt import Receipt
-    from ..specs.report import Finding
     from ..specs.steps import Step
     from .partition import Partition
 
@@ -182,7 +183,7 @@ def _ranks(num: int) -> str:
 
 
 def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> list[Finding]:
-    findings = list(find_risks(plan))
+    findings = folded(audit(plan).findings)
     problems = [Problem(f.path, f.cause, f.fix) for f in findings if f.severity == "error"]
     if plan.random_scheme != RANDOM_SCHEME:
         cause = (
@@ -196,9 +197,7 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
         problems.append(Problem("loss_fn", cause, "loss_fn=lambda output, target: ..."))
     elif dialect is not None and (plan.pipeline or loss_fn is not None):
         problems += dialect.check_loss(plan, loss_fn)
-    if optimizer is not None and not callable(optimizer):
-        cause = f"it is a function from parameters to an optimizer, not a {type(optimizer).__name__}"
-        problems.append(Problem("optimizer", cause, "optimizer=lambda parameters: torch.optim.AdamW(parameters)"))
+    problems += _wrong_optimizer(plan, optimizer)
     for name in plan.callables:
         try:
             find(name, plan.runtime.callables)
@@ -213,6 +212,15 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
     if problems:
         raise PlanError(problems)
     return findings
+
+
+def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:
+    if optimizer is not None and not callable(optimizer):
+        cause = f"it is a function from parameters to an optimizer, not a {type(optimizer).__name__}"
+        yield Problem("optimizer", cause, "optimizer=lambda parameters: torch.optim.AdamW(parameters)")
+    elif optimizer is not None and (plan.config or {}).get("optimizer") is not None:
+        cause = "one is given, and config.optimizer names one: another would run than the plan says"
+        yield Problem("optimizer", cause, "Leave it out, or plan without config.optimizer")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from ..specs.mesh import MeshAxis
@@ -38,10 +39,12 @@ def local_copy(
     mode: FakeTensorMode,
     *,
     named: bool = False,
+    numbered: bool = False,
 ) -> nn.Module:
     """Return a copy of a model with fake CPU tensors of the local shapes at a coordinate, changed as the layout says.
 
-    There are no process groups yet: their names are empty, or with ``named`` their mesh axes, which an export keeps.
+    There are no process groups yet: their names are empty, or with ``named`` their mesh axes, which an export keeps; with
+    ``numbered`` also the place in the layout of the change that communicates, which tells whose an operator is.
     """
     shapes = {id(tensor): tree[path].local_shape(coordinate) for path, _, tensor in named_tensors(model) if path in tree}
 
@@ -55,9 +58,18 @@ def local_copy(
     # what experts exchange is told from what tensor parallelism does, also where nothing else has a name
     groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
     with mode:
-        for step in layout:
-            apply_layout(local, step, Local(coordinate, groups, callables))
+        for number, step in enumerate(layout):
+            its = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
+            apply_layout(local, step, Local(coordinate, its, callables))
     return local
+
+
+def fake_inputs(example_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model is called with, tensors as those of the mode that is on."""
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+        for name, value in example_inputs.items()
+    }
 
 
 @contextmanager

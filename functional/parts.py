@@ -6,7 +6,7 @@ the gradient, and nothing adds them up but a synchronisation on the way (``sum_g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -116,6 +116,11 @@ class Parts(TorchDispatchMode):
                 cause = "a whole activation meets parts here, and nothing adds up its gradient: each rank has a part of it"
                 problem = Problem(here, cause, f"sch.at[{here!r}].sync('backward_post', 'all_reduce')")
             self.problems.setdefault(problem.path, problem)
+
+    def known(self, tensor: Tensor) -> Hashable:
+        """Return what is known of a tensor, but not by which parameters."""
+        part = self._part(tensor)
+        return part and (part.kind, part.needs_gradient, bool(part.parameter), bool(part.summed))
 
     def _part(self, value: Any) -> Part | None:
         if not isinstance(value, Tensor) or value.layout != torch.strided:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -43,6 +44,7 @@ from ..specs.steps import (
 from .callables import register
 from .check_forward import check_forward
 from .dialects import find_dialect
+from .follow_microbatch import follow_microbatch
 from .init_calls import wrong_signature
 from .init_code import Unit, find_units
 from .linears import has_forward_of_its_own, linear_of
@@ -154,8 +156,18 @@ def plan_build(
         Agree("closing"),
         Wrap(target),
     ]
+    follow = partial(follow_microbatch, model, tree, layout, sch.mesh, runtime.callables)
     return Plan(
-        mesh=sch.mesh, tree=tree, steps=steps, target=target, config=config, seed=seed, pipeline=pipeline, runtime=runtime
+        mesh=sch.mesh,
+        tree=tree,
+        steps=steps,
+        target=target,
+        config=config,
+        seed=seed,
+        pipeline=pipeline,
+        silences=sch.silences,
+        runtime=runtime,
+        microbatch=None if example_inputs is None else follow(example_inputs),
     )
 
 

@@ -283,6 +283,8 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
             return KeepStages(coordinate.pipe)
         case SumTied(path=path, between=between):
             return SumGradients(tree[path], between) if coordinate.pipe in between else Nothing()
+        case SendCopy(paths=()) | Scatter(paths=()) | Broadcast(paths=()):
+            return Nothing()
         case SendCopy(stage=stage, to=to, paths=paths):
             if coordinate.pipe not in (stage, to):
                 return Nothing()

@@ -11,6 +11,7 @@ from attrs.validators import instance_of
 from torch import nn
 
 from ..specs.errors import Problem
+from ..specs.finding import Silence
 from ..specs.listing import declared
 from ..specs.mesh import Mesh, MeshAxis
 from ..specs.plain import is_plain
@@ -37,7 +38,7 @@ from .edits import (
 )
 from .selection import At, join
 from .skeleton import ModuleSpec, read_modules, read_tensors
-from .verb_checks import wrong_attribute, wrong_fill, wrong_sync
+from .verb_checks import wrong_attribute, wrong_fill, wrong_silence, wrong_sync
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree
@@ -91,6 +92,7 @@ class Schedule:
         leaves: Modules that run as they are, as one operation of a stage.
         handed: The modules of each stage, where they were handed over.
         even: The stages that are to be balanced, if any.
+        silences: Findings of the audit that are known and meant.
         problems: What is wrong so far.
         pattern: What the verbs apply to.
         runtime: Model and callables; outside equality.
@@ -104,6 +106,7 @@ class Schedule:
     leaves: tuple[str, ...] = ()
     handed: tuple[tuple[str, ...], ...] = ()
     even: Even | None = None
+    silences: tuple[Silence, ...] = ()
     problems: tuple[Problem, ...] = field(default=(), converter=tuple, repr=False)
     pattern: str | None = field(default=None, eq=False)
     runtime: Runtime = field(factory=Runtime, eq=False, repr=False)
@@ -118,7 +121,7 @@ class Schedule:
         return At(self)
 
     def __str__(self) -> str:
-        return declared(self.mesh, self.tree, self.layout, self.cuts)
+        return declared(self.mesh, self.tree, self.layout, self.cuts, self.silences)
 
     @property
     def selected(self) -> str:
@@ -349,6 +352,18 @@ class Schedule:
             cause = "it is the model itself, and a leaf is one operation of one stage"
             return wrong(sch, Problem(self.selected, cause, "Mark the module that cannot be exported"))
         return evolve(sch, leaves=tuple(dict.fromkeys((*self.leaves, *paths))))
+
+    def silence(self, code: str, *, reason: str) -> Schedule:
+        """Say that findings of one kind are known and meant: the audit lists them apart, and no longer minds them.
+
+        Args:
+            code: Their kind, such as ``SP021``: docs/findings.md has all. Laws that fail (SP001 to SP005) stay errors.
+            reason: Why they are meant. The plan keeps it.
+        """
+        if problem := wrong_silence(self.selected, code, reason):
+            return wrong(self, problem)
+        silences = dict.fromkeys((*self.silences, Silence(code, self.selected, reason)))
+        return evolve(or_unmatched(self), silences=tuple(silences))
 
     def cut_evenly(self, num_stages: int, by: By = "parameters") -> Schedule:
         """Cut the longest chain of repeated modules so that the stages weigh alike, embeddings and head counted.

@@ -43,7 +43,7 @@ class SyncGroup:
     """The ranks that a synchronisation spans.
 
     Args:
-        name: torch's name of the process group; ``""`` while planning, when there is none.
+        name: torch's name of the process group; while planning, when there is none, ``""`` or what tells it from others.
         num_ranks: Ranks in it.
         index: Place of this rank in it.
     """

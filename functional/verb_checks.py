@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard, get_args
 from torch import Tensor, nn
 
 from ..specs.errors import Problem
+from ..specs.finding import CODES, LOUD
 from ..specs.mesh import MeshAxis
 from ..specs.param import Origin, ParamSpec
 from ..specs.pattern import closest
@@ -133,6 +134,21 @@ def wrong_fill(spec: ParamSpec, value: float) -> Problem | None:
     low, high = (0, 2**bits) if spec.dtype.startswith("u") else (-(2**bits) // 2, 2**bits // 2)
     if (is_whole and not (value == int(value) and low <= value < high)) or (spec.dtype == "bool" and value not in (0, 1)):
         return Problem(spec.path, f"a {spec.dtype} cannot be {value!r}", "Fill it with a number that it can hold", spec.type)
+    return None
+
+
+def wrong_silence(pattern: str, code: object, reason: object) -> Problem | None:
+    """Return why findings cannot be silenced, if they cannot."""
+    if code not in CODES:
+        near = closest(str(code), CODES)
+        named = " or ".join(f"{known} ({CODES[known]})" for known in near) or "one of those in docs/findings.md"
+        return Problem(pattern, f"no finding has the code {code!r}", f"Write {named}")
+    if code in LOUD:
+        what = "a silence is dropped" if code == "SP032" else "the plan would not be what it says"
+        return Problem(pattern, f"{code} ({CODES[str(code)]}) cannot be silenced: {what}", "Mend it")
+    if not isinstance(reason, str) or not reason.strip():
+        cause = f"{code} is silenced without a reason"
+        return Problem(pattern, cause, f'.silence("{code}", reason="why it is meant")')
     return None
 
 

@@ -29,7 +29,8 @@ def write_out(graph: fx.Graph, repeats: Repeats, tree: SpecTree, calls: list[Opa
     if len(found) < len(repeats.repeated) or len(ends) < repeats.num_markers:
         return False
     for number, (path, first) in enumerate(repeats.repeated):
-        _write(graph, found[number], ends[first.begin], ends[first.end], _Names(first.path, path, tree), calls)
+        begin, end = (ends[mark] for mark in repeats.marks[first])
+        _write(graph, found[number], begin, end, _Names(first.path, path, tree), calls)
     for end in ends.values():
         _replace(graph, end, _listed(end))
     return True

@@ -1,28 +1,41 @@
 """What is planned: immutable records and their own laws. No torch, no effects."""
 
-from .codec import dumps, loads
+from .codec import as_plain, dumps, loads
+from .diff import Change, PlanDiff
+from .distinct import Distinct
 from .errors import PlanError, Problem
+from .finding import Finding, Silence, Silenced
+from .memory import Memory, Share
 from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
+from .microbatch import Microbatch, Saved, SyncCall
 from .param import Index, Kind, Origin, ParamSpec
 from .pipeline import Activation, ExampleInput, Pipeline, PlainInput, Stage, TensorInput, VariableSize
 from .plan import SCHEMA_VERSION, Plan, Runtime
 from .program import Constant, InitProgram, Node, Operation
+from .proof import Failure, Proof
 from .receipt import Collective, Receipt
-from .report import Finding, Report
+from .report import Report
+from .search import Candidate, Search
 from .shard import Interval, Shard, Split
 from .source import Call, Made, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
 from .steps import Step
+from .traffic import Boundary, StepTraffic, Traffic
 from .tree import SpecTree
 
 __all__ = [
     "MESH_AXES",
     "SCHEMA_VERSION",
     "Activation",
+    "Boundary",
     "Call",
+    "Candidate",
+    "Change",
     "Collective",
     "Constant",
     "Coordinate",
+    "Distinct",
     "ExampleInput",
+    "Failure",
     "Finding",
     "Groups",
     "Index",
@@ -30,8 +43,10 @@ __all__ = [
     "Interval",
     "Kind",
     "Made",
+    "Memory",
     "Mesh",
     "MeshAxis",
+    "Microbatch",
     "ModuleCall",
     "ModuleValues",
     "Node",
@@ -42,21 +57,32 @@ __all__ = [
     "Pipeline",
     "PlainInput",
     "Plan",
+    "PlanDiff",
     "PlanError",
     "Problem",
+    "Proof",
     "Receipt",
     "Report",
     "Runtime",
+    "Saved",
+    "Search",
     "Shard",
+    "Share",
+    "Silence",
+    "Silenced",
     "Source",
     "SpecTree",
     "Split",
     "Stage",
     "Step",
+    "StepTraffic",
+    "SyncCall",
     "TensorCall",
     "TensorInput",
+    "Traffic",
     "Uninitialised",
     "VariableSize",
+    "as_plain",
     "dumps",
     "loads",
 ]

@@ -72,6 +72,16 @@ def loads(text: str) -> Plan:
     return plan
 
 
+def as_plain(record: Any) -> Any:
+    """Return a record, such as a report, as values that JSON knows.
+
+    >>> from shardplan.specs import Mesh
+    >>> as_plain(Mesh(tensor=2))
+    {'pipe': 1, 'data': 1, 'tensor': 2, 'expert': 1}
+    """
+    return _WITH_ORIGINS.unstructure(record)
+
+
 def canonical_fields(plan: Plan) -> dict[str, str]:
     """Return the one JSON text of each field of a plan: sorted keys, no spaces, no origins, no values of constants."""
     fields = cast("dict[str, Any]", _CANONICAL.unstructure(plan))

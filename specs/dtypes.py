@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
+
 _SHORT_AND_BYTES = {
     "float64": ("f64", 8),
     "float32": ("f32", 4),
@@ -21,6 +24,12 @@ _SHORT_AND_BYTES = {
 
 
 _KIB = 1024
+_UNITS = {
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]i?b|b)?", flags=re.IGNORECASE | re.ASCII)
 
 
 def is_known(dtype: str) -> bool:
@@ -63,3 +72,20 @@ def human_bytes(count: float) -> str:
         if round(count, 1) < _KIB:
             return f"{count:.1f} {unit}"
     return f"{count / _KIB:.1f} TiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size: GiB is 2**30, GB is 10**9, a number alone is bytes; a fraction of a byte is dropped.
+
+    Raises:
+        ValueError: If it is no size.
+
+    >>> parse_bytes("80GiB"), parse_bytes("1.5 TB"), parse_bytes(human_bytes(8 * 2**20))
+    (85899345920, 1500000000000, 8388608)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        msg = f"{text!r} is no size in bytes: write 80GiB (80 * 2**30) or 80GB (80 * 10**9)"
+        raise ValueError(msg)
+    number, unit = match.groups()
+    return int(Decimal(number) * _UNITS[(unit or "B").lower()])

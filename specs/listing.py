@@ -19,10 +19,12 @@ from .steps import (
     Sync,
     VocabParallel,
 )
+from .table import table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from .finding import Silence
     from .mesh import Mesh
     from .param import ParamSpec
     from .pipeline import Pipeline, VariableSize
@@ -36,37 +38,74 @@ _FEW = 5
 
 def listing(plan: Plan) -> str:
     """Return what ``print(plan)`` shows."""
+    head = f"plan {plan.fingerprint[:12]}  target={plan.target or 'none'} seed={plan.seed}"
+    return "\n".join([head, str(plan.mesh), *_tensors(plan)])
+
+
+def golden(plan: Plan) -> str:
+    """Return what a golden keeps of a listing: all but fingerprint and seed, which change with what no line shows."""
+    head = f"{plan.mesh}  target={plan.target}" if plan.target else str(plan.mesh)
+    return "\n".join([head, *_tensors(plan)])
+
+
+def _tensors(plan: Plan) -> list[str]:
+    """Write the tensors, the stages and the changes of layout."""
     first = plan.mesh.coordinate(0)
-    lines = [f"plan {plan.fingerprint[:12]}  target={plan.target or 'none'} seed={plan.seed}", str(plan.mesh)]
     rows = [
         (
             spec.path,
-            (f"stage {spec.stage}", spec.type, _source(spec), f"{human_bytes(spec.local_bytes(first))}/rank", *_notes(spec)),
+            (
+                f"stage {spec.stage}",
+                spec.type,
+                source_words(spec),
+                f"{human_bytes(spec.local_bytes(first))}/rank",
+                *_notes(spec),
+            ),
         )
         for spec in plan.tree.values()
     ]
-    lines += _table((cells[0], path, *cells[1:]) for path, cells in fold(rows))
+    lines = table((cells[0], path, *cells[1:]) for path, cells in fold(rows))
     if plan.pipeline:
         lines += ["", *_stages(plan.pipeline)]
         lines += [_tied(plan.tree[step.path]) for step in plan.steps if isinstance(step, SumTied)]
-    return "\n".join([*lines, *_changes(plan.steps)])
+    return [*lines, *changes(plan.steps), *_silenced(plan.silences)]
 
 
-def declared(mesh: Mesh, tree: SpecTree, layout: Iterable[LayoutStep], cuts: Iterable[str]) -> str:
+def declared(
+    mesh: Mesh, tree: SpecTree, layout: Iterable[LayoutStep], cuts: Iterable[str], silences: Iterable[Silence]
+) -> str:
     """Return what ``print(schedule)`` shows: what was said so far of each tensor and module."""
     rows = ((spec.path, (spec.type, *_notes(spec))) for spec in tree.values())
-    lines = [f"schedule for {mesh}", *_table((path, *cells) for path, cells in fold(rows)), *_changes(layout)]
-    return "\n".join([*lines, *(f"cut after {path}" for path in cuts)])
+    lines = [f"schedule for {mesh}", *table((path, *cells) for path, cells in fold(rows)), *changes(layout)]
+    return "\n".join([*lines, *(f"cut after {path}" for path in cuts), *_silenced(silences)])
 
 
-def _changes(steps: Iterable[Step]) -> list[str]:
-    """Write how modules compute otherwise than before, a line a module."""
+def changes(steps: Iterable[Step]) -> list[str]:
+    """Write how modules compute otherwise than before, a line a module, after an empty one."""
+    rows = fold((module, ("; ".join(words),)) for module, words in layout_words(steps).items())
+    return ["", *table((module or "(model)", *cells) for module, cells in rows)] if rows else []
+
+
+def layout_words(steps: Iterable[Step]) -> dict[str, list[str]]:
+    """Return in words how each module computes otherwise than before, by its path."""
     layout: dict[str, list[str]] = {}
     for step in steps:
         for module, words in _layout(step):
             layout.setdefault(module, []).append(words)
-    changes = fold((module, ("; ".join(words),)) for module, words in layout.items())
-    return ["", *_table((module or "(model)", *cells) for module, cells in changes)] if changes else []
+    return layout
+
+
+def source_words(spec: ParamSpec) -> str:
+    """Return in words where the values of a tensor come from."""
+    if isinstance(spec.source, Made):
+        return "; ".join(dict.fromkeys(str(call) for call in spec.source.calls))
+    return str(spec.source)
+
+
+def _silenced(silences: Iterable[Silence]) -> list[str]:
+    """Write which findings are meant, and why."""
+    lines = [f"silenced  {silence.code} {silence.pattern or '(plan)'}: {silence.reason}" for silence in silences]
+    return ["", *lines] if lines else []
 
 
 def _stages(pipeline: Pipeline) -> Iterator[str]:
@@ -100,12 +139,6 @@ def _tied(spec: ParamSpec) -> str:
     return f"tied     {' = '.join(spec.paths)}: stage {spec.stage} owns it, copies on {copies}, gradients summed"
 
 
-def _source(spec: ParamSpec) -> str:
-    if isinstance(spec.source, Made):
-        return "; ".join(dict.fromkeys(str(call) for call in spec.source.calls))
-    return str(spec.source)
-
-
 def _notes(spec: ParamSpec) -> tuple[str, ...]:
     notes = [spec.kind.replace("_", " ")] if spec.kind != "parameter" else []
     notes += ["frozen"] if spec.kind == "parameter" and not spec.requires_grad else []
@@ -135,12 +168,3 @@ def _layout(step: Step) -> list[tuple[str, str]]:  # noqa: PLR0911  one case a c
             return [(module, "outputs of padding masked")]
         case _:
             return []
-
-
-def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Align all columns but the last."""
-    table = [tuple(row) for row in rows]
-    if not table:
-        return []
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -19,6 +19,8 @@ MESH_AXES: tuple[MeshAxis, ...] = ("pipe", "data", "tensor")
 _FINE: tuple[MeshAxis, ...] = ("pipe", "expert_data", "expert", "tensor")
 """The same with ``data`` in its two factors."""
 
+_NAMES = get_args(MeshAxis)
+
 
 def _size() -> int:
     return field(default=1, validator=[check_integer, ge(1)])
@@ -234,8 +236,8 @@ class Groups(Sequence[range]):
 
 
 def _check(mesh_axis: str) -> None:
-    if mesh_axis not in get_args(MeshAxis):
-        msg = f"mesh axis {mesh_axis!r} is unknown; there are {', '.join(get_args(MeshAxis))}"
+    if mesh_axis not in _NAMES:
+        msg = f"mesh axis {mesh_axis!r} is unknown; there are {', '.join(_NAMES)}"
         raise ValueError(msg)
 
 

@@ -11,7 +11,9 @@ from attrs import field, frozen
 from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
+from .finding import Silence
 from .mesh import Mesh
+from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
 from .plain import check_plain
 from .program import RANDOM_SCHEME
@@ -50,7 +52,7 @@ from .steps import (
 )
 from .tree import SpecTree
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the JSON form; a plan of another version is refused."""
 
 
@@ -77,6 +79,8 @@ class Plan:
         random_scheme: Version of the function from seed, path and element to random values.
         schema_version: Version of the JSON form.
         pipeline: How the model is cut along ``pipe``; None if it is not.
+        microbatch: What one micro-batch sends and leaves behind; None if none was followed.
+        silences: Findings that are known and meant.
         runtime: Model and callables; outside equality, hash, repr and JSON.
 
     Raises:
@@ -92,6 +96,8 @@ class Plan:
     random_scheme: int = RANDOM_SCHEME
     schema_version: int = SCHEMA_VERSION
     pipeline: Pipeline | None = None
+    microbatch: Microbatch | None = None
+    silences: tuple[Silence, ...] = field(default=(), converter=tuple)
     runtime: Runtime = field(factory=Runtime, eq=False)
 
     def __attrs_post_init__(self) -> None:

@@ -2,92 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from .distinct import Distinct
 from .dtypes import human_bytes
-from .mesh import Mesh, MeshAxis
+from .finding import Finding, Silenced, folded
+from .fold import fold
+from .memory import Memory, Share
+from .mesh import Mesh
+from .proof import Proof
+from .table import ranges, table
+from .traffic import Boundary, StepTraffic, Traffic
 
-Severity = Literal["error", "warning"]
+if TYPE_CHECKING:
+    from .proof import Law
 
-
-@frozen
-class Finding:
-    """One thing that the audit has to say.
-
-    Args:
-        severity: ``error`` keeps the plan from being executed, ``warning`` does not.
-        path: Tensor or module that it is about; ``""`` for the plan as a whole.
-        cause: What is so.
-        fix: The nearest mend.
-    """
-
-    severity: Severity
-    path: str
-    cause: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        head = f"{self.severity}  {self.path or '(plan)'}: {self.cause}"
-        return f"{head}\n         {self.fix}" if self.fix else head
-
-
-@frozen
-class Share:
-    """What the ranks at one stage and one tensor coordinate hold, after the plan is executed.
-
-    Args:
-        stage: Pipeline stage.
-        tensor: Place along the mesh axis ``tensor``.
-        parameter_bytes: Bytes of parameters on one such rank.
-        buffer_bytes: Bytes of buffers on one such rank.
-        replicated_bytes: Bytes of parameters and buffers among them that every rank of the stage holds alike.
-        peak_bytes: Most bytes allocated at one time while executing, the worst of these ranks.
-    """
-
-    stage: int
-    tensor: int
-    parameter_bytes: int
-    buffer_bytes: int
-    replicated_bytes: int
-    peak_bytes: int
-
-
-@frozen
-class Traffic:
-    """Messages of one kind while the plan is executed, as the first rank of a stage sees them.
-
-    Args:
-        stage: Pipeline stage.
-        op: ``all_gather``, ``broadcast`` or ``scatter``.
-        mesh_axes: Mesh axes that the groups span; empty for all ranks.
-        num_calls: Messages.
-        num_bytes: Bytes that each member of a group gets, all messages together.
-    """
-
-    stage: int
-    op: str
-    mesh_axes: tuple[MeshAxis, ...]
-    num_calls: int
-    num_bytes: int
-
-
-@frozen
-class Boundary:
-    """What crosses from one pipeline stage to the next for one micro-batch of the size of the example inputs.
-
-    Args:
-        stage: The stage that sends; the next one receives.
-        num_tensors: Tensors.
-        num_bytes: Bytes of all of them, on one rank.
-        gradient_bytes: Bytes of the gradients that come back.
-    """
-
-    stage: int
-    num_tensors: int
-    num_bytes: int
-    gradient_bytes: int
+_COLUMNS = (
+    ("parameters", "parameter_bytes"),
+    ("buffers", "buffer_bytes"),
+    ("gradients", "gradient_bytes"),
+    ("optimizer", "optimizer_bytes"),
+    ("master", "master_bytes"),
+    ("buckets", "bucket_bytes"),
+    ("boundary", "boundary_bytes"),
+    ("training", "training_bytes"),
+    ("activations~", "activation_bytes"),
+    ("checkpointed~", "checkpointed_bytes"),
+    ("executing", "executing_bytes"),
+)
+_ALWAYS = ("parameters", "buffers", "training", "executing")
+_FEW = 3
 
 
 @frozen
@@ -97,52 +44,141 @@ class Report:
     Args:
         title: The plan in one line.
         mesh: The plan's mesh.
-        shares: Memory, a row for each stage and tensor coordinate.
-        traffic: Messages of execution.
+        distinct: Which ranks are alike.
+        shares: Memory, for each distinct coordinate in the order of ranks.
+        execution: Messages while the plan is executed, for each distinct coordinate.
+        training: Messages of one training step.
+        boundaries: What crosses between pipeline stages for one micro-batch.
         replicated: Tensors that every rank of their stage holds whole, largest first: path, printed type, bytes.
-        findings: What may hurt.
-        boundaries: What crosses between pipeline stages in training.
+        proofs: What holds on all ranks, and where it does not.
+        findings: What may hurt, and nobody silenced.
+        silenced: What somebody did silence, and why.
+        num_microbatches: Micro-batches of a training step, on one rank.
+        ranks_per_node: Ranks that share a node and its host memory; None if nobody said.
+        device_memory: Bytes of one device; None if nobody said.
     """
 
     title: str
     mesh: Mesh
+    distinct: Distinct
     shares: tuple[Share, ...]
-    traffic: tuple[Traffic, ...]
+    execution: tuple[Traffic, ...]
+    training: tuple[StepTraffic, ...]
+    boundaries: tuple[Boundary, ...]
     replicated: tuple[tuple[str, str, int], ...]
+    proofs: tuple[Proof, ...]
     findings: tuple[Finding, ...] = ()
-    boundaries: tuple[Boundary, ...] = ()
+    silenced: tuple[Silenced, ...] = ()
+    num_microbatches: int = 1
+    ranks_per_node: int | None = None
+    device_memory: int | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the plan may be executed: no finding is an error."""
         return not any(finding.severity == "error" for finding in self.findings)
 
+    def memory(self, rank: int) -> Memory:
+        """Return what a rank holds; raise IndexError for a rank outside the mesh."""
+        alike = self.distinct.like(self.mesh.coordinate(rank))
+        return next(share.memory for share in self.shares if share.coordinate == alike)
+
+    def proof(self, law: Law) -> Proof:
+        """Return the proof of a law, by its name."""
+        return next(proof for proof in self.proofs if proof.law == law)
+
+    @property
+    def worst(self) -> Share:
+        """The ranks that need the most memory."""
+        return max(self.shares, key=lambda share: share.memory.peak_bytes)
+
+    @property
+    def host_peak_bytes(self) -> int | None:
+        """Most bytes of host memory that the processes of one node take for values that the model came with.
+
+        A model on meta has none. Where tensors go to the CPU, what the ranks hold is on top of it. None if nobody said how
+        many ranks share a node.
+        """
+        if self.ranks_per_node is None:
+            return None
+        return min(self.ranks_per_node, self.mesh.num_ranks) * max(share.memory.host_bytes for share in self.shares)
+
     def __str__(self) -> str:
-        lines = [self.title, "", "holds   stage  tensor  parameters     buffers  replicated  peak while executing"]
-        lines += [
-            f"        {s.stage:>5}  {s.tensor:>6}  {human_bytes(s.parameter_bytes):>10}  {human_bytes(s.buffer_bytes):>10}"
-            f"  {human_bytes(s.replicated_bytes):>10}  {human_bytes(s.peak_bytes):>20}"
-            for s in self.shares
-        ]
-        lines += ["", "sends   stage  over           op          messages  bytes to each rank"]
-        lines += [
-            f"        {t.stage:>5}  {' x '.join(t.mesh_axes) or 'all ranks':<13}  {t.op:<10}"
-            f"  {t.num_calls:>8}  {human_bytes(t.num_bytes):>18}"
-            for t in self.traffic
-        ] or ["        nothing"]
+        lines = [self.title, "", *_head("holds", self._holds())]
+        lines += ["", *_head("sends", self._sends())]
+        if self.training:
+            lines += ["", *_head("step", self._steps())]
         if self.boundaries:
-            lines += ["", "crosses from  to  tensors  bytes a micro-batch  of gradients back"]
-            lines += [
-                f"        {b.stage:>4}  {b.stage + 1:>2}  {b.num_tensors:>7}  {human_bytes(b.num_bytes):>19}"
-                f"  {human_bytes(b.gradient_bytes):>17}"
-                for b in self.boundaries
-            ]
+            lines += ["", *_head("crosses", self._crosses())]
         if self.replicated:
             total = sum(num_bytes for *_, num_bytes in self.replicated)
-            lines += [
-                "",
-                f"whole   {len(self.replicated)} tensors of {human_bytes(total)} on every rank of their stage; the largest:",
-            ]
-            lines += [f"        {path}  {type_}  {human_bytes(num_bytes)}" for path, type_, num_bytes in self.replicated[:3]]
-        lines += ["", *(str(finding) for finding in self.findings)] if self.findings else []
+            largest = [f"        {path}  {type_}  {human_bytes(size)}" for path, type_, size in self.replicated[:_FEW]]
+            count = f"{len(self.replicated)} tensors of {human_bytes(total)} on every rank of their stage; the largest:"
+            lines += ["", f"whole   {count}", *largest]
+        lines += ["", *(f"{'proofs' if not number else '':<8}{proof}" for number, proof in enumerate(self.proofs))]
+        lines += ["", *map(str, folded(self.findings))] if self.findings else []
+        quiet = fold((s.finding.path, (s.finding.code, s.reason)) for s in self.silenced)
+        lines += ["", *(f"silenced  {code} {path or '(plan)'}: {reason}" for path, (code, reason) in quiet)] if quiet else []
         return "\n".join([*lines, "", f"ok      {'yes' if self.ok else 'no: execute refuses this plan'}"])
+
+    def _holds(self) -> Iterator[tuple[str, ...]]:
+        alike: dict[tuple[int, Memory], list[Share]] = {}
+        for share in self.shares:
+            alike.setdefault((share.coordinate.pipe, share.memory), []).append(share)
+        shown = [
+            (name, field)
+            for name, field in _COLUMNS
+            if name in _ALWAYS or any(getattr(memory, field) for _, memory in alike)
+        ]
+        yield "stage", "ranks", "first", *(name for name, _ in shown)
+        rows: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+        for (stage, memory), shares in alike.items():
+            sizes = (human_bytes(getattr(memory, field) or 0) for _, field in shown)
+            num = sum(share.num_ranks for share in shares)
+            rows.setdefault((str(num), *sizes), []).append((stage, shares[0].coordinate.rank))
+        for (num, *sizes), places in rows.items():
+            stages = [stage for stage, _ in places]
+            yield ranges(stages), str(int(num) * len(stages)), str(places[0][1]), *sizes
+
+    def _sends(self) -> Iterator[tuple[str, ...]]:
+        yield "stage", "over", "op", "messages", "bytes to each rank"
+        yield from _by_stage(
+            (
+                row.coordinate.pipe,
+                (" x ".join(row.mesh_axes) or "all ranks", row.op, str(row.num_calls), human_bytes(row.num_bytes)),
+            )
+            for row in self.execution
+            if row.coordinate.is_first("data", "tensor")
+        )
+
+    def _steps(self) -> Iterator[tuple[str, ...]]:
+        nodes = ("inside", "between nodes") if self.ranks_per_node else ("on the wire",)
+        yield "stage", "over", "what", "op", "messages", "bytes", *nodes
+        rows: list[tuple[int, tuple[str, ...]]] = []
+        for row in self.training:
+            parts = (row.inside_bytes, row.between_bytes) if self.ranks_per_node else (row.wire_bytes,)
+            sizes = map(human_bytes, (row.num_bytes, *parts))
+            rows.append((row.stage, (row.mesh_axis, row.cargo, row.op, str(row.num_calls), *sizes)))
+        yield from _by_stage(rows)
+
+    def _crosses(self) -> Iterator[tuple[str, ...]]:
+        yield "after stage", "tensors", "bytes a micro-batch", "of gradients back"
+        yield from _by_stage(
+            (b.stage, (str(b.num_tensors), human_bytes(b.num_bytes), human_bytes(b.gradient_bytes))) for b in self.boundaries
+        )
+
+
+def _by_stage(rows: Iterable[tuple[int, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
+    """Write what is alike on several stages once."""
+    stages: dict[tuple[str, ...], list[int]] = {}
+    for stage, cells in rows:
+        stages.setdefault(cells, []).append(stage)
+    for cells, numbers in stages.items():
+        yield (ranges(numbers), *cells)
+
+
+def _head(name: str, rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Write a table after its name; numbers are aligned on the right."""
+    lines = table(rows, right=True)
+    yield f"{name:<8}{lines[0]}"
+    yield from (f"        {line}" for line in lines[1:] or ["nothing"])

@@ -16,6 +16,8 @@ from shardplan.specs import (
     Kind,
     Made,
     Mesh,
+    MeshAxis,
+    Microbatch,
     ModuleCall,
     ModuleValues,
     Node,
@@ -26,9 +28,12 @@ from shardplan.specs import (
     Pipeline,
     PlainInput,
     Plan,
+    Saved,
     Shard,
+    Silence,
     SpecTree,
     Stage,
+    SyncCall,
     TensorCall,
     TensorInput,
     Uninitialised,
@@ -81,6 +86,7 @@ from shardplan.specs.steps import (
     When,
     Wrap,
 )
+from shardplan.specs.traffic import Cargo
 
 law = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """How often a law is tried; put it above ``@given``."""
@@ -352,6 +358,27 @@ def pipelines(draw, mesh):
     )
 
 
+microbatches = st.builds(
+    Microbatch,
+    calls=st.lists(
+        st.builds(
+            SyncCall,
+            words,
+            st.sampled_from(["forward", "backward"]),
+            st.sampled_from(["all_reduce", "all_gather", "reduce_scatter"]),
+            st.sampled_from(get_args(MeshAxis)),
+            st.integers(0, 9),
+            st.integers(0),
+            st.sampled_from(get_args(Cargo)),
+        ),
+        max_size=2,
+    ).map(tuple),
+    saved=st.lists(st.builds(Saved, words, st.integers(0), st.integers(0), st.booleans()), max_size=2).map(tuple),
+    without_gradient=st.lists(words, max_size=2).map(tuple),
+)
+silences = st.lists(st.builds(Silence, st.sampled_from(["SP010", "SP021"]), words, words), max_size=2)
+
+
 @st.composite
 def plans(draw):
     mesh = draw(meshes())
@@ -365,4 +392,6 @@ def plans(draw):
         seed=draw(st.integers()),
         random_scheme=draw(st.integers(0, 3)),
         pipeline=draw(st.none() | pipelines(mesh)),
+        microbatch=draw(st.none() | microbatches),
+        silences=draw(silences),
     )

@@ -79,7 +79,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_a_function_is_not_hidden_by_the_file_of_its_name():
     names = sorted({path.stem for path in (ROOT / "functional").glob("*.py")} & {*functional.__all__})
-    assert names == ["audit", "build", "execute", "resolve"]
+    assert names == ["audit", "build", "diff", "execute", "html_report", "resolve", "search"]
     code = "import sys\nimport shardplan.functional as functional\n" + "".join(
         f"""
 import shardplan.functional.{name}

@@ -10,6 +10,7 @@ from frozendict import frozendict
 from ...specs.errors import Problem
 from .handover import Handover, Wrapped
 from .places import nothing_trained, one_stage_a_place
+from .torch_optimizer import check_optimizer, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,14 +25,16 @@ PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
 """torch's pipeline schedules: all forwards first, one forward one backward, the same with several stages a place."""
 
 _EXAMPLE = 'config={"schedule": "1f1b", "num_microbatches": 8}'
+_OPTIONS = ("schedule", "num_microbatches", "optimizer")
 
 
 class TorchDialect:
     """``target="torch"``.
 
-    Without stages: ``DistributedDataParallel`` over ``data``, the module itself where ``data`` is 1; no config. With
-    stages: a ``TorchPipeline``; the config names the ``schedule`` and ``num_microbatches``. ``extras["clip_grad_norm_"]``
-    clips by the norm of the whole model's gradient.
+    Without stages: ``DistributedDataParallel`` over ``data``, the module itself where ``data`` is 1. With stages: a
+    ``TorchPipeline``; the config names the ``schedule`` and ``num_microbatches``. In both cases it may name the
+    ``optimizer``, which is then made over the trained parameters. ``extras["clip_grad_norm_"]`` clips by the norm of the
+    whole model's gradient.
     """
 
     def check(
@@ -42,16 +45,18 @@ class TorchDialect:
         problems = [Problem(spec.path, cause, "Split it over 'tensor'", spec.type) for spec in split if mesh.data > 1]
         if config is not None and not isinstance(config, Mapping):
             problems.append(Problem("config", f"it is plain JSON values by name, not {config!r}", _EXAMPLE))
-        unknown = sorted(set(config) - {"schedule", "num_microbatches"}) if isinstance(config, Mapping) else []
-        there = "There are schedule and num_microbatches, for a pipeline"
-        return [*problems, *(Problem(f"config.{name}", "torch is not asked for it", there) for name in unknown)]
+        unknown = sorted(set(config) - set(_OPTIONS)) if isinstance(config, Mapping) else []
+        there = "There are optimizer, and for a pipeline schedule and num_microbatches"
+        problems += [Problem(f"config.{name}", "torch is not asked for it", there) for name in unknown]
+        return [*problems, *check_optimizer(config)] if isinstance(config, Mapping) else problems
 
     def check_pipeline(
         self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
     ) -> list[Problem]:
         if pipeline is None:
             cause = "it is for a pipeline, and the model is not cut"
-            return [Problem("config", cause, "Leave it out")] if config else []
+            asked = [name for name in ("schedule", "num_microbatches") if isinstance(config, Mapping) and name in config]
+            return [Problem(f"config.{name}", cause, "Leave it out") for name in asked]
         if config is None:
             return [Problem("config", "torch's pipelining needs the number of micro-batches", _EXAMPLE)]
         return [*nothing_trained(mesh, tree), *_wrong_schedule(mesh, tree, pipeline, config)]
@@ -75,10 +80,11 @@ class TorchDialect:
 
         norm = GradientNorm.of(handover)
         extras = frozendict(clip_grad_norm_=norm.clip)
+        optimizer = make_optimizer(handover)
         if handover.plan.pipeline:
-            return Wrapped(TorchPipeline(handover, norm), handover.optimizer, extras)
+            return Wrapped(TorchPipeline(handover, norm), optimizer, extras)
         ignore(handover.modules[0], split_experts(handover.plan))
-        return Wrapped(replicated(handover.modules[0], handover), handover.optimizer, extras)
+        return Wrapped(replicated(handover.modules[0], handover), optimizer, extras)
 
 
 def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:

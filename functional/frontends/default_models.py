@@ -35,7 +35,7 @@ def declared_model(model_type: str) -> nn.Module | None:
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         for config in _configs(model_type):
-            for cls in _classes(config):
+            for cls in model_classes(config):
                 try:
                     with torch.device("meta"):
                         model = cls(config)
@@ -52,6 +52,22 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         if not check_forward(model, sch.tree, (), Mesh(), {}, inputs):
             return inputs
     return None
+
+
+def model_classes(config: Any) -> Iterator[type[nn.Module]]:
+    """Return the classes for a configuration: of causal language models first, then others with heads, then without."""
+    from transformers.models.auto import modeling_auto as auto  # only a test dependency
+
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        auto.MODEL_MAPPING,
+    ):
+        with contextlib.suppress(Exception):
+            if type(config) in mapping:
+                found: Any = mapping[type(config)]
+                yield from found if isinstance(found, tuple) else (found,)
 
 
 def _configs(model_type: str) -> Iterator[Any]:
@@ -81,22 +97,6 @@ def _cut(config: Any, num_layers: int) -> Any:
     for name, part in parts.items():
         setattr(config, name, _cut(part, num_layers))
     return config
-
-
-def _classes(config: Any) -> Iterator[type[nn.Module]]:
-    """Return the classes for a configuration: of causal language models first, then others with heads, then without."""
-    from transformers.models.auto import modeling_auto as auto  # only a test dependency
-
-    for mapping in (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        auto.MODEL_MAPPING,
-    ):
-        with contextlib.suppress(Exception):
-            if type(config) in mapping:
-                found: Any = mapping[type(config)]
-                yield from found if isinstance(found, tuple) else (found,)
 
 
 def _candidates(model: nn.Module) -> Iterator[dict[str, Tensor]]:

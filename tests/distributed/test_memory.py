@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def measure(rank, strategy, axis):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     built = execute(plan, device="cpu")
+    time.sleep(0.3)  # gloo's thread gives back what it has sent a moment later
     return resident("VmHWM") - before, resident("VmRSS") - before, built.receipt, predict(plan, rank)
 
 
@@ -54,8 +56,8 @@ def measure(rank, strategy, axis):
 def test_the_predicted_peak_is_what_the_process_takes(strategy, axis):
     for peak, held, receipt, predicted in results(run_ranks(measure, 2, strategy, axis)):
         assert receipt == predicted
-        assert held == pytest.approx(receipt.held_bytes, abs=24 * MIB)
-        assert peak == pytest.approx(receipt.peak_bytes, abs=24 * MIB)
+        assert held == pytest.approx(receipt.held_bytes, rel=0.05)
+        assert peak == pytest.approx(receipt.peak_bytes, rel=0.05)
 
 
 class Drawn(nn.Linear):

@@ -141,8 +141,7 @@ def local_state(modules):
     }
 
 
-def train_stages(rank, case):
-    plan = case.plan()
+def train_stages(rank, plan, case):
     built = execute(plan, device="cpu", optimizer=adamw, loss_fn=loss, progress=False)
     model, optimizer = built
     state = local_state(built.modules)
@@ -167,7 +166,7 @@ def train_stages(rank, case):
 @cache
 def trained(case):
     """Return what each rank ended with; one run serves many tests."""
-    return run_ranks(train_stages, case.mesh.num_ranks, case, timeout=100)
+    return run_ranks(train_stages, case.mesh.num_ranks, case, timeout=100, shared=Case.plan)
 
 
 @cache
@@ -290,12 +289,16 @@ def weights_schedule(kind, mesh, model=None):
 STRATEGIES = ("local", "scatter", "broadcast")
 
 
-def make_weights(rank, kind, mesh):
+def plan_weights(kind, mesh, rank=0):
+    """The plan of each strategy; with a model of the rank's own, where it comes with values."""
+    torch.manual_seed(rank)
+    sch = weights_schedule(kind, mesh, tied_llama("cpu" if kind == "own" else "meta", 2))
+    return [plan_build(sch, strategy=strategy, example_inputs=example("llama")) for strategy in STRATEGIES]
+
+
+def make_weights(rank, plans, kind, mesh):
     found = []
-    for strategy in STRATEGIES:
-        torch.manual_seed(rank)
-        model = tied_llama("cpu" if kind == "own" else "meta", 2)
-        plan = plan_build(weights_schedule(kind, mesh, model), strategy=strategy, example_inputs=example("llama"))
+    for plan in plan_weights(kind, mesh, rank) if kind == "own" else plans:
         built = execute(plan, device="cpu", progress=False)
         assert built.receipt == predict(plan, rank)
         found.append({path: tensor.detach() for path, tensor in local_state(built.modules).items()})
@@ -304,7 +307,7 @@ def make_weights(rank, kind, mesh):
 
 @cache
 def made(kind, mesh):
-    return run_ranks(make_weights, mesh.num_ranks, kind, mesh)
+    return run_ranks(make_weights, mesh.num_ranks, kind, mesh, shared=plan_weights)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(pipe=2, tensor=2), Mesh(pipe=2, data=2)], ids=str)
@@ -495,23 +498,30 @@ WRONG = {
 }
 
 
-def wrong_batch(rank, kind):
-    inputs, target, _ = WRONG[kind]
+def wrong_batches(rank):
+    """What each batch raises, and the loss of a right one after it."""
     sch = create_schedule(Masked(), Mesh(pipe=2)).at["up"].cut_pipeline_stage()
     plan = plan_build(
         sch, target="torch", config={"num_microbatches": MICRO}, example_inputs={"ids": IDS[:2], "mask": MASK[:2]}
     )
     model, _ = execute(plan, device="cpu", loss_fn=token_loss, progress=False)
-    try:
-        model.train_batch(*inputs, target=target)
-    except Exception as error:
-        return str(error), model.train_batch(IDS, MASK, target=IDS).item()
-    return "", 0.0
+    found = {}
+    for kind, (inputs, target, _) in WRONG.items():
+        try:
+            model.train_batch(*inputs, target=target)
+        except Exception as error:
+            found[kind] = str(error), model.train_batch(IDS, MASK, target=IDS).item()
+    return found
+
+
+@pytest.fixture(scope="module")
+def after_wrong_batches():
+    return results(run_ranks(wrong_batches, 2, timeout=60))
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_batch_raises_on_every_rank_and_the_next_one_trains(kind):
-    (first, loss_there), (last, loss_here) = results(run_ranks(wrong_batch, 2, kind, timeout=25))
+def test_a_wrong_batch_raises_on_every_rank_and_the_next_one_trains(kind, after_wrong_batches):
+    (first, loss_there), (last, loss_here) = (one[kind] for one in after_wrong_batches)
     assert WRONG[kind][-1] in first
     assert first
     assert last

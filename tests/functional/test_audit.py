@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, plan_build, predict
+from shardplan.functional.training.state import state_of
 from shardplan.specs import Mesh
 from tests.models import llama, plain, schedule
 
@@ -20,34 +22,45 @@ def perceptron(mesh):
 
 
 def test_shares_are_the_bytes_of_local_shapes():
-    mesh = Mesh(data=4, tensor=2)
-    plan = plan_build(schedule("llama", mesh))
+    plan = plan_build(schedule("llama", Mesh(data=4, tensor=2)))
     report = audit(plan)
-    assert [(share.stage, share.tensor) for share in report.shares] == [(0, 0), (0, 1)]
-    for share in report.shares:
-        receipt = predict(plan, share.tensor)
-        assert share.parameter_bytes + share.buffer_bytes == receipt.held_bytes
-        assert share.peak_bytes == receipt.peak_bytes
+    assert sum(share.num_ranks for share in report.shares) == 8
+    for rank in range(8):
+        receipt, memory = predict(plan, rank), report.memory(rank)
+        assert memory.held_bytes == receipt.held_bytes
+        assert memory.executing_bytes == receipt.peak_bytes
     whole = sum(spec.num_bytes for spec in plan.tree.values() if not spec.shards)
-    assert {share.replicated_bytes for share in report.shares} == {whole}
+    assert {share.memory.replicated_bytes for share in report.shares} == {whole}
     assert sum(size for *_, size in report.replicated) == whole
     assert report.replicated[0][2] == max(size for *_, size in report.replicated)
 
 
-def test_every_rank_is_like_the_distinct_ones_that_are_looked_at():
+@pytest.mark.parametrize("strategy", ["local", "scatter", "broadcast"])
+def test_every_rank_has_the_receipt_and_the_memory_of_its_kind(strategy):
     mesh = Mesh(data=3, tensor=4)
-    plan = plan_build(schedule("llama", mesh))
-    peaks = {share.tensor: share.peak_bytes for share in audit(plan).shares}
+    sch = schedule("llama", mesh).at["model.norm.weight"].shard(axis=0, mesh_axis="data", uneven=True)
+    plan = plan_build(sch, strategy=strategy)
+    report = audit(plan)
     for rank in range(mesh.num_ranks):
-        assert predict(plan, rank).peak_bytes <= peaks[mesh.coordinate(rank).tensor]
+        receipt, memory = predict(plan, rank), report.memory(rank)
+        assert (memory.held_bytes, memory.executing_bytes) == (receipt.held_bytes, receipt.peak_bytes)
+        alike = report.distinct.like(mesh.coordinate(rank))
+        told = {(row.op, row.mesh_axes): row.num_bytes for row in report.execution if row.coordinate == alike}
+        for (op, mesh_axes), num_bytes in told.items():
+            calls = [c.num_bytes for c in receipt.collectives if (c.op, c.mesh_axes) == (op, mesh_axes)]
+            assert sum(calls) == num_bytes
+        assert sum(told.values()) == receipt.received_bytes
 
 
-def test_traffic_is_that_of_the_first_rank():
+def sent_by_the_first(report):
+    return {(row.op, row.mesh_axes): (row.num_calls, row.num_bytes) for row in report.execution if row.coordinate.rank == 0}
+
+
+def test_execution_traffic_of_the_first_rank():
     plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)), strategy="scatter")
-    traffic = {(row.op, row.mesh_axes): (row.num_calls, row.num_bytes) for row in audit(plan).traffic}
     split = sum(spec.num_bytes for spec in plan.tree.values() if spec.shards) // 2
     whole = sum(spec.num_bytes for spec in plan.tree.values() if not spec.shards)
-    assert traffic == {
+    assert sent_by_the_first(audit(plan)) == {
         ("all_gather", ()): (2, 256),
         ("scatter", ("tensor",)): (1, split),
         ("broadcast", ("data",)): (1, split),
@@ -57,21 +70,20 @@ def test_traffic_is_that_of_the_first_rank():
 
 def test_what_has_a_program_is_not_sent():
     mesh = Mesh(data=2, tensor=2)
-    traffic = audit(plan_build(schedule("llama", mesh))).traffic
-    assert [(row.op, row.mesh_axes, row.num_calls, row.num_bytes) for row in traffic] == [("all_gather", (), 2, 256)]
+    assert sent_by_the_first(audit(plan_build(schedule("llama", mesh)))) == {("all_gather", ()): (2, 256)}
     orthogonal = schedule("llama", mesh).at["lm_head.weight"].init(nn.init.orthogonal_)
     part = 128 * 64 * 4 // 2
-    assert {(row.op, row.mesh_axes, row.num_calls, row.num_bytes) for row in audit(plan_build(orthogonal)).traffic} == {
-        ("all_gather", (), 2, 256),
-        ("scatter", ("tensor",), 1, part),
-        ("broadcast", ("data",), 1, part),
+    assert sent_by_the_first(audit(plan_build(orthogonal))) == {
+        ("all_gather", ()): (2, 256),
+        ("scatter", ("tensor",)): (1, part),
+        ("broadcast", ("data",)): (1, part),
     }
 
 
 def test_broadcast_sends_the_whole():
     plan = plan_build(schedule("llama", Mesh(data=2, tensor=2)), strategy="broadcast")
-    traffic = {(row.op, row.mesh_axes): row.num_bytes for row in audit(plan).traffic}
-    assert traffic["broadcast", ("data", "tensor")] == sum(spec.num_bytes for spec in plan.tree.values())
+    whole = sum(spec.num_bytes for spec in plan.tree.values())
+    assert sent_by_the_first(audit(plan))["broadcast", ("data", "tensor")][1] == whole
 
 
 def test_a_sound_plan_is_ok_and_prints():
@@ -145,7 +157,8 @@ def test_gradients_that_nothing_averages_are_a_warning():
 def test_one_rank_has_nothing_to_say():
     report = audit(plan_build(schedule("llama")))
     assert report.findings == ()
-    assert report.traffic == ()
+    assert report.execution == ()
+    assert report.training == ()
     assert report.replicated == ()
 
 
@@ -184,9 +197,29 @@ def test_what_one_rank_makes_whole_is_told_with_its_cause_and_repeated_layers_on
     def warnings(mesh):
         return [f for f in audit(plan_build(create_schedule(model, mesh))).findings if "made whole" in f.cause]
 
-    [finding] = warnings(Mesh(tensor=2))
-    assert (finding.severity, finding.path) == ("warning", "{0..2}.weight")
-    assert finding.cause == (
+    told = warnings(Mesh(tensor=2))
+    assert [(f.severity, f.path) for f in told] == [("warning", f"{number}.weight") for number in range(3)]
+    assert {f.cause for f in told} == {
         "f32[8, 8] is made whole (256 B) on one rank by Orthogonal.reset_parameters, and sent: linalg_qr is not pointwise"
-    )
+    }
+    assert str(audit(plan_build(create_schedule(model, Mesh(tensor=2))))).count("made whole") == 1
     assert warnings(Mesh()) == []
+
+
+@pytest.mark.parametrize("data", [2, 5, 31])
+def test_of_ranks_that_zero_2_leaves_different_gradients_the_most_is_told(data):
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+    }
+    plan = plan_build(schedule("plain", Mesh(data=data, tensor=2)), target="deepspeed", config=config)
+    report = audit(plan)
+    kept: dict = {}
+    for rank in range(plan.mesh.num_ranks):
+        here = plan.mesh.coordinate(rank)
+        kept.setdefault(report.distinct.like(here), []).append(state_of(plan, here).gradient_bytes)
+    assert {share.coordinate: share.memory.gradient_bytes for share in report.shares} == {
+        alike: max(each) for alike, each in kept.items()
+    }
+    assert data == 2 or any(len(set(each)) > 1 for each in kept.values())

@@ -829,7 +829,8 @@ def test_torch_takes_no_config_without_stages():
     for config in (None, {}):
         assert plan(sch, target="torch", config=config).pipeline is None
     cause = "it is for a pipeline, and the model is not cut\n      Leave it out"
-    assert refusal(sch, target="torch", config=TORCH) == f"1 problem\n  config: {cause}"
+    message = refusal(sch, target="torch", config=TORCH)
+    assert message == f"2 problems\n  config.schedule: {cause}\n  config.num_microbatches: {cause}"
 
 
 def test_gpipe_takes_fewer_micro_batches_than_stages():

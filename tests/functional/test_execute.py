@@ -14,7 +14,7 @@ from attrs import evolve
 from torch import nn
 
 from shardplan.functional import build, consolidate_model, create_schedule, execute, plan_build, predict
-from shardplan.functional.dry import DryEffects
+from shardplan.functional.dry import DryRun
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.models import llama, plain, schedule
 
@@ -179,7 +179,7 @@ def test_deepspeed_needs_a_process_group_even_for_one_rank():
 def test_effects_of_the_caller_replace_the_world():
     plan = plan_build(schedule("llama", Mesh(data=2, tensor=4)))
     for rank in range(8):
-        built = execute(plan, effects=DryEffects(rank))
+        built = execute(plan, effects=DryRun(rank))
         assert built.receipt == predict(plan, rank)
         assert built.module is None
 

@@ -24,8 +24,8 @@ MODES = 2
 @pytest.fixture(autouse=True)
 def _layers_of_these_tests_are_known(monkeypatch):
     """What is repeated are layers of libraries; those of these tests count as such."""
-    import_module("shardplan.functional.repeats")
-    monkeypatch.setattr(sys.modules["shardplan.functional.repeats"], "_LIBRARIES", ("torch", "transformers", "tests"))
+    import_module("shardplan.functional.families")
+    monkeypatch.setattr(sys.modules["shardplan.functional.families"], "_LIBRARIES", ("torch", "transformers", "tests"))
 
 
 @pytest.fixture
@@ -840,8 +840,13 @@ def count_calls(num_layers, *cuts):
     return len(calls)
 
 
+def leave_out_the_passes_at_local_shapes(monkeypatch):
+    for name, found in (("check_forward", []), ("follow_microbatch", None)):
+        monkeypatch.setattr(sys.modules["shardplan.functional.plan"], name, lambda *_, found=found: found)
+
+
 def test_the_code_of_a_layer_runs_as_often_in_a_deep_model_as_in_a_shallow_one(monkeypatch, each):
-    monkeypatch.setattr(sys.modules["shardplan.functional.plan"], "check_forward", lambda *_: [])
+    leave_out_the_passes_at_local_shapes(monkeypatch)
     shallow = count_calls(1, "embed")
     assert shallow >= MODES
     for num_layers in (3, 4, 12, 24):
@@ -849,7 +854,7 @@ def test_the_code_of_a_layer_runs_as_often_in_a_deep_model_as_in_a_shallow_one(m
     assert each(count_calls, 12, "blocks.1") == 12 * shallow
 
 
-def test_the_check_of_shapes_alone_runs_every_layer(monkeypatch):
+def test_the_passes_at_local_shapes_run_two_layers_each(monkeypatch):
     deep = count_calls(12, "blocks.1")
-    monkeypatch.setattr(sys.modules["shardplan.functional.plan"], "check_forward", lambda *_: [])
-    assert deep - count_calls(12, "blocks.1") == 12
+    leave_out_the_passes_at_local_shapes(monkeypatch)
+    assert deep - count_calls(12, "blocks.1") == 2 + 2

@@ -472,10 +472,10 @@ def test_a_saved_plan_reads_like_the_records():
         ("[]", "it is damaged: it is a JSON list, not an object"),
         (
             "{}",
-            "its schema version is None, and this shardplan reads 4\n      Plan again with this version, or load it with",
+            "its schema version is None, and this shardplan reads 5\n      Plan again with this version, or load it with",
         ),
-        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 4"),
-        ('{"schema_version": 4}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
+        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 5"),
+        ('{"schema_version": 5}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
     ],
 )
 def test_what_is_no_plan_of_this_version_is_refused(text, error):

@@ -1,0 +1,287 @@
+"""Which meshes of a number of ranks fit the devices, and which costs least. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..specs.dtypes import human_bytes
+from ..specs.errors import PlanError
+from ..specs.mesh import Mesh
+from ..specs.pipeline import Pipeline, Stage
+from ..specs.plan import Plan, misfits
+from ..specs.search import Candidate, Search
+from .audit import audit
+from .dialects import find_dialect
+from .local_copy import fake_inputs, following, local_copy
+from .memory import memory_at
+from .pipeline import is_cut
+from .plan import plan_build
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..specs.report import Report
+    from .schedule import Schedule
+
+FLOPS = 400e12
+"""Operations a second of one device: what Llama 3 405B was trained with on H100s in bfloat16 (Dubey et al. 2024, The Llama 3
+Herd of Models, table 4: 380 to 430)."""
+
+INSIDE = 450e9
+"""Bytes a second from a device to others of its node: NVLink of an H100, 900 GB/s both ways (NVIDIA H100 datasheet)."""
+
+BETWEEN = 50e9
+"""Bytes a second from a device to other nodes: one 400 Gbit/s link for each (NVIDIA DGX H100 datasheet)."""
+
+Config = Mapping[str, Any] | Callable[[Mesh], Mapping[str, Any] | None] | None
+
+
+@frozen
+class _Subject:
+    """What is planned on each mesh.
+
+    Args:
+        factory: The schedule for a mesh.
+        device_memory: Bytes of one device.
+        ranks_per_node: Ranks that share a node.
+        target: The runtime.
+        config: Its configuration, for a mesh.
+        example_inputs: One micro-batch.
+        seed: What all random numbers derive from.
+        init_weights: Whether, and by whose code, tensors are initialised.
+    """
+
+    factory: Callable[[Mesh], Schedule]
+    device_memory: int
+    ranks_per_node: int | None
+    target: str | None
+    config: Callable[[Mesh], Mapping[str, Any] | None]
+    example_inputs: Mapping[str, Tensor] | None
+    seed: int
+    init_weights: bool | Callable[..., object]
+
+
+def search(
+    sch_factory: Callable[[Mesh], Schedule],
+    *,
+    num_ranks: int,
+    device_memory: int,
+    ranks_per_node: int | None = None,
+    target: str | None = None,
+    config: Config = None,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    init_weights: bool | Callable[..., object] = True,
+) -> Search:
+    """Plan and audit every mesh of a number of ranks, and return which fit, the cheapest first.
+
+    Meshes are all of pipe x data x tensor, and of ``expert`` within data where the schedule splits over it. A mesh is not
+    planned where arithmetic alone shows that it is too large: what the stages keep together, by the mean of them.
+
+    The cost is counted in seconds for each micro-batch, the whole mesh at work. With m micro-batches a step on each of d
+    replicas, p places along ``pipe`` and t along ``tensor``, a step takes
+
+        (3 F m / (p t FLOPS) + inside / INSIDE + between / BETWEEN) / (1 - (p - 1) / (m + p - 1))
+
+    and the cost is this over m d. F are the operations of a forward pass as torch counts them, a backward pass has twice as
+    many (Kaplan et al. 2020, section 2.1); bytes are those that a rank of the busiest stage puts on the wire in a step; the
+    last factor is the bubble of a pipeline (Huang et al. 2019, GPipe, section 2.3). Nothing overlaps, and stages weigh
+    alike. It ranks meshes; it does not foretell a time. Equal costs are told apart by the peak of memory.
+
+    Args:
+        sch_factory: A function that returns the schedule for a mesh, cut into as many stages as the mesh has along ``pipe``.
+        num_ranks: Ranks of each mesh.
+        device_memory: Bytes of one device.
+        ranks_per_node: Ranks that share a node; without it all are taken to share one.
+        target: As for ``plan_build``.
+        config: The target's configuration, or a function that returns it for a mesh: DeepSpeed's ``train_batch_size``
+            depends on ``data``. The number of micro-batches is what it says, so that with more replicas a step sees more.
+        example_inputs: One micro-batch of one replica. Without it neither activations nor computation are counted.
+        seed: As for ``plan_build``.
+        init_weights: As for ``plan_build``.
+
+    Raises:
+        ValueError: If a number is none, or below 1.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from shardplan.functional import create_schedule
+    >>> with torch.device("meta"):
+    ...     model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+    >>> def factory(mesh):
+    ...     return create_schedule(model, mesh).at["0"].colwise().at["2"].rowwise()
+    >>> found = search(factory, num_ranks=2, device_memory=12 * 2**20)
+    >>> str(found.best.mesh), [candidate.fits for candidate in found.candidates]
+    ('mesh pipe=1 data=1 tensor=2', [True, False, False])
+    """
+    for name, number in (("num_ranks", num_ranks), ("device_memory", device_memory)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            msg = f"{name} is a positive integer, not {number!r}: search(factory, num_ranks=64, device_memory=80 * 2**30)"
+            raise ValueError(msg)
+    configure = config if callable(config) else lambda _: config
+    subject = _Subject(sch_factory, device_memory, ranks_per_node, target, configure, example_inputs, seed, init_weights)
+    flops: list[int] = []
+    found = [candidate for mesh in meshes(num_ranks) for candidate in _with_experts(subject, mesh, flops)]
+    found.sort(key=_order)
+    return Search(num_ranks, device_memory, tuple(found), tuple(_assumed(subject)))
+
+
+def meshes(num_ranks: int) -> Iterator[Mesh]:
+    """Iterate over the meshes of a number of ranks, ``expert`` left out.
+
+    >>> [str(mesh) for mesh in meshes(2)]
+    ['mesh pipe=1 data=2 tensor=1', 'mesh pipe=1 data=1 tensor=2', 'mesh pipe=2 data=1 tensor=1']
+    """
+    for pipe in _divisors(num_ranks):
+        for tensor in _divisors(num_ranks // pipe):
+            yield Mesh(pipe=pipe, data=num_ranks // pipe // tensor, tensor=tensor)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _with_experts(subject: _Subject, mesh: Mesh, flops: list[int]) -> Iterator[Candidate]:
+    """Try a mesh, and where experts are split also those on which they are spread over some of ``data``."""
+    try:
+        sch = subject.factory(mesh)
+    except ValueError as error:
+        yield Candidate(mesh, fits=False, cause=_first(error))
+        return
+    yield _tried(subject, sch, flops)
+    if any(spec.on("expert") for spec in sch.tree.values()):
+        for expert in _divisors(mesh.data)[1:]:
+            other = Mesh(mesh.pipe, mesh.data, mesh.tensor, expert)
+            try:
+                yield _tried(subject, subject.factory(other), flops)
+            except ValueError as error:
+                yield Candidate(other, fits=False, cause=_first(error))
+
+
+def _tried(subject: _Subject, sch: Schedule, flops: list[int]) -> Candidate:
+    """Plan and audit one mesh, unless it is too large in any case."""
+    mesh = sch.mesh
+    try:
+        config = subject.config(mesh)
+        least = _least_bytes(subject, sch, config)
+        if least > subject.device_memory:
+            cause = f"its stages keep at least {human_bytes(least)} on average; not planned"
+            return Candidate(mesh, fits=False, peak_bytes=least, cause=cause)
+        plan = plan_build(
+            sch,
+            target=subject.target,
+            config=config,
+            example_inputs=subject.example_inputs,
+            seed=subject.seed,
+            init_weights=subject.init_weights,
+        )
+    except ValueError as error:
+        return Candidate(mesh, fits=False, cause=_first(error))
+    report = audit(plan, ranks_per_node=subject.ranks_per_node)
+    if not report.ok:
+        error = next(finding for finding in report.findings if finding.severity == "error")
+        return Candidate(mesh, fits=False, cause=f"{error.code} {error.path}: {error.cause}")
+    if not flops:
+        flops.append(_forward_flops(sch, subject.example_inputs))
+    inside, between = _busiest(report)
+    peak = report.worst.memory.peak_bytes
+    fits = peak <= subject.device_memory
+    return Candidate(
+        mesh,
+        fits=fits,
+        peak_bytes=peak,
+        inside_bytes=inside,
+        between_bytes=between,
+        cost=step_seconds(mesh, report.num_microbatches, flops[0], inside, between) / (report.num_microbatches * mesh.data),
+        cause="" if fits else _largest(report),
+    )
+
+
+def step_seconds(mesh: Mesh, num_microbatches: int, forward_flops: int, inside_bytes: int, between_bytes: int) -> float:
+    """Return the seconds that a training step is taken to last; the formula is that of ``search``.
+
+    >>> step_seconds(Mesh(pipe=2), 1, forward_flops=400_000_000_000_000, inside_bytes=0, between_bytes=0)
+    3.0
+    """
+    m, p = num_microbatches, mesh.pipe
+    computing = 3 * forward_flops * m / (p * mesh.tensor * FLOPS)
+    sending = inside_bytes / INSIDE + between_bytes / BETWEEN
+    return (computing + sending) / (1 - (p - 1) / (m + p - 1))
+
+
+def _least_bytes(subject: _Subject, sch: Schedule, config: Mapping[str, Any] | None) -> int:
+    """Return bytes that the fullest rank keeps in any case: parameters and the optimizer's states, by the mean of stages.
+
+    Padding and what stages hold in common is on top. Nothing, where planning has a problem to tell.
+    """
+    mesh, (dialect, _) = sch.mesh, find_dialect(subject.target)
+    if sch.problems or dialect is None or misfits(mesh, sch.tree) or dialect.check(mesh, sch.tree, sch.layout, config):
+        return 0
+    whole = Mesh(data=mesh.data, tensor=mesh.tensor, expert=mesh.expert)
+    pipeline = Pipeline((Stage((), (), (), ""),)) if is_cut(sch) else None
+    held = memory_at(Plan(whole, sch.tree, (), subject.target, config, pipeline=pipeline), whole.coordinate(0))
+    return (held.parameter_bytes + held.buffer_bytes + held.optimizer_bytes + held.master_bytes) // mesh.pipe
+
+
+def _forward_flops(sch: Schedule, example_inputs: Mapping[str, Tensor] | None) -> int:
+    """Return the operations of a forward pass of the whole model as torch counts them; 0 where it is not known with what."""
+    if example_inputs is None:
+        return 0
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    one = Mesh().coordinate(0)
+    local = local_copy(sch.runtime.model, sch.tree, (), one, sch.runtime.callables, mode)
+    counter = FlopCounterMode(display=False)
+    with following(mode), torch.no_grad(), counter:
+        local(**fake_inputs(example_inputs))
+    return counter.get_total_flops()
+
+
+def _busiest(report: Report) -> tuple[int, int]:
+    """Return what a rank sends in a step inside its node and to others, on the stage where it takes longest."""
+    stages: dict[int, tuple[int, int]] = {0: (0, 0)}
+    for row in report.training:
+        inside, between = stages.get(row.stage, (0, 0))
+        stages[row.stage] = inside + row.inside_bytes, between + row.between_bytes
+    return max(stages.values(), key=lambda sent: sent[0] / INSIDE + sent[1] / BETWEEN)
+
+
+def _largest(report: Report) -> str:
+    """Say what the fullest rank has most of."""
+    worst = report.worst
+    names = ("parameter", "buffer", "gradient", "optimizer", "master", "bucket", "boundary", "activation")
+    sizes = sorted(((getattr(worst.memory, f"{name}_bytes") or 0, name) for name in names), reverse=True)
+    told = ", ".join(f"{name} {human_bytes(size)}" for size, name in sizes[:3] if size)
+    return f"rank {worst.coordinate.rank}: {told}"
+
+
+def _order(candidate: Candidate) -> tuple[int, float, int]:
+    peak = candidate.peak_bytes
+    if candidate.fits:
+        return 0, candidate.cost or 0.0, peak or 0
+    return (2, 0.0, 0) if peak is None else (1, float(peak), 0)
+
+
+def _first(error: ValueError) -> str:
+    """Return the first cause of an error, repeated layers folded, and how many there are besides."""
+    if not isinstance(error, PlanError):
+        return str(error).partition("\n")[0]
+    _, first, *rest = [line for line in str(error).splitlines() if not line.startswith("   ")]
+    return first.strip() + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _assumed(subject: _Subject) -> Iterator[str]:
+    flops, inside, between = f"{FLOPS / 1e12:.0f} TFLOP/s", f"{INSIDE / 1e9:.0f} GB/s", f"{BETWEEN / 1e9:.0f} GB/s"
+    yield "Cost: seconds for each micro-batch, the whole mesh at work: computation and messages of the busiest stage, over"
+    yield f"the part of a step that a pipeline is busy. A device is taken to compute at {flops} and to send at {inside}"
+    yield f"inside its node and {between} between nodes (H100), one after the other. It ranks meshes, and foretells no time."
+    yield "Example inputs are one micro-batch of one replica: with more replicas a step sees more."
+    if subject.example_inputs is None:
+        yield "There are no example inputs: neither activations nor computation are counted."
+    if subject.ranks_per_node is None:
+        yield "Nobody said how many ranks share a node: all are taken to."

@@ -1,0 +1,100 @@
+"""The collectives that synchronisations issue, counted while a model runs on fake tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..specs.microbatch import SyncCall
+from ..specs.steps import DispatchTokens, SumGradient, Sync
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..specs.mesh import MeshAxis
+    from ..specs.steps import LayoutStep
+    from ..specs.traffic import Cargo
+
+_Direction = Literal["forward", "backward"]
+
+
+class SyncCalls(TorchDispatchMode):
+    """Counts collectives by the change of layout that issues them.
+
+    The groups of the model that runs are named after these changes, and an operator's backward pass has the name of its
+    forward pass: so each is known by its name, whenever and wherever it runs.
+
+    Args:
+        layout: The changes, by whose places in this list the groups are numbered.
+    """
+
+    def __init__(self, layout: Sequence[LayoutStep]) -> None:
+        super().__init__()
+        self._layout = layout
+        self._direction: _Direction = "forward"
+        self._num_calls: Counter[tuple[str, _Direction, str, MeshAxis, Cargo]] = Counter()
+        self._num_bytes = self._num_calls.copy()
+
+    @contextmanager
+    def __call__(self, direction: _Direction) -> Iterator[None]:
+        """Count what is issued within the block as of one direction."""
+        self._direction = direction
+        with self:
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # autograd asks it of each gradient, several times
+            return args[0].fake_device
+        if func.namespace == "shardplan" and (sent := _sent(func._schema.name, args)):  # noqa: SLF001  the operator's name
+            op, num_bytes = sent
+            step = self._layout[int(args[-1].rpartition("#")[2])]
+            key = (step.module, self._direction, op, *_mesh_axis_and_cargo(step))
+            self._num_calls[key] += 1
+            self._num_bytes[key] += num_bytes
+        return func(*args, **(kwargs or {}))
+
+    def found(self) -> Iterator[SyncCall]:
+        """Iterate over what was issued, in the order in which it came first."""
+        for key, num_calls in self._num_calls.items():
+            module, direction, op, mesh_axis, cargo = key
+            yield SyncCall(module, direction, op, mesh_axis, num_calls, self._num_bytes[key], cargo)
+
+
+def _sent(operator: str, args: tuple[Any, ...]) -> tuple[str, int] | None:
+    """Return which collective an operator's own code issues, and the bytes of the whole."""
+    match operator, args:
+        case "shardplan::all_reduce", (x, _):
+            return "all_reduce", _bytes(x)
+        case "shardplan::gather_sum", (x, _, num, _, _):
+            return "all_gather", num * _bytes(x)
+        case "shardplan::all_gather", (x, axis, num, _, part, _, _):
+            # ranks that have fewer entries send zeros in the place of the others
+            shape = [part if at == axis else size for at, size in enumerate(x.shape)]
+            return "all_gather", num * prod(shape) * x.element_size()
+        case "shardplan::reduce_scatter", (x, _, _, _, _):
+            return "reduce_scatter", _bytes(x)
+        case _:
+            return None
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _mesh_axis_and_cargo(step: LayoutStep) -> tuple[MeshAxis, Cargo]:
+    match step:
+        case Sync(mesh_axis=mesh_axis):
+            return mesh_axis, "activations"
+        case SumGradient(mesh_axis=mesh_axis):
+            return mesh_axis, "gradients"
+        case DispatchTokens():
+            return "expert", "activations"
+        case _:
+            msg = f"{type(step).__name__} sends nothing"
+            raise AssertionError(msg)

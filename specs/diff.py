@@ -1,0 +1,285 @@
+"""What changes from one plan to another: asked by a program, printed for a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from attrs import fields, frozen
+
+from .dtypes import human_bytes
+from .finding import Finding
+from .fold import fold
+from .memory import Memory
+from .mesh import Coordinate
+from .table import ranges, table
+
+_MEMORY = (*(f.name for f in fields(Memory)), "training_bytes", "peak_bytes")
+
+
+@frozen
+class Change:
+    """One thing that is said otherwise.
+
+    Args:
+        path: Field of the plan, tensor or module.
+        what: Of a tensor or module, what is said: ``type``, ``stage``, ``source`` ...; ``""`` for all of it.
+        before: What was said; None if there was nothing to say it of.
+        after: What is said now; None if there is nothing left to say it of.
+    """
+
+    path: str
+    what: str
+    before: str | None
+    after: str | None
+
+
+@frozen
+class RankChange:
+    """Ranks that hold something else, on a mesh that is the same.
+
+    Args:
+        coordinate: Where the first of them stands.
+        num_ranks: How many they are; all were alike, and all are alike.
+        before: What each held.
+        after: What each holds.
+    """
+
+    coordinate: Coordinate
+    num_ranks: int
+    before: Memory
+    after: Memory
+
+
+@frozen
+class Spread:
+    """What the ranks hold, all together.
+
+    Args:
+        worst: Bytes of the rank that has the most.
+        least: Bytes of the rank that has the least.
+        total: Bytes of all ranks.
+    """
+
+    worst: int
+    least: int
+    total: int
+
+
+@frozen
+class SpreadChange:
+    """What the ranks hold, all together, before and after.
+
+    Args:
+        what: A property of ``Memory``: ``held_bytes``, ``training_bytes``, ``peak_bytes``.
+        before: Of the ranks that there were.
+        after: Of the ranks that there are.
+    """
+
+    what: str
+    before: Spread
+    after: Spread
+
+
+@frozen
+class Messages:
+    """Messages of one kind.
+
+    Args:
+        num_calls: How many.
+        num_bytes: While the plan is executed the bytes that each member of a group gets, in a training step those that a
+            rank puts on the wire.
+    """
+
+    num_calls: int = 0
+    num_bytes: int = 0
+
+
+@frozen
+class TrafficChange:
+    """Messages that are others, on the ranks of a stage that have the most.
+
+    Args:
+        during: While the plan is executed, or in each training step.
+        stage: Place along ``pipe``.
+        kind: Mesh axes, what is sent, and how.
+        before: What was sent.
+        after: What is sent.
+    """
+
+    during: Literal["execution", "step"]
+    stage: int
+    kind: tuple[str, ...]
+    before: Messages
+    after: Messages
+
+
+@frozen
+class Move:
+    """What ranks must receive of some tensors to go from one plan to the other.
+
+    Args:
+        paths: The tensors, repeated layers folded.
+        num_tensors: How many.
+        before: Their type, in the printed form.
+        after: Their type now.
+        total_bytes: Bytes that all ranks receive.
+        worst_bytes: Bytes that the rank receives which receives most of them.
+    """
+
+    paths: tuple[str, ...]
+    num_tensors: int
+    before: str
+    after: str
+    total_bytes: int
+    worst_bytes: int
+
+
+@frozen
+class PlanDiff:
+    """What changes from a plan to another.
+
+    Args:
+        before: Fingerprint of the one.
+        after: Fingerprint of the other.
+        fields: What is said of the plan as a whole: mesh, target, config, seed, stages, kinds of steps.
+        tensors: Tensors that came, went, or are said otherwise, one change a row.
+        modules: Modules that compute otherwise.
+        ranks: What ranks hold otherwise; empty if the meshes differ.
+        spreads: What all ranks hold together.
+        traffic: Messages that came, went, or are others.
+        came: Findings of the other plan that the one has not.
+        went: Findings of the one plan that the other has not.
+        moves: What must be received to go from the one to the other, family by family.
+        worst_rank: The rank that receives most; None if nothing is received.
+        worst_bytes: What it receives.
+    """
+
+    before: str
+    after: str
+    fields: tuple[Change, ...] = ()
+    tensors: tuple[Change, ...] = ()
+    modules: tuple[Change, ...] = ()
+    ranks: tuple[RankChange, ...] = ()
+    spreads: tuple[SpreadChange, ...] = ()
+    traffic: tuple[TrafficChange, ...] = ()
+    came: tuple[Finding, ...] = ()
+    went: tuple[Finding, ...] = ()
+    moves: tuple[Move, ...] = ()
+    worst_rank: int | None = None
+    worst_bytes: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the plans are equal."""
+        return self.before == self.after
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Paths of the tensors that came."""
+        return tuple(change.path for change in self.tensors if change.before is None)
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Paths of the tensors that went."""
+        return tuple(change.path for change in self.tensors if change.after is None)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that all ranks receive."""
+        return sum(move.total_bytes for move in self.moves)
+
+    def __str__(self) -> str:
+        if self.is_empty:
+            return f"no change: both are plan {self.before[:12]}"
+        sections = [
+            _head("plan", table((c.path, f"{_said(c.before)} -> {_said(c.after)}") for c in self.fields)),
+            _head("tensors", _folded(self.tensors)),
+            _head("modules", _folded(self.modules)),
+            _head("holds", [*table(self._spread()), *table(self._by_rank())]),
+            _head("sends", table(self._messages("execution", ("over", "op"), "bytes to each rank"))),
+            _head("step", table(self._messages("step", ("over", "what", "op"), "bytes on the wire"))),
+            _head("finds", [*(f"- {f}" for f in self.went), *(f"+ {f}" for f in self.came)]),
+            _head("moves", [*self._moved()]),
+        ]
+        lines = [f"plan {self.before[:12]} -> plan {self.after[:12]}"]
+        for section in sections:
+            lines += ["", *section] if section else []
+        return "\n".join(lines)
+
+    def _spread(self) -> Iterator[tuple[str, ...]]:
+        if self.spreads:
+            yield "bytes", "of the worst rank", "of the least", "of all ranks"
+        for spread in self.spreads:
+            pairs = ((getattr(spread.before, name), getattr(spread.after, name)) for name in ("worst", "least", "total"))
+            yield _name(spread.what), *(_pair(*pair) for pair in pairs)
+
+    def _by_rank(self) -> Iterator[tuple[str, ...]]:
+        differs = [n for n in _MEMORY if any(getattr(row.before, n) != getattr(row.after, n) for row in self.ranks)]
+        if self.ranks:
+            yield "stage", "ranks", "first", *map(_name, differs)
+        rows: dict[tuple[int, tuple[str, ...]], list[RankChange]] = {}
+        for row in self.ranks:
+            cells = tuple(_pair(getattr(row.before, name), getattr(row.after, name)) for name in differs)
+            rows.setdefault((row.num_ranks, cells), []).append(row)
+        for (num_ranks, cells), alike in rows.items():
+            stages = dict.fromkeys(row.coordinate.pipe for row in alike)
+            yield ranges(stages), str(num_ranks * len(alike)), str(alike[0].coordinate.rank), *cells
+
+    def _messages(self, during: str, columns: tuple[str, ...], what: str) -> Iterator[tuple[str, ...]]:
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for row in self.traffic:
+            if row.during == during:
+                calls = _pair(row.before.num_calls, row.after.num_calls, str)
+                sizes = _pair(row.before.num_bytes, row.after.num_bytes)
+                rows.setdefault((*row.kind, calls, sizes), []).append(row.stage)
+        if rows:
+            yield "stage", *columns, "messages", what
+        for cells, stages in rows.items():
+            yield ranges(stages), *cells
+
+    def _moved(self) -> Iterator[str]:
+        if self.moves:
+            rows = (
+                (", ".join(m.paths), _types(m), human_bytes(m.total_bytes), human_bytes(m.worst_bytes)) for m in self.moves
+            )
+            yield from table([("what ranks must receive", "", "in all", "the worst rank"), *rows], right=True)
+            most = f"rank {self.worst_rank} receives most, {human_bytes(self.worst_bytes)}"
+            yield f"{human_bytes(self.moved_bytes)} in all; {most}"
+
+
+def _types(move: Move) -> str:
+    return move.after if move.before == move.after else f"{move.before} -> {move.after}"
+
+
+def _folded(changes: Iterable[Change]) -> list[str]:
+    """Write changes, those that are alike from layer to layer once; ``+`` came, ``-`` went, ``~`` is otherwise."""
+    rows: list[tuple[str, tuple[str, ...]]] = []
+    for change in changes:
+        if change.before is None or change.after is None:
+            rows.append((change.path, ("+" if change.before is None else "-", _said(change.after or change.before))))
+        else:
+            named = f"{change.what}: " if change.what not in ("", "type") else ""
+            rows.append((change.path, ("~", f"{named}{_said(change.before)} -> {_said(change.after)}")))
+    return table((cells[0], path or "(model)", cells[1]) for path, cells in fold(rows))
+
+
+def _head(name: str, lines: list[str]) -> list[str]:
+    return [f"{name if not number else '':<8}{line}" for number, line in enumerate(lines)]
+
+
+def _said(text: str | None) -> str:
+    return text or "nothing"
+
+
+def _name(attribute: str) -> str:
+    return attribute.removesuffix("_bytes") + ("~" if attribute in ("activation_bytes", "checkpointed_bytes") else "")
+
+
+def _pair(before: int | None, after: int | None, write: Callable[[int], str] = human_bytes) -> str:
+    one, other = ("unknown" if value is None else write(value) for value in (before, after))
+    if before == after:
+        return one
+    if before is None or after is None:
+        return f"{one} -> {other}"
+    return f"{one} -> {other} ({'+' if after > before else '-'}{write(abs(after - before))})"

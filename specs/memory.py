@@ -1,0 +1,88 @@
+"""What one rank holds: while the plan is executed, and while it trains."""
+
+from __future__ import annotations
+
+from attrs import fields, frozen
+
+from .mesh import Coordinate
+
+
+@frozen
+class Memory:
+    """Bytes on the device of one rank.
+
+    What a runtime keeps for training is told by the plan's target and its config; where these do not say which optimizer
+    there is, its states are not counted, and the audit says so. What only exists within one operation is in none of these.
+
+    Args:
+        parameter_bytes: Parameters as they stay while training: the local shapes, or under ZeRO 3 this rank's part of them.
+        buffer_bytes: Buffers.
+        gradient_bytes: Gradients, as they stand before a step of the optimizer.
+        optimizer_bytes: States of the optimizer.
+        master_bytes: Copies of the parameters that the optimizer works on, where the model computes in another dtype.
+        bucket_bytes: What the runtime copies gradients into to send them.
+        boundary_bytes: What crosses between stages, for all micro-batches that are on their way at one time.
+        activation_bytes: An estimate: what autograd keeps of all micro-batches that are on their way at one time; None
+            where no micro-batch was followed.
+        checkpointed_bytes: The same estimate where each block keeps its inputs only, and one block at a time is computed
+            again; None where no micro-batch was followed.
+        executing_bytes: Most bytes allocated at one time while the plan is executed: shards, and staging beside them.
+        host_bytes: Bytes of host memory that hold the values which the model came with, in each process.
+        replicated_bytes: Bytes among parameters and buffers that every rank of the stage holds alike.
+    """
+
+    parameter_bytes: int = 0
+    buffer_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    master_bytes: int = 0
+    bucket_bytes: int = 0
+    boundary_bytes: int = 0
+    activation_bytes: int | None = None
+    checkpointed_bytes: int | None = None
+    executing_bytes: int = 0
+    host_bytes: int = 0
+    replicated_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Parameters and buffers."""
+        return self.parameter_bytes + self.buffer_bytes
+
+    @property
+    def training_bytes(self) -> int:
+        """All that stays while training, activations left out.
+
+        >>> Memory(parameter_bytes=8, gradient_bytes=8, optimizer_bytes=16, activation_bytes=100).training_bytes
+        32
+        """
+        names = ("parameter", "buffer", "gradient", "optimizer", "master", "bucket", "boundary")
+        return sum(getattr(self, f"{name}_bytes") for name in names)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at one time: while executing, or while training with activations, where these are known."""
+        return max(self.executing_bytes, self.training_bytes + (self.activation_bytes or 0))
+
+    @property
+    def checkpointed_peak_bytes(self) -> int:
+        """The most at one time where each block is checkpointed."""
+        return max(self.executing_bytes, self.training_bytes + (self.checkpointed_bytes or 0))
+
+
+assert all(field.name.endswith("_bytes") for field in fields(Memory))
+
+
+@frozen
+class Share:
+    """What some ranks hold that are alike: those of one distinct coordinate.
+
+    Args:
+        coordinate: Where the first of them stands.
+        num_ranks: How many they are.
+        memory: What each holds; where ZeRO 2 leaves them different gradients, what the one with the most holds.
+    """
+
+    coordinate: Coordinate
+    num_ranks: int
+    memory: Memory

@@ -1,0 +1,56 @@
+"""What holds for a plan on all its ranks, or where it does not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import frozen
+
+Law = Literal["cover", "source", "ties", "stages", "order", "values"]
+
+LAWS: dict[Law, str] = {
+    "cover": "every element of every tensor is held exactly once per replica group",
+    "source": "every tensor has exactly one source",
+    "ties": "tied tensors stay one tensor, and share one gradient",
+    "stages": "no rank touches a tensor of another stage",
+    "order": "all members of a process group issue the same collectives in the same order",
+    "values": "values do not depend on the layout",
+}
+"""What is proven, by name."""
+
+
+@frozen
+class Failure:
+    """Where a law does not hold.
+
+    Args:
+        path: The tensor; ``""`` for the plan as a whole.
+        cause: What is so, with the coordinate where it is.
+    """
+
+    path: str
+    cause: str
+
+
+@frozen
+class Proof:
+    """A law, and where it fails: nowhere, if it is proven.
+
+    Args:
+        law: Its name.
+        num_cases: How many tensors, or messages, were looked at.
+        failures: Where it does not hold.
+    """
+
+    law: Law
+    num_cases: int
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is proven."""
+        return not self.failures
+
+    def __str__(self) -> str:
+        verdict = f"holds ({self.num_cases} cases)" if self.holds else f"fails in {len(self.failures)} cases"
+        return f"{self.law:<6}  {LAWS[self.law]}: {verdict}"

@@ -1,0 +1,149 @@
+"""All ranks of a plan in one process: the interpreter with the real effects of each, over a network of dictionaries."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from attrs import Factory, define
+
+from shardplan.functional import execute
+from shardplan.functional.dry import AGREEMENT_BYTES
+from shardplan.functional.effects import TorchEffects, _bytes
+from shardplan.functional.evaluate import Job, evaluate
+from shardplan.functional.interpret import interpret
+from shardplan.functional.layout import Local
+from shardplan.functional.module_copy import copy_module, get_tensor
+from shardplan.functional.sync import SyncGroup
+from shardplan.functional.synchronise import group_name
+from shardplan.specs import InitProgram, ModuleValues
+from shardplan.specs.param import whole_index
+
+
+@define
+class Network:
+    """Messages on their way, by step, group and receiver.
+
+    The first rank of each group sends, so that ranks can run one after another: what one waits for is there already, or
+    would never come.
+    """
+
+    messages: dict = Factory(dict)
+    agreed: Counter = Factory(Counter)
+
+    def send(self, step, group, receiver, message):
+        assert (step, group, receiver) not in self.messages, "it is sent twice"
+        self.messages[step, group, receiver] = _bytes(message).clone()
+
+    def receive(self, step, group, receiver, message):
+        assert (step, group, receiver) in self.messages, f"rank {receiver} waits in step {step} for what is never sent"
+        sent = self.messages.pop((step, group, receiver))
+        assert sent.numel() == message.nbytes, f"rank {receiver} expects another number of bytes in step {step}"
+        _bytes(message).copy_(sent)
+
+
+@define
+class SimulatedEffects(TorchEffects):
+    """Real tensors, and messages that go over a network of dictionaries."""
+
+    network: Network = Factory(Network)
+    installed: dict = Factory(dict)
+    step: int = 0
+
+    def next_step(self, _):
+        self.step += 1
+
+    def agree(self, plan, error):
+        if error is not None:
+            raise error
+        self.network.agreed[self.step] += 1
+        if plan.mesh.num_ranks > 1:
+            self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
+
+    def open_groups(self, work):
+        mesh = self.coordinate.mesh
+        for mesh_axes in work.over:
+            for ranks in mesh.groups(*mesh_axes):
+                self.ledger.num_groups += 1
+                if self.rank in ranks:
+                    self.groups[mesh_axes] = ranks
+        for mesh_axis, num in work.sharing:
+            self.ledger.num_groups += len(mesh.neighbours(mesh_axis, num))
+            name = group_name(mesh_axis, num)
+            self.sharing[name] = SyncGroup(name, num, self.coordinate.index(mesh_axis) % num)
+
+    def open_tie_groups(self, work):
+        for between, groups in zip(work.between, work.groups, strict=True):
+            self.ledger.num_groups += len(groups)
+            self.tie_groups.update((between, ranks) for ranks in groups if self.rank in ranks)
+
+    def broadcast(self, message, exchange):
+        self._meet(exchange)
+        for other in exchange.group if exchange.is_root else ():
+            if other != self.rank:
+                self.network.send(self.step, exchange.group, other, message)
+        if not exchange.is_root:
+            self.network.receive(self.step, exchange.group, self.rank, message)
+        self._note("broadcast", message, exchange)
+
+    def scatter(self, message, parts, exchange):
+        self._meet(exchange)
+        if exchange.is_root:
+            assert {part.nbytes for part in parts} == {message.nbytes}, "members of a scatter get equally many bytes"
+            for other, part in zip(exchange.group, parts, strict=True):
+                self.network.send(self.step, exchange.group, other, part)
+        self.network.receive(self.step, exchange.group, self.rank, message)
+        self._note("scatter", message, exchange)
+
+    def install(self, spec, tensor):
+        super().install(spec, tensor)
+        assert spec.path not in self.installed, "it is placed twice"
+        self.installed[spec.path] = tensor
+
+    def keep_stages(self, plan, work):
+        """The module stays whole here."""
+
+    def hand(self, plan):
+        """Nothing runs it here."""
+
+    @property
+    def _local(self):
+        mesh = self.coordinate.mesh
+        groups = {m[0]: SyncGroup(m[0], mesh.num(m[0]), self.coordinate.index(m[0])) for m in self.groups if len(m) == 1}
+        return Local(self.coordinate, groups | self.sharing, self.callables)
+
+    def _meet(self, exchange):
+        """A group is there before it is used, and is the one that the message is for."""
+        group = self.tie_groups[exchange.between] if exchange.between else self.groups[exchange.mesh_axes]
+        assert sorted(group) == sorted(exchange.group)
+        assert exchange.is_root == (self.rank == exchange.group.start)
+
+
+def simulate(plan):
+    """Return what each rank ends with, in order; check that every message was meant for somebody and all agreed."""
+    network, ended = Network(), []
+    for rank in range(plan.mesh.num_ranks):
+        model = plan.runtime.model
+        copied = copy_module(model, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), for_planning=False)
+        effects = SimulatedEffects(
+            plan.mesh.coordinate(rank), torch.device("cpu"), model, copied, plan.runtime.callables, network=network
+        )
+        interpret(plan, effects.coordinate, effects, on_step=effects.next_step)
+        ended.append(effects)
+    assert not network.messages, "a message is sent to a rank that does not take it"
+    assert set(network.agreed.values()) == {plan.mesh.num_ranks}
+    return ended
+
+
+def whole_tensors(plan, alone):
+    """Return the logical tensors: programs evaluated at once, kept values as they are, others from a plan for one rank."""
+    made = execute(alone, device="cpu", progress=False).module
+    whole = {}
+    for path, spec in plan.tree.items():
+        if isinstance(spec.source, InitProgram):
+            whole[path] = torch.empty(spec.orig_shape, dtype=getattr(torch, spec.dtype))
+            evaluate([Job(whole[path], spec.source, path, spec.orig_shape, whole_index(spec.orig_shape))], plan.seed)
+        else:
+            home = plan.runtime.model if isinstance(spec.source, ModuleValues) else made
+            whole[path] = get_tensor(home, path).detach()
+    return whole
