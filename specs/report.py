@@ -105,6 +105,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.title, "", *_head("holds", self._holds())]
+        if self.host_peak_bytes:
+            told = "in host memory of each node, for the values that the model came with"
+            lines += [f"        {human_bytes(self.host_peak_bytes)} {told}"]
         lines += ["", *_head("sends", self._sends())]
         if self.training:
             lines += ["", *_head("step", self._steps())]

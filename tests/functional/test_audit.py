@@ -223,3 +223,16 @@ def test_of_ranks_that_zero_2_leaves_different_gradients_the_most_is_told(data):
         alike: max(each) for alike, each in kept.items()
     }
     assert data == 2 or any(len(set(each)) > 1 for each in kept.values())
+
+
+def test_each_process_of_a_node_holds_the_values_that_a_model_came_with():
+    model = plain(device="cpu")
+    total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    plan = plan_build(create_schedule(model, Mesh(data=8)))
+    assert audit(plan).host_peak_bytes is None
+    assert audit(plan, ranks_per_node=4).host_peak_bytes == 4 * total
+    assert audit(plan, ranks_per_node=64).host_peak_bytes == 8 * total
+    assert "in host memory of each node, for the values that the model came with" in str(audit(plan, ranks_per_node=4))
+    on_meta = audit(plan_build(schedule("plain", Mesh(data=8))), ranks_per_node=4)
+    assert on_meta.host_peak_bytes == 0
+    assert "host memory" not in str(on_meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from unittest.mock import patch
 
 import torch
@@ -202,3 +203,16 @@ def test_what_is_cut_is_refused_or_keeps_every_law(data):
         sch = sch.at[str(end)].cut_pipeline_stage()
     inputs = {"input": torch.zeros(2, 6, dtype=torch.long)}
     event(str(check(sch, data.draw(buckets), strategy=data.draw(strategies), example_inputs=inputs)))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_uneven_parts_that_travel_together_keep_every_law(data):
+    """Messages of one scatter have one size, whatever each rank gets."""
+    with torch.device("meta"):
+        sizes = data.draw(st.lists(st.integers(1, 11), min_size=2, max_size=4))
+        model = nn.Sequential(*(nn.Linear(width, height) for width, height in itertools.pairwise((3, *sizes))))
+    sch = create_schedule(model, Mesh(tensor=data.draw(st.integers(2, 4))))
+    for number in range(len(sizes)):
+        sch = sch.at[str(number)].colwise(gather_output=True, uneven=True, allow_empty=True)
+    assert check(sch, data.draw(buckets), strategy="scatter")
