@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..specs.diff import Change, Messages, PlanDiff, RankChange, Spread, SpreadChange, TrafficChange
 from ..specs.distinct import Distinct
 from ..specs.listing import layout_words, source_words
+from ..specs.plan import Plan
 from .audit import audit
 from .moves import moves
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from ..specs.finding import Finding
     from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
     from ..specs.report import Report
     from ..specs.shard import Interval
 
@@ -38,6 +38,9 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
         before: The one plan; one that was loaded will do.
         after: The other.
 
+    Raises:
+        TypeError: If one is no plan.
+
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
     >>> spec = ParamSpec("up.weight", (8, 4), "float32")
     >>> whole, split = (Plan(Mesh(tensor=4), SpecTree([s]), ()) for s in (spec, spec.shard(Shard(0))))
@@ -47,6 +50,10 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
     >>> found.moved_bytes, found.worst_bytes, diff(whole, whole).is_empty
     (384, 96, True)
     """
+    for plan in (before, after):
+        if not isinstance(plan, Plan):
+            msg = f"diff takes two plans, not a {type(plan).__name__}: diff(loads(text), plan_build(schedule))"
+            raise TypeError(msg)
     if before.fingerprint == after.fingerprint:
         return PlanDiff(before.fingerprint, after.fingerprint)
     one, other = audit(before), audit(after)

@@ -108,6 +108,7 @@ def search(
 
     Raises:
         ValueError: If a number is none, or below 1.
+        TypeError: If ``sch_factory`` is no function, or returns no schedule for the mesh that it is given.
 
     >>> import torch
     >>> from torch import nn
@@ -124,6 +125,9 @@ def search(
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             msg = f"{name} is a positive integer, not {number!r}: search(factory, num_ranks=64, device_memory=80 * 2**30)"
             raise ValueError(msg)
+    if not callable(sch_factory):
+        msg = f"sch_factory is a function from a mesh to a schedule, not {sch_factory!r}"
+        raise TypeError(msg)
     configure = config if callable(config) else lambda _: config
     subject = _Subject(sch_factory, device_memory, ranks_per_node, target, configure, example_inputs, seed, init_weights)
     flops: list[int] = []
@@ -150,7 +154,7 @@ def _divisors(number: int) -> list[int]:
 def _with_experts(subject: _Subject, mesh: Mesh, flops: list[int]) -> Iterator[Candidate]:
     """Try a mesh, and where experts are split also those on which they are spread over some of ``data``."""
     try:
-        sch = subject.factory(mesh)
+        sch = _schedule(subject, mesh)
     except ValueError as error:
         yield Candidate(mesh, fits=False, cause=_first(error))
         return
@@ -159,9 +163,19 @@ def _with_experts(subject: _Subject, mesh: Mesh, flops: list[int]) -> Iterator[C
         for expert in _divisors(mesh.data)[1:]:
             other = Mesh(mesh.pipe, mesh.data, mesh.tensor, expert)
             try:
-                yield _tried(subject, subject.factory(other), flops)
+                yield _tried(subject, _schedule(subject, other), flops)
             except ValueError as error:
                 yield Candidate(other, fits=False, cause=_first(error))
+
+
+def _schedule(subject: _Subject, mesh: Mesh) -> Schedule:
+    sch = subject.factory(mesh)
+    mesh_of = getattr(sch, "mesh", None)
+    if mesh_of != mesh:
+        found = f"one for {mesh_of}" if isinstance(mesh_of, Mesh) else f"a {type(sch).__name__}"
+        msg = f"sch_factory returns the schedule for the mesh that it is given: for {mesh} it returned {found}"
+        raise TypeError(msg)
+    return sch
 
 
 def _tried(subject: _Subject, sch: Schedule, flops: list[int]) -> Candidate:

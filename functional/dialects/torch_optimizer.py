@@ -48,14 +48,14 @@ def check_optimizer(config: Mapping[str, Any]) -> Iterator[Problem]:
         cause = f"they are the optimizer's arguments by name, not {params!r}"
         yield Problem("config.optimizer.params", cause, f"Write {_EXAMPLE}")
     if kind not in ARGUMENTS:
-        near = closest(str(kind), ARGUMENTS)
+        same = [name for name in ARGUMENTS if name.lower() == str(kind).lower()]
+        near = same or closest(str(kind), ARGUMENTS)
         fix = f"There are {', '.join(ARGUMENTS)}" + (f"; the closest is {near[0]}" if near else "")
         cause = f"{kind!r} is none whose states are known"
         yield Problem("config.optimizer.type", cause, f"{fix}. Or leave it out: execute(plan, optimizer=...)")
         return
     for name in sorted(set(params) - set(ARGUMENTS[kind])) if isinstance(params, Mapping) else ():
-        near = closest(name, ARGUMENTS[kind])
-        fix = f"There are {', '.join(ARGUMENTS[kind])}" + (f"; the closest is {near[0]}" if near else "")
+        fix = f"There are {', '.join(ARGUMENTS[kind])}"
         yield Problem(f"config.optimizer.params.{name}", f"torch.optim.{kind} takes no {name}", fix)
 
 

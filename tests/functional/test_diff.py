@@ -200,3 +200,10 @@ def test_ranks_are_not_counted_one_by_one_and_torch_is_not_imported(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
     )
     assert float(done.stdout) < 0.3
+
+
+def test_what_is_no_plan_is_told():
+    plan = plan_build(schedule("plain"))
+    for pair in ((plan, "plan.json"), (schedule("plain"), plan)):
+        with pytest.raises(TypeError, match=r"diff takes two plans, not a (str|Schedule)"):
+            diff(*pair)

@@ -165,3 +165,19 @@ def test_the_nearest_meshes_of_a_large_plan_are_found_at_once():
     start = time.process_time()
     assert nearest_meshes(plan, 80 * 2**30, 8)
     assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (5, "sch_factory is a function from a mesh to a schedule, not 5"),
+        (lambda _: nn.Linear(2, 2), "for mesh pipe=1 data=2 tensor=1 it returned a Linear"),
+        (
+            lambda _: create_schedule(nn.Linear(2, 2), Mesh()),
+            "for mesh pipe=1 data=2 tensor=1 it returned one for mesh pipe=1 data=1 tensor=1",
+        ),
+    ],
+)
+def test_a_factory_that_gives_no_schedule_for_the_mesh_is_told(factory, message):
+    with pytest.raises(TypeError, match=message):
+        search(factory, num_ranks=2, device_memory=2**20)
