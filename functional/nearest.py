@@ -14,6 +14,7 @@ from ..specs.dtypes import num_bytes
 from ..specs.mesh import Coordinate, Mesh
 from ..specs.tree import SpecTree
 from .memory import activations_of, memory_at
+from .training.state import heaviest_of
 
 if TYPE_CHECKING:
     from ..specs.plan import Plan
@@ -106,7 +107,6 @@ def _least(stage: Plan, mesh: Mesh) -> int:
 
 
 def _holds(stage: Plan, mesh: Mesh, place: int, room: int) -> bool:
-    """Tell whether training fits on a stage: of ``tensor`` the first rank has most, of ``data`` one of the first two."""
-    there = evolve(stage, mesh=mesh)
-    ranks = (Coordinate(pipe=place, data=data, tensor=0, mesh=mesh) for data in range(min(2, mesh.data)))
-    return all(memory_at(there, here).training_bytes <= room for here in ranks)
+    """Tell whether training fits on a stage: of uneven parts the first rank has most, of gradients under ZeRO 2 any may."""
+    there, first = evolve(stage, mesh=mesh), Coordinate(pipe=place, data=0, tensor=0, mesh=mesh)
+    return memory_at(there, heaviest_of(there, first, range(mesh.data))).training_bytes <= room
