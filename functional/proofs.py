@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.shard import Shard
-    from .trace import Call, Content, Origin, Traces
+    from .trace import Call, Content, Origin, Trace, Traces
 
 
 def prove(plan: Plan, distinct: Distinct, traces: Traces) -> tuple[Proof, ...]:
@@ -190,9 +190,18 @@ def _order(plan: Plan, distinct: Distinct, traces: Traces) -> Iterator[Failure]:
                     yield Failure(_first(call), f"{here} waits in {_what(plan, call)} for {member}, which never comes")
                 elif other != call:
                     yield Failure(_first(call), f"{here} and {member} do not agree on {_what(plan, call)}")
-        for mesh_axes, path in _synchronised(plan):
-            if mesh_axes not in trace.groups:
-                yield Failure(path, f"{here}: no step makes the group along {mesh_axes} that its synchronisation needs")
+        yield from _without_groups(plan, here, trace)
+
+
+def _without_groups(plan: Plan, here: Coordinate, trace: Trace) -> Iterator[Failure]:
+    """Iterate over what communicates while training along groups that nobody has made."""
+    for mesh_axes, path in _synchronised(plan):
+        if mesh_axes not in trace.groups:
+            yield Failure(path, f"{here}: no step makes the group along {mesh_axes} that its synchronisation needs")
+    for path, between in trace.summed.items():
+        if between not in trace.groups:
+            cause = f"{here}: no step makes the group of places {between} that the sum of its gradient needs"
+            yield Failure(path, cause)
 
 
 def _members(distinct: Distinct, here: Coordinate, call: Call) -> Iterator[Coordinate]:

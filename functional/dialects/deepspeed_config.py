@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ...specs.tree import SpecTree
 
 _MAX_ZERO_STAGE = 3
+_ZERO_NUMBERS = (
+    "reduce_bucket_size",
+    "sub_group_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_reuse_distance",
+)
 _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
 
 
@@ -115,6 +122,7 @@ def _zero(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
     if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= _MAX_ZERO_STAGE:
         yield Problem("config.zero_optimization.stage", f"it is 0, 1, 2 or 3, not {stage!r}", _FIX_ZERO)
         return
+    yield from _sizes(zero)
     if mesh.pipe > 1 and stage > 1:
         cause = (
             f"ZeRO {stage} splits gradients, which a pipeline adds up over micro-batches: DeepSpeed refuses it with pipe > 1"
@@ -140,6 +148,14 @@ def _zero(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
     elif optimizer_type.lower() == "sgd" and not config.get("zero_allow_untested_optimizer"):
         cause = f"ZeRO {stage} refuses SGD at launch unless it is told otherwise"
         yield Problem("config.zero_allow_untested_optimizer", cause, 'Write "zero_allow_untested_optimizer": true')
+
+
+def _sizes(zero: Any) -> Iterator[Problem]:
+    for name in _ZERO_NUMBERS if isinstance(zero, Mapping) else ():
+        value = zero.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            cause = f"it is a number, not {value!r}"
+            yield Problem(f"config.zero_optimization.{name}", cause, "'auto' is not for DeepSpeed itself; leave it out")
 
 
 def _enabled(config: Mapping[str, Any], name: str) -> bool:

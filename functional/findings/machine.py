@@ -60,7 +60,8 @@ def memory_overflow(plan: Plan, report: Report) -> Iterator[Finding]:
         f" {human_bytes(worst.memory.peak_bytes - limit)} more than a device has ({human_bytes(limit)}), and"
         f" {over} of {plan.mesh.num_ranks} ranks need too much: {_largest(worst.memory)}"
     )
-    fits = nearest_meshes(plan, limit, report.ranks_per_node)
+    # which mesh would stage less while the plan is executed is not known without planning it
+    fits = nearest_meshes(plan, limit, report.ranks_per_node) if worst.memory.executing_bytes <= limit else ()
     ways = [f"It fits on {', '.join(_named(mesh, plan.mesh) for mesh in fits)}"] if fits else []
     if max(share.memory.checkpointed_peak_bytes for share in report.shares) <= limit:
         ways.append("with each block checkpointed it fits here too" if fits else "It fits with each block checkpointed")

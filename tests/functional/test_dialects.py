@@ -78,3 +78,13 @@ def test_a_dialect_of_another_package_refuses_stages_and_losses():
         plan_build(schedule("plain"), target="shout", config={**config, "parts": 2})
     with pytest.raises(PlanError, match="loss_fn: a word has no loss\n      Leave it out"):
         execute(plan_build(schedule("plain"), target="shout", config=config), device="cpu", loss_fn=len)
+
+
+def test_a_size_of_zero_that_is_no_number_is_refused():
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+    }
+    with pytest.raises(PlanError, match=r"config.zero_optimization.reduce_bucket_size: it is a number, not 'auto'"):
+        plan_build(schedule("plain"), target="deepspeed", config=config)

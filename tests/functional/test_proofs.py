@@ -19,6 +19,7 @@ from shardplan.specs.steps import (
     EvaluateWhole,
     Generate,
     MakeGroups,
+    MakeTieGroups,
     Place,
     Scatter,
     SendCopy,
@@ -173,6 +174,11 @@ def test_a_tie_over_stages_needs_one_gradient_and_one_source():
     )
     assert not failures(made)
     assert "cover" in failures(broken(made, without(SendCopy)))
+
+
+def test_a_sum_over_stages_needs_its_group():
+    found = failures(broken(tied_chain(), without(MakeTieGroups)))["order"]
+    assert any("no step makes the group of places (0, 1) that the sum of its gradient needs" in f.cause for f in found)
 
 
 def test_a_rank_that_touches_another_stage_fails():
