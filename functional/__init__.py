@@ -23,21 +23,30 @@ if TYPE_CHECKING:
     from .dry import predict as predict
     from .execute import Built as Built
     from .execute import execute as execute
+    from .from_shards import from_shards as from_shards
+    from .gather import gather as gather
     from .goldens import assert_plan_matches as assert_plan_matches
     from .html_report import html_report as html_report
+    from .load_optimizer import load_optimizer as load_optimizer
+    from .materialize import materialize as materialize
     from .nearest import nearest_meshes as nearest_meshes
+    from .placements import as_dtensors as as_dtensors
     from .plan import plan_build as plan_build
+    from .reshard import reshard as reshard
     from .resolve import resolve as resolve
+    from .save_checkpoint import save_checkpoint as save_checkpoint
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
     from .search import search as search
     from .stages import stage_modules as stage_modules
+    from .transfer import transfer as transfer
 
 __all__ = [
     "Built",
     "DryRun",
     "ExecutionError",
     "Schedule",
+    "as_dtensors",
     "assert_plan_matches",
     "audit",
     "build",
@@ -46,15 +55,22 @@ __all__ = [
     "diff",
     "execute",
     "from_device_mesh",
+    "from_shards",
+    "gather",
     "html_report",
     "init_target_engine",
+    "load_optimizer",
+    "materialize",
     "nearest_meshes",
     "plan_build",
     "predict",
+    "reshard",
     "resolve",
+    "save_checkpoint",
     "search",
     "stage_modules",
     "to_device_mesh",
+    "transfer",
 ]
 
 _HOMES = {
@@ -62,6 +78,7 @@ _HOMES = {
     "DryRun": "dry",
     "ExecutionError": "agreement",
     "Schedule": "schedule",
+    "as_dtensors": "placements",
     "assert_plan_matches": "goldens",
     "audit": "audit",
     "build": "build",
@@ -70,15 +87,22 @@ _HOMES = {
     "diff": "diff",
     "execute": "execute",
     "from_device_mesh": "device_mesh",
+    "from_shards": "from_shards",
+    "gather": "gather",
     "html_report": "html_report",
     "init_target_engine": "build",
+    "load_optimizer": "load_optimizer",
+    "materialize": "materialize",
     "nearest_meshes": "nearest",
     "plan_build": "plan",
     "predict": "dry",
+    "reshard": "reshard",
     "resolve": "resolve",
+    "save_checkpoint": "save_checkpoint",
     "search": "search",
     "stage_modules": "stages",
     "to_device_mesh": "device_mesh",
+    "transfer": "transfer",
 }
 
 

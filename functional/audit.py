@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 from ..specs.distinct import Distinct
+from ..specs.errors import PlanError
 from ..specs.finding import silenced
 from ..specs.plan import Plan
+from ..specs.reads import FileRead
 from ..specs.report import Report
 from ..specs.traffic import Boundary
 from .findings import find
@@ -18,9 +21,12 @@ from .proofs import prove
 from .trace import trace
 from .traffic import execution_traffic, step_traffic
 from .training.microbatches import num_microbatches
+from .training.wrong_numbers import wrong_numbers
 
 if TYPE_CHECKING:
+    from ..specs.mesh import Coordinate
     from ..specs.pipeline import Stage
+    from ..specs.receipt import Receipt
 
 
 def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int | None = None) -> Report:
@@ -32,6 +38,9 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
         plan: The plan.
         ranks_per_node: Ranks that share a node; with it traffic is told apart into inside and between nodes.
         device_memory: Bytes of one device; with it a rank that needs more is an error.
+
+    Raises:
+        PlanError: If the configuration of a saved plan has no numbers where memory and messages are computed from them.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import Allocate, Place
@@ -50,6 +59,8 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
         distinct=distinct,
         shares=tuple(shares(plan, distinct, {here: receipt.peak_bytes for here, receipt in receipts.items()})),
         execution=tuple(execution_traffic(receipts)),
+        reads=tuple(_reads(receipts, dict(distinct.places()))),
+        folder=plan.folder,
         training=tuple(step_traffic(plan, ranks_per_node)),
         boundaries=tuple(_boundary(number, stage) for number, stage in enumerate(plan.stages[:-1])),
         replicated=_replicated(plan),
@@ -66,6 +77,8 @@ def _check(plan: object, ranks_per_node: object, device_memory: object) -> None:
     if not isinstance(plan, Plan):
         msg = f"audit takes a plan, not a {type(plan).__name__}: audit(plan_build(schedule))"
         raise TypeError(msg)
+    if plan.target == "deepspeed" and (problems := list(wrong_numbers(plan.config or {}))):
+        raise PlanError(problems)
     for name, value in (("ranks_per_node", ranks_per_node), ("device_memory", device_memory)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             example = "8" if name == "ranks_per_node" else "80 * 2**30"
@@ -76,6 +89,11 @@ def _check(plan: object, ranks_per_node: object, device_memory: object) -> None:
 def _boundary(number: int, stage: Stage) -> Boundary:
     gradients = sum(output.num_bytes for output in stage.outputs if output.requires_grad)
     return Boundary(number, len(stage.outputs), stage.output_bytes, gradients)
+
+
+def _reads(receipts: Mapping[Coordinate, Receipt], num_ranks: Mapping[Coordinate, int]) -> Iterator[FileRead]:
+    for here, receipt in receipts.items():
+        yield from (FileRead(here, num_ranks[here], file, num_bytes) for file, num_bytes in receipt.reads)
 
 
 def _replicated(plan: Plan) -> tuple[tuple[str, str, int], ...]:

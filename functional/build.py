@@ -9,10 +9,11 @@ from attrs import evolve
 
 from ..specs.steps import Agree, MakeGroups, MakeOptimizer, Wrap
 from .effects import TorchEffects
-from .execute import execute, stand
+from .execute import execute
 from .interpret import interpret
 from .plan import plan_build
 from .skeleton import named_tensors
+from .standing import stand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

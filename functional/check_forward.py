@@ -121,7 +121,7 @@ def _stopped(model: nn.Module, tree: SpecTree, path: str, error: Exception) -> P
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)):
         cause = f"the code of this {type(module).__name__} depends on values ({error}), and fake tensors have none"
         fix = "Let it compute without them (transformers' experts: experts_implementation='grouped_mm'), or plan without"
-        return Problem(path, cause, f"{fix} example_inputs, which leaves out this check")
+        return Problem(path, cause, f"{fix} example_inputs (--batch and --sequence), which leaves out this check")
     prefix = f"{path}." if path else ""
     near = [f"{s.path.removeprefix(prefix)} {s.type}" for s in tree.values() if s.path.startswith(prefix) and s.shards]
     what = f"{type(module).__name__} with {', '.join(near[:4])}" if near else type(module).__name__

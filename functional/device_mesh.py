@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..specs.mesh import MESH_AXES, Mesh
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed import ProcessGroup
+
+    from ..specs.mesh import MeshAxis
 
 
 def to_device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
@@ -22,6 +26,19 @@ def to_device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
         device_type: ``cuda`` or ``cpu``.
     """
     return init_device_mesh(device_type, tuple(mesh.num(m) for m in MESH_AXES), mesh_dim_names=MESH_AXES)
+
+
+def of_groups(mesh: Mesh, mesh_axes: Sequence[MeshAxis], groups: Sequence[ProcessGroup], device_type: str) -> DeviceMesh:
+    """Return a ``DeviceMesh`` over process groups that are there; no rank waits for another.
+
+    Args:
+        mesh: A mesh as large as the world.
+        mesh_axes: Its dimensions, in mesh order: all mesh axes that have more than one rank.
+        groups: This rank's group along each.
+        device_type: ``cuda`` or ``cpu``.
+    """
+    ranks = torch.arange(mesh.num_ranks).view([mesh.num(mesh_axis) for mesh_axis in mesh_axes])
+    return DeviceMesh.from_group([*groups], device_type, ranks, mesh_dim_names=tuple(mesh_axes))
 
 
 def from_device_mesh(device_mesh: DeviceMesh) -> Mesh:

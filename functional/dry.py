@@ -9,6 +9,9 @@ from attrs import Factory, define
 
 from ..specs.dtypes import num_bytes
 from ..specs.receipt import Receipt
+from .checkpoints.byte_runs import staging_bytes, stored_parts, take_all
+from .checkpoints.known_sums import known_sums
+from .checkpoints.own_file import own_name
 from .interpret import interpret, message_bytes
 from .ledger import Ledger
 
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.steps import LayoutStep
-    from .resolve import Alias, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
+    from ..specs.stored import Folder
+    from .resolve import Alias, Distribute, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 AGREEMENT_BYTES = 8 * 16
 """Bytes that each rank tells the others in one agreement: 16 integers of 8 bytes."""
@@ -83,6 +87,24 @@ class DryRun:
     def take(self, piece: Piece) -> int:
         return self._allocate(piece.num_bytes)
 
+    def load(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[int]:
+        made = [self._allocate(piece.num_bytes) for piece in pieces]
+        found = [taken for piece in pieces for taken in take_all(stored_parts(piece.spec), piece.index)]
+        self.free(self._allocate(staging_bytes(sum(taken.num_bytes for taken in found))))
+        for taken in found:
+            self.ledger.read(taken.stored.file, taken.num_bytes)
+        return made
+
+    def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[int]:
+        made = [self._allocate(piece.num_bytes) for piece in pieces]
+        self.free(self._allocate(staging_bytes(sum(made))))
+        self.ledger.read(own_name(self.rank), sum(made))
+        return made
+
+    def check_loaded(self, plan: Plan, *, failed: bool) -> None:
+        if plan.mesh.num_ranks > 1:
+            self.ledger.call("all_reduce", (), range(plan.mesh.num_ranks), 8 * (len(known_sums(plan.tree)) + 1))
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> int:
         return self._allocate(prod(shape) * num_bytes(dtype))
 
@@ -120,6 +142,9 @@ class DryRun:
         pass
 
     def sum_gradients(self, work: SumGradients) -> None:
+        pass
+
+    def distribute(self, work: Distribute) -> None:
         pass
 
     def make_optimizer(self) -> None:

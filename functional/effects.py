@@ -7,23 +7,32 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate, product
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from attrs import Factory, define
 from torch import Tensor, nn
 
-from ..specs.param import index_shape
+from ..specs.errors import PlanError
+from ..specs.index import index_shape, whole_index
 from ..specs.program import InitProgram
-from ..specs.source import ModuleCall, ModuleValues, OwnValues
+from ..specs.source import Materialised, ModuleCall, ModuleValues, OwnValues
+from ..specs.stored import Folder, Part
 from .agreement import agree
+from .checkpoints.byte_runs import staging_bytes, stored_parts, take, take_all
+from .checkpoints.known_sums import differing, known_sums
+from .checkpoints.own_file import damaged, read_own_file, wrong_tensors
+from .checkpoints.position_sum import MODULUS
+from .checkpoints.read_parts import Files, Reading, read_all
 from .constants import one_thread
+from .device_mesh import of_groups
 from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
 from .evaluate import Job, evaluate
 from .generators import derive_seed, own_generators
+from .holders import held_first
 from .init_calls import run_call
 from .layout import Local, apply_layout
 from .ledger import Ledger
@@ -35,6 +44,8 @@ from .synchronise import group_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..specs.mesh import Coordinate, MeshAxis
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
@@ -42,7 +53,9 @@ if TYPE_CHECKING:
     from ..specs.source import Call
     from ..specs.steps import LayoutStep
     from .partition import Partition
-    from .resolve import Alias, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
+    from .resolve import Alias, Distribute, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
+
+Key = TypeVar("Key")
 
 
 @define
@@ -63,7 +76,9 @@ class TorchEffects:
         sharing: Groups of neighbours that hold parts in common, by name.
         tie_groups: Those that join stages, by the stages' places along ``pipe``.
         tied: Tensors whose gradients are summed over stages, with their places.
+        sums: Sums of what was read from files and counts here, by tensor and number among what it is made of.
         modules: What this rank runs: its stages, or the whole module.
+        device_mesh: The device mesh of this rank's DTensors; None if it has none.
         made_optimizer: What ``optimizer`` gave.
         wrapped: What the dialect gave.
     """
@@ -81,7 +96,9 @@ class TorchEffects:
     sharing: dict[str, SyncGroup] = Factory(dict)
     tie_groups: dict[tuple[int, ...], dist.ProcessGroup] = Factory(dict)
     tied: dict[str, tuple[int, ...]] = Factory(dict)
+    sums: dict[tuple[str, int], int] = Factory(dict)
     modules: tuple[nn.Module, ...] = Factory(lambda self: (self.module,), takes_self=True)
+    device_mesh: DeviceMesh | None = None
     made_optimizer: Any = None
     wrapped: Wrapped | None = None
 
@@ -159,6 +176,46 @@ class TorchEffects:
     def take(self, piece: Piece) -> Tensor:
         return _copy_part(self.empty(piece.shape, piece.spec.dtype), get_tensor(self.original, piece.path).detach(), piece)
 
+    def load(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Tensor]:
+        made = [self.empty(piece.shape, piece.spec.dtype) for piece in pieces]
+        readings: dict[tuple[str, int], Reading] = {}
+        for out, piece in zip(made, pieces, strict=True):
+            filled, first = _without_padding(out, piece), held_first(piece.spec, self.coordinate)
+            for number, part in enumerate(stored_parts(piece.spec)):
+                if taken := take(part, piece.index):
+                    counted = take(part, first) if first is not None and part.stored.sum is not None else None
+                    readings[piece.path, number] = Reading(filled, taken, counted and counted.entries)
+        self.sums.update(self._read(readings, folder))
+        return made
+
+    def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Tensor]:
+        made = {piece.path: self.empty(piece.shape, piece.spec.dtype) for piece in pieces}
+        own, file, tensors = read_own_file(folder.path, self.rank, _written_for(pieces[0]))
+        if problems := wrong_tensors(file.name, [(p.path, p.spec.dtype, p.shape) for p in pieces], tensors):
+            raise PlanError(problems)
+        readings = {
+            path: Reading(out, taken, taken.entries)
+            for path, out in made.items()
+            for taken in take_all([Part.whole(tensors[path])], whole_index(tuple(out.shape)))
+        }
+        sums = self._read(readings, Folder(folder.path, (file,)))
+        if problems := damaged(file.name, own, sums):
+            raise PlanError(problems)
+        self.sums.update(own.loaded)
+        return [*made.values()]
+
+    def check_loaded(self, plan: Plan, *, failed: bool) -> None:
+        known = known_sums(plan.tree)
+        own = [sum(self.sums.get(part, 0) for part in one.counting) for one in known.values()]
+        words = torch.tensor([*map(_signed, own), int(failed)], dtype=torch.int64, device=self.device)
+        if plan.mesh.num_ranks > 1:
+            dist.all_reduce(words)
+            self.ledger.call("all_reduce", (), range(plan.mesh.num_ranks), words.nbytes)
+        *sums, num_failed = words.tolist()
+        found = {stored: word % MODULUS for stored, word in zip(known, sums, strict=True)}
+        if not num_failed and (problems := list(differing(known, found))):
+            raise PlanError(problems)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return self._own(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device))
 
@@ -231,6 +288,13 @@ class TorchEffects:
     def sum_gradients(self, work: SumGradients) -> None:
         self.tied[work.spec.path] = work.between
 
+    def distribute(self, work: Distribute) -> None:
+        from .dtensor import to_dtensors  # importing torch's DTensor takes a second
+
+        groups = [self.groups[mesh_axis,] for mesh_axis in work.mesh_axes]
+        self.device_mesh = of_groups(self.coordinate.mesh, work.mesh_axes, groups, self.device.type)
+        to_dtensors(self.module, work.specs, self.coordinate.mesh, self.device_mesh)
+
     def make_optimizer(self) -> None:
         found = [parameter for module in self.modules for parameter in module.parameters()]
         trained = [parameter for parameter in dict.fromkeys(found) if parameter.requires_grad]
@@ -259,6 +323,17 @@ class TorchEffects:
             if len(mesh_axes) == 1
         }
         return Local(self.coordinate, groups | self.sharing, self.callables)
+
+    def _read(self, readings: Mapping[Key, Reading], folder: Folder) -> dict[Key, int]:
+        """Read, and return the sum of each reading."""
+        staging = staging_bytes(sum(reading.taken.num_bytes for reading in readings.values()))
+        self.ledger.allocate(staging)
+        with Files(folder) as files:
+            sums = read_all([*readings.values()], files)
+        self.ledger.free(staging)
+        for file, num_bytes in files.num_read.items():
+            self.ledger.read(file, num_bytes)
+        return dict(zip(readings, sums, strict=True))
 
     def _own(self, tensor: Tensor) -> Tensor:
         self.ledger.allocate(tensor.nbytes)
@@ -302,6 +377,17 @@ def _bytes(message: Tensor) -> Tensor:
     """Return a tensor as its bytes: gloo sends neither fp8 nor complex numbers, and wrongly what is not contiguous."""
     assert message.is_contiguous(), "messages are contiguous"
     return message.reshape(-1).view(torch.uint8)
+
+
+def _signed(number: int) -> int:
+    """Return the integer of 64 bits with a sign that is a number modulo 2^64."""
+    return (number + MODULUS // 2) % MODULUS - MODULUS // 2
+
+
+def _written_for(piece: Piece) -> str:
+    """Return the fingerprint of the plan that a rank's file was written for."""
+    assert isinstance(piece.spec.source, Materialised), "nothing else lies in the file of a rank's own"
+    return piece.spec.source.plan
 
 
 def _program(piece: Piece) -> InitProgram:

@@ -38,7 +38,7 @@ from .runs import elements, first_and_last, runs_of, stretches
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..specs.param import Index
+    from ..specs.index import Index
 
 CHUNK_ELEMENTS: Mapping[str, int] = {"cpu": 32640, "cuda": 2**20}
 """Elements computed at a time: on the CPU what stays in its cache, and below what torch would cut among its own threads."""

@@ -8,10 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from attrs import field, frozen
 from rich.console import Console
 from rich.progress import Progress
@@ -21,24 +20,30 @@ from ..specs.errors import PlanError, Problem
 from ..specs.finding import folded
 from ..specs.plan import Plan
 from ..specs.program import RANDOM_SCHEME
-from ..specs.steps import MakeGroups
+from ..specs.steps import AsDTensors
 from .audit import audit
 from .callables import find
 from .compare_model import differences
 from .dialects import find_dialect
 from .effects import TorchEffects
 from .interpret import Effects, interpret
-from .module_copy import copy_module
+from .module_copy import copy_module, on_meta
+from .placements import as_dtensors
 from .stages import planned_partition
+from .standing import stand
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..specs.finding import Finding
-    from ..specs.mesh import Coordinate
     from ..specs.receipt import Receipt
     from ..specs.steps import Step
     from .partition import Partition
 
 _log = logging.getLogger("shardplan")
+
+Layout = Literal["local", "dtensor"]
+"""What the tensors of the module are: each rank's own parts, or DTensors that know of all."""
 
 
 @frozen
@@ -51,6 +56,7 @@ class Built:
         module: This rank's own torch module: the whole model's, or that of its (first) pipeline stage.
         modules: All of this rank's stages, several under an interleaved pipeline; else the one module.
         extras: Whatever else the target returned, by name.
+        device_mesh: The device mesh of ``layout="dtensor"``, with dimensions ``data`` and ``tensor``; else None.
         receipt: What was really allocated, sent and taken.
     """
 
@@ -59,6 +65,7 @@ class Built:
     module: nn.Module | None = field(repr=False)
     modules: tuple[nn.Module, ...] = field(repr=False)
     extras: Any = field(repr=False)
+    device_mesh: DeviceMesh | None = field(repr=False)
     receipt: Receipt
 
     def __iter__(self) -> Iterator[Any]:
@@ -74,6 +81,7 @@ def execute(
     progress: bool = True,
     optimizer: Callable[..., Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
+    layout: Layout = "local",
 ) -> Built:
     """Carry out a plan on this rank; every rank of the mesh calls it. The given module stays as it is.
 
@@ -85,6 +93,9 @@ def execute(
         progress: Whether rank 0 shows a bar on a terminal.
         optimizer: Function from the trained parameters to an optimizer.
         loss_fn: Loss of a pipeline's last stage.
+        layout: ``dtensor`` makes parameters and buffers DTensors of torch, over a device mesh with dimensions ``data`` and
+            ``tensor`` (``built.device_mesh``), for torch's distributed checkpoints, ``fully_shard`` over ``data``, and other
+            tools that need the global tensor. Modules compute with local tensors all the same, and gradients are DTensors.
 
     Raises:
         PlanError: In a single process: if the audit refuses the plan, or the model is not the planned one.
@@ -105,7 +116,7 @@ def execute(
         msg = f"execute takes a plan, not a {type(plan).__name__}: execute(plan_build(schedule))"
         raise TypeError(msg)
     with _no_collection():
-        return _execute(plan, model, device, effects, optimizer, loss_fn, progress=progress)
+        return _execute(plan, model, device, effects, optimizer, loss_fn, layout=layout, progress=progress)
 
 
 def _execute(
@@ -116,30 +127,45 @@ def _execute(
     optimizer: Callable[..., Any] | None,
     loss_fn: Callable[..., Any] | None,
     *,
+    layout: Layout,
     progress: bool,
 ) -> Built:
     start = time.monotonic()
     if effects is not None:
+        plan = _laid_out(plan, layout)
         interpret(plan, plan.mesh.coordinate(effects.rank), effects)
-        return Built(None, None, None, (), {}, effects.ledger.receipt(effects.rank, time.monotonic() - start))
+        return Built(None, None, None, (), {}, None, effects.ledger.receipt(effects.rank, time.monotonic() - start))
+    refused: PlanError | None = None
+    try:
+        plan = _laid_out(plan, layout)
+    except PlanError as wrong:
+        refused = wrong
     coordinate, error = stand(plan)
+    error = error or refused
     parts: Partition | None = None
     given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
     try:
         chosen = _device(device)
         findings = _refuse(plan, given, optimizer, loss_fn)
         parts = planned_partition(plan, given) if plan.pipeline else None
-        copied = copy_module(given, _on_meta, for_planning=False)
+        copied = copy_module(given, on_meta, for_planning=False)
         for finding in findings if coordinate.rank == 0 else ():
             _log.warning("%s", finding)
-    except Exception as refused:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
-        error = error or refused
+    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
+        error = error or wrong
     real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn, parts)
     with _bar(plan, shown=progress and coordinate.rank == 0) as on_step:
         interpret(plan, coordinate, real, error=error, on_step=on_step)
     assert real.wrapped is not None, "every plan ends with a Wrap step"
     receipt = real.ledger.receipt(coordinate.rank, time.monotonic() - start)
-    return Built(real.wrapped.model, real.wrapped.optimizer, real.modules[0], real.modules, real.wrapped.extras, receipt)
+    model, made, extras = real.wrapped.model, real.wrapped.optimizer, real.wrapped.extras
+    return Built(model, made, real.modules[0], real.modules, extras, real.device_mesh, receipt)
+
+
+def _laid_out(plan: Plan, layout: Layout) -> Plan:
+    if layout not in get_args(Layout):
+        raise PlanError([Problem("layout", f"{layout!r} is unknown", f"There are {', '.join(get_args(Layout))}")])
+    return as_dtensors(plan) if layout == "dtensor" else plan
 
 
 @contextmanager
@@ -152,34 +178,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def stand(plan: Plan) -> tuple[Coordinate, BaseException | None]:
-    """Return where this process stands, and what is wrong with the world; then the place is a stand-in."""
-    num_ranks = plan.mesh.num_ranks
-    if not dist.is_initialized():
-        needs_group = any(isinstance(step, MakeGroups) for step in plan.steps) or (plan.pipeline and plan.target)
-        if num_ranks == 1 and not needs_group:
-            return plan.mesh.coordinate(0), None
-        whose = f"{_ranks(num_ranks)}{f' of {plan.target}' if plan.target else ''}"
-        cause = f"the plan is for {whose}, and there is no process group"
-        fix = f"torchrun --nproc-per-node {num_ranks} ..., and torch.distributed.init_process_group() before execute"
-        raise PlanError([Problem("", cause, fix)])
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size == num_ranks:
-        return plan.mesh.coordinate(rank), None
-    problem = Problem(
-        "", f"the plan is for {_ranks(num_ranks)} ({plan.mesh}), and the process group has {world_size}", "Plan again"
-    )
-    return plan.mesh.coordinate(rank % num_ranks), PlanError([problem])
-
-
-def _ranks(num: int) -> str:
-    return f"{num} rank{'s' if num > 1 else ''}"
 
 
 def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> list[Finding]:
@@ -208,10 +206,20 @@ def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: obj
     elif model is None:
         problems.append(Problem("", "a plan that was loaded carries no model", "execute(plan, model)"))
     else:
-        problems += differences(plan, model)
+        problems += [*differences(plan, model), *_in_scripted(plan, model)]
     if problems:
         raise PlanError(problems)
     return findings
+
+
+def _in_scripted(plan: Plan, model: nn.Module) -> Iterator[Problem]:
+    """Iterate over tensors that a plan makes DTensors of, in scripted modules, whose code takes none."""
+    if any(isinstance(step, AsDTensors) for step in plan.steps):
+        scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+        for spec in plan.tree.values():
+            if any(path.startswith(f"{prefix}." if prefix else "") for path in spec.paths for prefix in scripted):
+                cause = "it belongs to a scripted module, whose code takes no DTensor"
+                yield Problem(spec.path, cause, 'execute(plan, layout="local")', spec.type)
 
 
 def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:

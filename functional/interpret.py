@@ -13,11 +13,13 @@ from typing import ParamSpec as Arguments
 from attrs import Factory, define
 
 from ..specs.dtypes import num_bytes
-from ..specs.steps import Agree, LayoutStep, MakeOptimizer
+from ..specs.errors import PlanError
+from ..specs.steps import Agree, CheckLoaded, LayoutStep, MakeOptimizer
 from .resolve import (
     Alias,
     Change,
     Cut,
+    Distribute,
     Evaluate,
     Exchange,
     Hand,
@@ -28,6 +30,8 @@ from .resolve import (
     OpenGroups,
     OpenTieGroups,
     Piece,
+    ReadOwn,
+    ReadParts,
     Reserve,
     SumGradients,
     Take,
@@ -40,7 +44,11 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.steps import Step
+    from ..specs.stored import Folder
     from .ledger import Ledger
+
+Alone = Make | Evaluate | Take | ReadParts | ReadOwn | Reserve | Cut | Install | Alias | Change | Distribute | MakeOptimizer
+"""Work that no other rank waits for."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,6 +87,18 @@ class Effects(Protocol[T]):
 
     def take(self, piece: Piece) -> T:
         """Return a copy of a part of what the module has."""
+        ...
+
+    def load(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[T]:
+        """Allocate parts and read them from files, each in the order of its own."""
+        ...
+
+    def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[T]:
+        """Allocate parts and read them from the rank's own file."""
+        ...
+
+    def check_loaded(self, plan: Plan, *, failed: bool) -> None:
+        """Add up with all ranks the sums of what was read, and compare them; not where a rank has failed before."""
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> T:
@@ -133,6 +153,10 @@ class Effects(Protocol[T]):
         """Note a tensor whose gradients are summed over stages."""
         ...
 
+    def distribute(self, work: Distribute) -> None:
+        """Make the module's tensors DTensors."""
+        ...
+
     def make_optimizer(self) -> None:
         """Make the user's optimizer."""
         ...
@@ -149,8 +173,8 @@ def interpret(
     *,
     error: BaseException | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
-) -> None:
-    """Carry out all steps of a plan for the rank at ``coordinate``.
+) -> dict[str, T]:
+    """Carry out all steps of a plan for the rank at ``coordinate``; return what no step has placed, by path.
 
     Args:
         plan: What to do.
@@ -166,6 +190,7 @@ def interpret(
     for step in plan.steps:
         run.do(resolve(step, coordinate, plan.tree))
         on_step(step)
+    return run.held
 
 
 @define
@@ -180,7 +205,7 @@ class _Run(Generic[T]):
     error: BaseException | None
     held: dict[str, T] = Factory(dict)
 
-    def do(self, work: Work) -> None:  # noqa: C901  one case a work
+    def do(self, work: Work) -> None:  # noqa: C901, PLR0912  one case a work
         match work:
             case Nothing():
                 pass
@@ -194,19 +219,23 @@ class _Run(Generic[T]):
                 self.broadcast(work)
             case Exchange():
                 self.scatter(work)
+            case CheckLoaded():
+                self.check_loaded()
             case Hand():
                 self.effects.hand(self.plan)
             case KeepStages():
                 self.attempt(self.effects.keep_stages, self.plan, work)
             case SumGradients():
                 self.attempt(self.effects.sum_gradients, work)
-            case Make() | Evaluate() | Take() | Reserve() | Cut() | Install() | Alias() | Change() | MakeOptimizer():
+            case Make() | Evaluate() | Take() | ReadParts() | ReadOwn() | Reserve() | Cut() | Install() | Alias():
+                self.attempt(self.do_alone, work)
+            case Change() | Distribute() | MakeOptimizer():
                 self.attempt(self.do_alone, work)
             case _:
                 assert_never(work)
 
-    def do_alone(self, work: Make | Evaluate | Take | Reserve | Cut | Install | Alias | Change | MakeOptimizer) -> None:  # noqa: C901  one case a work
-        """Work that no other rank waits for."""
+    def do_alone(self, work: Alone) -> None:  # noqa: C901, PLR0912  one case a work
+        """Do what no other rank waits for."""
         match work:
             case Make(pieces=pieces):
                 self.hold(pieces, self.effects.make(work, self.plan.seed))
@@ -214,6 +243,10 @@ class _Run(Generic[T]):
                 self.hold(pieces, self.effects.evaluate(pieces, self.plan.seed))
             case Take(pieces=pieces):
                 self.hold(pieces, [self.effects.take(piece) for piece in pieces])
+            case ReadParts(pieces=pieces):
+                self.hold(pieces, self.effects.load(pieces, self.folder))
+            case ReadOwn(pieces=pieces):
+                self.hold(pieces, self.effects.load_own(pieces, self.folder))
             case Reserve(pieces=pieces):
                 self.hold(pieces, [self.effects.empty(piece.shape, piece.spec.dtype) for piece in pieces])
             case Cut(pieces=pieces):
@@ -228,10 +261,24 @@ class _Run(Generic[T]):
                 self.effects.alias(work)
             case Change(step=step):
                 self.effects.change(step)
+            case Distribute():
+                self.effects.distribute(work)
             case MakeOptimizer():
                 self.effects.make_optimizer()
             case _:
                 assert_never(work)
+
+    @property
+    def folder(self) -> Folder:
+        assert self.plan.folder is not None, "what reads files is planned with their folder"
+        return self.plan.folder
+
+    def check_loaded(self) -> None:
+        """All ranks take part, those that have failed too."""
+        try:
+            self.effects.check_loaded(self.plan, failed=self.error is not None)
+        except PlanError as error:
+            self.error = self.error or error
 
     def broadcast(self, work: Exchange) -> None:
         message = self.attempt(self.to_broadcast, work)

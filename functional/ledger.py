@@ -23,6 +23,7 @@ class Ledger:
     held_bytes: int = 0
     num_groups: int = 0
     collectives: list[Collective] = Factory(list)
+    reads: dict[str, int] = Factory(dict)
 
     def allocate(self, num_bytes: int) -> None:
         """Note an allocation."""
@@ -44,6 +45,10 @@ class Ledger:
         """Note a collective, by the bytes that each member gets."""
         self.collectives.append(Collective(op, mesh_axes, (group.start, group.stop, group.step), num_bytes))
 
+    def read(self, file: str, num_bytes: int) -> None:
+        """Note what was read of a file."""
+        self.reads[file] = self.reads.get(file, 0) + num_bytes
+
     def receipt(self, rank: int, seconds: float = 0.0) -> Receipt:
         """Return the receipt of all that was noted."""
         return Receipt(
@@ -54,5 +59,6 @@ class Ledger:
             peak_bytes=self.peak_bytes,
             num_groups=self.num_groups,
             collectives=tuple(self.collectives),
+            reads=tuple(sorted(self.reads.items())),
             seconds=seconds,
         )

@@ -111,6 +111,11 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor like another one, without values."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 def put_tensor(model: nn.Module, path: str, tensor: Tensor) -> None:
     """Make a tensor stand at a path of a module, as what stands there now: a parameter or a buffer."""
     module_path, _, name = path.rpartition(".")

@@ -14,11 +14,12 @@ from attrs import frozen
 from ..specs.diff import Move
 from ..specs.dtypes import num_bytes
 from ..specs.fold import fold
-from ..specs.param import whole_index
+from ..specs.index import whole_index
 
 if TYPE_CHECKING:
+    from ..specs.index import Index
     from ..specs.mesh import Mesh
-    from ..specs.param import Index, ParamSpec
+    from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.shard import Interval, Shard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from math import ceil, log2, prod
+from math import ceil, isqrt, log2, prod
 from typing import TYPE_CHECKING
 
 from attrs import evolve
@@ -68,8 +68,8 @@ def _others(plan: Plan, ranks_per_node: int | None) -> Iterator[Mesh]:
         num = factor * mesh.data * mesh.tensor
         found = [
             Mesh(mesh.pipe, num // tensor, tensor, expert)
-            for tensor in _divisors(num)
-            for expert in (_divisors(num // tensor) if spreads else (mesh.expert,))
+            for tensor in divisors(num)
+            for expert in (divisors(num // tensor) if spreads else (mesh.expert,))
             if num // tensor % expert == 0
         ]
         for other in sorted(found, key=lambda other: _distance(mesh, other, ranks_per_node)):
@@ -77,8 +77,13 @@ def _others(plan: Plan, ranks_per_node: int | None) -> Iterator[Mesh]:
                 yield other
 
 
-def _divisors(num: int) -> list[int]:
-    low = [n for n in range(1, int(num**0.5) + 1) if num % n == 0]
+def divisors(num: int) -> list[int]:
+    """Return all divisors of a number, in order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    low = [n for n in range(1, isqrt(num) + 1) if num % n == 0]
     return [*low, *(num // n for n in reversed(low) if n * n < num)]
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
+from .compiled import compiled
 from .runs import FIRST, KEY0, KEY1, LENGTH, N1, N2, NUM_RUNS, OUT, S1, S2, S3, START
 
 if TYPE_CHECKING:
@@ -52,13 +53,6 @@ def draw(out: NDArray[Any], table: NDArray[np.int64], operation: int, *, unit: b
     """
     kernel = _draw64 if out.dtype == np.float64 else _draw32
     kernel(out, table, np.uint32(operation), unit)
-
-
-def _compiled(function: Any) -> Any:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep what is compiled: each process does it anew
-        return numba.njit(nogil=True)(function)
 
 
 _inlined: Any = numba.njit(inline="always")
@@ -109,7 +103,7 @@ def _run_start(row: Any, run: Any) -> Any:
     return row[START] + inner * row[S1] + (outer % row[N2]) * row[S2] + (outer // row[N2]) * row[S3]
 
 
-@_compiled
+@compiled
 def _blocks32(out: Any, num: Any, low: Any, high: Any, operation: Any, k0: Any, k1: Any, shift: Any, lift: Any) -> None:
     """Whole blocks in a row, whose counters do not pass 2³²: what the compiler turns into SIMD."""
     for j in range(num):
@@ -120,7 +114,7 @@ def _blocks32(out: Any, num: Any, low: Any, high: Any, operation: Any, k0: Any, 
         out[4 * j + 3] = _float32(w3, shift, lift)
 
 
-@_compiled
+@compiled
 def _blocks64(out: Any, num: Any, low: Any, high: Any, operation: Any, k0: Any, k1: Any, shift: Any, lift: Any) -> None:
     for j in range(num):
         w0, w1, w2, w3 = philox(np.uint32(low + np.uint32(j)), high, operation, np.uint32(0), k0, k1)
@@ -143,7 +137,7 @@ def _one64(element: Any, operation: Any, k0: Any, k1: Any, shift: Any, lift: Any
     return _float64(w2, w3, shift, lift) if element & 1 else _float64(w0, w1, shift, lift)
 
 
-@_compiled
+@compiled
 def _draw32(out: Any, table: Any, operation: Any, unit: Any) -> None:
     shift, lift = (np.int32(9), np.float32(0.5)) if unit else (np.int32(8), np.float32(0))
     for s in range(table.shape[0]):
@@ -170,7 +164,7 @@ def _draw32(out: Any, table: Any, operation: Any, unit: Any) -> None:
                 at += 1
 
 
-@_compiled
+@compiled
 def _draw64(out: Any, table: Any, operation: Any, unit: Any) -> None:
     shift, lift = (np.int64(12), 0.5) if unit else (np.int64(11), 0.0)
     for s in range(table.shape[0]):

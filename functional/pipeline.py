@@ -50,6 +50,7 @@ def wrong_stages(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> lis
     if said and example_inputs is None:
         cause = "stages are found by calling the model on fake tensors, and it is not known with what"
         fix = "plan_build(..., example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.long)}); meta tensors will do"
+        fix += "; on the command line --batch 2 --sequence 16"
         problems.append(Problem("example_inputs", cause, fix))
     return problems
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from attrs import evolve
 from torch import nn
 
+from ..specs.checkpoint import Checkpoint
 from ..specs.errors import PlanError, Problem
 from ..specs.mesh import Mesh, MeshAxis
 from ..specs.param import ParamSpec
 from ..specs.plain import not_plain
 from ..specs.plan import Plan, misfits
 from ..specs.program import InitProgram
-from ..specs.source import Made, ModuleValues, OwnValues, Uninitialised, Unknown
+from ..specs.source import Loaded, Made, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import (
     AddBiasAfterSync,
     Agree,
     Broadcast,
+    CheckLoaded,
     DispatchTokens,
     ForkRng,
     LayoutStep,
@@ -49,15 +52,17 @@ from .init_calls import wrong_signature
 from .init_code import Unit, find_units
 from .linears import has_forward_of_its_own, linear_of
 from .pipeline import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
-from .route import Strategy, born_sharded, local_only, route
+from .route import Strategy, born_sharded, from_files, local_only, route
 from .schedule import Schedule
 from .selection import join
+from .shared_gradients import shared_gradients
 from .synchronise import needed_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..specs.pipeline import Pipeline
+    from ..specs.stored import Folder
     from ..specs.tree import SpecTree
 
 
@@ -65,7 +70,7 @@ def plan_build(
     sch: Schedule,
     *,
     target: str | None = None,
-    init_weights: bool | Callable[..., object] = True,
+    init_weights: bool | Checkpoint | Callable[..., object] = True,
     strategy: Literal["auto"] | Strategy = "auto",
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
@@ -77,7 +82,8 @@ def plan_build(
         sch: What is declared.
         target: Runtime that takes the module, by the name of its dialect; None for none.
         init_weights: True for the model's own init code; a function ``(module)`` or ``(module, path)`` that is called for
-            each module that holds tensors; False to leave tensors on meta without values, and send nothing.
+            each module that holds tensors; a ``Checkpoint`` whose files have them, headers of which are read now; False to
+            leave tensors on meta without values, and send nothing.
         strategy: ``local`` (each rank evaluates the init programs of its own parts; only what has none is scattered),
             ``scatter`` (one rank makes a tensor, each gets its part), ``broadcast`` (each gets all and slices), or
             ``auto``, which is ``local``. The values are the same.
@@ -115,11 +121,9 @@ def plan_build(
     if callable(init_weights):
         code, callables = register(runtime.callables, init_weights)
         runtime = evolve(runtime, callables=callables)
-    tree, units = sch.tree.map(_without_elements if init_weights else _without_init), []
+    tree, units, folder = sch.tree.map(_without_elements if init_weights else _without_init), [], None
     if not problems:
-        units, sources, unwritten = find_units(model, tree, runtime.callables, code)
-        problems += unwritten
-        tree = tree.map(lambda spec: evolve(spec, source=sources.get(spec.path, spec.source)))
+        tree, units, folder, problems = _sources(model, tree, init_weights, runtime.callables, code)
     layout, wrong_layout = _layout(model, sch)
     problems += wrong_layout
     dialect, unknown = find_dialect(target)
@@ -141,7 +145,12 @@ def plan_build(
     if problems:
         raise PlanError(problems)
     tied = tied_across(sch.mesh, tree)
-    moves = [*_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy), *_ties(sch.mesh, tree)]
+    dedupe = isinstance(init_weights, Checkpoint) and init_weights.dedupe
+    moves = [
+        *_moves(sch.mesh, tree, units, "local" if strategy == "auto" else strategy, dedupe=dedupe),
+        *([CheckLoaded()] if _has_sums(tree) else []),
+        *_ties(sch.mesh, tree),
+    ]
     over, sharing = _groups([*moves, *layout], dialect.groups(sch.mesh)), tuple(dict.fromkeys(needed_groups(layout)))
     between = _between([*moves, *tied])
     steps = [
@@ -165,6 +174,7 @@ def plan_build(
         config=config,
         seed=seed,
         pipeline=pipeline,
+        folder=folder,
         silences=sch.silences,
         runtime=runtime,
         microbatch=None if example_inputs is None else follow(example_inputs),
@@ -177,9 +187,15 @@ def _wrong_arguments(strategy: object, seed: object, init_weights: object, confi
         yield Problem("strategy", f"{strategy!r} is unknown", f"There are {', '.join(strategies)}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         yield Problem("seed", f"it is an integer, not {seed!r}", "seed=0")
-    if not isinstance(init_weights, bool):
+    if not isinstance(init_weights, (bool, Checkpoint)):
         if not callable(init_weights):
-            yield Problem("init_weights", f"it is True, False or a function, not {init_weights!r}", "init_weights=True")
+            fix = (
+                f'init_weights=Checkpoint("{init_weights}")'
+                if isinstance(init_weights, (str, Path))
+                else "init_weights=True"
+            )
+            cause = f"it is True, False, a Checkpoint or a function, not {init_weights!r}"
+            yield Problem("init_weights", cause, fix)
         elif wrong := wrong_signature(init_weights):
             yield Problem(
                 "init_weights", f"it is (module) or (module, path), not {wrong}", "Give the others by functools.partial"
@@ -200,6 +216,21 @@ def _wrong_scripted(model: nn.Module, tree: SpecTree) -> Iterator[Problem]:
         if isinstance(spec.source, (Unknown, Made, InitProgram)):
             cause = "it belongs to a scripted module, which keeps the values it came with"
             yield Problem(spec.path, cause, "Script the module on the CPU, with its values in place", spec.type)
+
+
+def _sources(
+    model: nn.Module, tree: SpecTree, init_weights: object, callables: Mapping[str, Any], code: str | None
+) -> tuple[SpecTree, list[Unit], Folder | None, list[Problem]]:
+    """Return the tree with where all values come from, what init code makes, the files that are read, and what is wrong."""
+    folder: Folder | None = None
+    if isinstance(init_weights, Checkpoint):
+        from .checkpoints.sources import checkpoint_sources
+
+        tree, folder, problems = checkpoint_sources(model, tree, init_weights)
+        if problems:
+            return tree, [], folder, problems
+    units, sources, problems = find_units(model, tree, callables, code)
+    return tree.map(lambda spec: evolve(spec, source=sources.get(spec.path, spec.source))), units, folder, problems
 
 
 def _without_elements(spec: ParamSpec) -> ParamSpec:
@@ -223,7 +254,7 @@ def _layout(model: nn.Module, sch: Schedule) -> tuple[list[LayoutStep], list[Pro
     problems: list[Problem] = []
     summed = {s.module: s.op for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
     problems += _unequal_gathers(sch.mesh, sch.tree, steps)
-    shared = list(_shared_gradients(sch.mesh, sch.tree))
+    shared = list(shared_gradients(sch.mesh, sch.tree))
     for path, op in summed.items():
         module = model.get_submodule(path)
         weight, kind = sch.tree.get(join(path, "weight")), linear_of(module)
@@ -257,24 +288,6 @@ def _unequal_gathers(mesh: Mesh, tree: SpecTree, steps: Iterable[LayoutStep]) ->
             yield Problem(spec.path, cause, f"sch.at[{module!r}].colwise(gather_output=True, uneven=True)", spec.type)
 
 
-def _shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:
-    """Iterate over the sums of gradients of what several ranks hold for parts of activations: repeated granules, experts."""
-    first = mesh.coordinate(0)
-    for spec in tree.values():
-        for shard in spec.shards if spec.requires_grad else ():
-            size, num = spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis)
-            if num == 1 or shard.misfit(size, num):
-                continue
-            held = shard.held(size, first)
-            for path in spec.paths:
-                module, _, name = path.rpartition(".")
-                if shard.mesh_axis == "expert":
-                    yield SumGradient(module, name, "expert_data", divide=mesh.data)
-                elif any(part.num_holders > 1 for part in held):
-                    sharing = tuple((part.stop - part.start, part.num_holders) for part in held)
-                    yield SumGradient(module, name, shard.mesh_axis, shard.axis, sharing)
-
-
 def _matters(step: LayoutStep, mesh: Mesh) -> bool:
     match step:
         case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis):
@@ -287,7 +300,12 @@ def _matters(step: LayoutStep, mesh: Mesh) -> bool:
             return True
 
 
-def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy) -> Iterator[Step]:
+def _has_sums(tree: SpecTree) -> bool:
+    sources = [spec.source for spec in tree.values()]
+    return any(part.stored.sum is not None for source in sources if isinstance(source, Loaded) for part in source.parts)
+
+
+def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy, *, dedupe: bool) -> Iterator[Step]:
     """Iterate over the steps that give the tensors their values, place by place along ``pipe``."""
     order = {path: number for number, path in enumerate(tree)}
     for at in range(mesh.pipe):
@@ -304,6 +322,7 @@ def _moves(mesh: Mesh, tree: SpecTree, units: list[Unit], strategy: Strategy) ->
             made += [(None, (spec,)) for spec in evaluated]
         made.sort(key=lambda item: order[item[1][0].path])
         yield from route(made, mesh, at, "scatter" if strategy == "local" else strategy)
+        yield from from_files((s for s in held if isinstance(s.source, Loaded)), mesh, at, dedupe=dedupe)
         yield from local_only((s for s in held if isinstance(s.source, (OwnValues, Uninitialised))), at)
 
 

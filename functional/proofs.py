@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from ..specs.mesh import Coordinate, Mesh, MeshAxis
 from ..specs.proof import Failure, Law, Proof
-from ..specs.source import Made, ModuleValues, OwnValues, Uninitialised, Unknown
+from ..specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import DispatchTokens, SumGradient, Sync
+from .once import not_once, num_once
 
 if TYPE_CHECKING:
     from ..specs.distinct import Distinct
@@ -47,6 +48,7 @@ def prove(plan: Plan, distinct: Distinct, traces: Traces) -> tuple[Proof, ...]:
         ("cover", num_tensors, _cover(plan, traces)),
         ("source", num_tensors, _source(plan, traces)),
         ("ties", len(ties), _ties(plan, ties, traces)),
+        ("once", num_once(plan), not_once(plan)),
         ("stages", num_tensors, _stages(plan, traces)),
         ("order", num_calls, _order(plan, distinct, traces)),
         ("values", num_tensors, _values(plan)),
@@ -141,6 +143,8 @@ def _planned(spec: ParamSpec) -> Origin:
             return "module"
         case OwnValues():
             return "own"
+        case Loaded() | Materialised():
+            return "file"
         case Uninitialised() | Unknown():
             return "nothing"
         case _:

@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Literal, assert_never
 from attrs import evolve, frozen
 
 from ..specs.dtypes import num_bytes
-from ..specs.param import Index, ParamSpec, index_shape, whole_index
+from ..specs.index import Index, index_shape, whole_index
+from ..specs.param import ParamSpec
 from ..specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
+    AsDTensors,
     Broadcast,
+    CheckLoaded,
     DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
     ForkRng,
     Generate,
     LayoutStep,
+    LoadOwn,
+    LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
@@ -147,6 +152,20 @@ class Take:
 
 
 @frozen
+class ReadParts:
+    """Allocate parts and read them from the plan's folder."""
+
+    pieces: tuple[Piece, ...]
+
+
+@frozen
+class ReadOwn:
+    """Allocate parts and read them from this rank's own file in the plan's folder."""
+
+    pieces: tuple[Piece, ...]
+
+
+@frozen
 class Reserve:
     """Allocate parts and leave them uninitialised."""
 
@@ -213,6 +232,14 @@ class Change:
 
 
 @frozen
+class Distribute:
+    """Make the module's tensors DTensors over a device mesh with these dimensions."""
+
+    mesh_axes: tuple[MeshAxis, ...]
+    specs: tuple[ParamSpec, ...]
+
+
+@frozen
 class Hand:
     """Hand the module to the target."""
 
@@ -245,12 +272,16 @@ Work = (
     | Make
     | Evaluate
     | Take
+    | ReadParts
+    | ReadOwn
+    | CheckLoaded
     | Reserve
     | Exchange
     | Cut
     | Install
     | Alias
     | Change
+    | Distribute
     | Hand
 )
 
@@ -265,8 +296,10 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
     (range(0, 4), False, (((4, 6),), ((0, 4),)))
     """
     match step:
-        case Agree() | MakeOptimizer():
+        case Agree() | CheckLoaded() | MakeOptimizer():
             return step
+        case AsDTensors(mesh_axes=mesh_axes):
+            return Distribute(mesh_axes, tuple(tree.values()))
         case Wrap(target=target):
             return Hand(target)
         case MakeGroups(over=over, sharing=sharing):
@@ -305,6 +338,10 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
             return Take(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
         case TakeShard(paths=paths):
             return Take(_parts(tree, paths, coordinate))
+        case LoadShard(paths=paths, over=over):
+            return ReadParts(_parts(tree, paths, coordinate)) if coordinate.is_first(*over) else Nothing()
+        case LoadOwn(paths=paths):
+            return ReadOwn(_parts(tree, paths, coordinate))
         case Allocate(paths=paths):
             return Reserve(_parts(tree, paths, coordinate))
         case Scatter(paths=paths, over=over):

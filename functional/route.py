@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal
 from attrs import Factory, define
 
 from ..specs.program import InitProgram
-from ..specs.source import Made, ModuleValues, OwnValues
+from ..specs.source import Loaded, Made, ModuleValues, OwnValues
 from ..specs.steps import (
     Allocate,
     Broadcast,
     EvaluateShard,
     EvaluateWhole,
     Generate,
+    LoadShard,
     Place,
     Scatter,
     SendCopy,
@@ -81,6 +82,54 @@ def local_only(specs: Iterable[ParamSpec], stage: int) -> Iterator[Step]:
         yield Allocate(stage, bare)
     if chosen:
         yield Place(stage, own + bare)
+
+
+def from_files(specs: Iterable[ParamSpec], mesh: Mesh, stage: int, *, dedupe: bool) -> Iterator[Step]:
+    """Iterate over the steps for tensors that lie in files: every rank reads its own part.
+
+    Args:
+        specs: The tensors.
+        mesh: The ranks.
+        stage: Pipeline stage.
+        dedupe: Whether of the ranks that hold the same part along ``data`` the first reads it, and broadcasts it.
+    """
+    alike: dict[tuple[str, str, tuple[MeshAxis, ...]], list[ParamSpec]] = {}
+    for spec in specs:
+        assert isinstance(spec.source, Loaded), "others have steps of their own"
+        alike.setdefault((spec.source.dtype, spec.dtype, _sharing(spec, mesh) if dedupe else ()), []).append(spec)
+    for (stored_dtype, _, over), found in alike.items():
+        found.sort(key=_where)
+        for together in _buckets(found) if over else [found]:
+            paths = tuple(spec.path for spec in together)
+            yield LoadShard(stage, paths, stored_dtype, over)
+            if over:
+                yield Broadcast(stage, paths, over)
+            yield Place(stage, paths)
+
+
+def _sharing(spec: ParamSpec, mesh: Mesh) -> tuple[MeshAxis, ...]:
+    """Return the mesh axes along ``data`` on which ranks hold the same part of a tensor."""
+    split = spec.mesh_axes(mesh.coordinate(0))
+    mesh_axis: MeshAxis = "expert_data" if "expert" in split else "data"
+    return (mesh_axis,) if "data" not in split and mesh.num(mesh_axis) > 1 else ()
+
+
+def _where(spec: ParamSpec) -> tuple[str, int]:
+    """Return where a tensor begins: file and byte."""
+    assert isinstance(spec.source, Loaded), "others lie in no file"
+    return min((part.stored.file, part.stored.offset) for part in spec.source.parts)
+
+
+def _buckets(specs: Iterable[ParamSpec]) -> Iterator[list[ParamSpec]]:
+    """Put neighbours together until they fill a bucket; a larger tensor is alone."""
+    bucket: list[ParamSpec] = []
+    for spec in specs:
+        if bucket and sum(other.num_bytes for other in bucket) + spec.num_bytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(spec)
+    if bucket:
+        yield bucket
 
 
 def copies(spec: ParamSpec, mesh: Mesh) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from .boxes import row_major
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..specs.param import Index
+    from ..specs.index import Index
     from ..specs.shard import Interval
 
 _MAX_OUTER = 3

@@ -357,7 +357,7 @@ class Schedule:
         """Say that findings of one kind are known and meant: the audit lists them apart, and no longer minds them.
 
         Args:
-            code: Their kind, such as ``SP021``: docs/findings.md has all. Laws that fail (SP001 to SP005) stay errors.
+            code: Their kind, such as ``SP021``: docs/findings.md has all. Laws that fail (SP001 to SP005, SP007) stay.
             reason: Why they are meant. The plan keeps it.
         """
         if problem := wrong_silence(self.selected, code, reason):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import Factory, define, frozen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,16 +16,19 @@ from ..specs.mesh import Mesh
 from ..specs.pipeline import Pipeline, Stage
 from ..specs.plan import Plan, misfits
 from ..specs.search import Candidate, Search
+from ..specs.traffic import StepTraffic
 from .audit import audit
 from .dialects import find_dialect
 from .local_copy import fake_inputs, following, local_copy
 from .memory import memory_at
+from .nearest import divisors
 from .pipeline import is_cut
 from .plan import plan_build
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..specs.errors import Problem
     from ..specs.report import Report
     from .schedule import Schedule
 
@@ -67,6 +70,19 @@ class _Subject:
     init_weights: bool | Callable[..., object]
 
 
+@define
+class _Seen:
+    """What was seen on the meshes so far.
+
+    Args:
+        flops: Operations of a forward pass of the whole model.
+        refusals: The problems of each mesh that was refused.
+    """
+
+    flops: int | None = None
+    refusals: list[tuple[Problem, ...]] = Factory(list)
+
+
 def search(
     sch_factory: Callable[[Mesh], Schedule],
     *,
@@ -90,8 +106,9 @@ def search(
         (3 F m / (p t FLOPS) + inside / INSIDE + between / BETWEEN) / (1 - (p - 1) / (m + p - 1))
 
     and the cost is this over m d. F are the operations of a forward pass as torch counts them, a backward pass has twice as
-    many (Kaplan et al. 2020, section 2.1); bytes are those that a rank of the busiest stage puts on the wire in a step; the
-    last factor is the bubble of a pipeline (Huang et al. 2019, GPipe, section 2.3). Nothing overlaps, and stages weigh
+    many (Kaplan et al. 2020, section 2.1); bytes are those that a rank of the busiest stage puts on the wire in a step, of
+    a ring of which any hop leaves the node all at the speed between nodes (``charged``); the last factor is the bubble of a
+    pipeline (Huang et al. 2019, GPipe, section 2.3). Nothing overlaps, and stages weigh
     alike. It ranks meshes; it does not foretell a time. Equal costs are told apart by the peak of memory.
 
     Args:
@@ -108,6 +125,7 @@ def search(
 
     Raises:
         ValueError: If a number is none, or below 1.
+        PlanError: If no mesh is to blame: the target is unknown, or all meshes are refused for one and the same problem.
         TypeError: If ``sch_factory`` is no function, or returns no schedule for the mesh that it is given.
 
     >>> import torch
@@ -128,10 +146,14 @@ def search(
     if not callable(sch_factory):
         msg = f"sch_factory is a function from a mesh to a schedule, not {sch_factory!r}"
         raise TypeError(msg)
+    if unknown := find_dialect(target)[1]:
+        raise PlanError(unknown)
     configure = config if callable(config) else lambda _: config
     subject = _Subject(sch_factory, device_memory, ranks_per_node, target, configure, example_inputs, seed, init_weights)
-    flops: list[int] = []
-    found = [candidate for mesh in meshes(num_ranks) for candidate in _with_experts(subject, mesh, flops)]
+    seen = _Seen()
+    found = [candidate for mesh in meshes(num_ranks) for candidate in _with_experts(subject, mesh, seen)]
+    if everywhere := _everywhere(seen, len(found)):
+        raise PlanError(everywhere)
     found.sort(key=_order)
     return Search(num_ranks, device_memory, tuple(found), tuple(_assumed(subject)))
 
@@ -142,30 +164,26 @@ def meshes(num_ranks: int) -> Iterator[Mesh]:
     >>> [str(mesh) for mesh in meshes(2)]
     ['mesh pipe=1 data=2 tensor=1', 'mesh pipe=1 data=1 tensor=2', 'mesh pipe=2 data=1 tensor=1']
     """
-    for pipe in _divisors(num_ranks):
-        for tensor in _divisors(num_ranks // pipe):
+    for pipe in divisors(num_ranks):
+        for tensor in divisors(num_ranks // pipe):
             yield Mesh(pipe=pipe, data=num_ranks // pipe // tensor, tensor=tensor)
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _with_experts(subject: _Subject, mesh: Mesh, flops: list[int]) -> Iterator[Candidate]:
+def _with_experts(subject: _Subject, mesh: Mesh, seen: _Seen) -> Iterator[Candidate]:
     """Try a mesh, and where experts are split also those on which they are spread over some of ``data``."""
     try:
         sch = _schedule(subject, mesh)
     except ValueError as error:
-        yield Candidate(mesh, fits=False, cause=_first(error))
+        yield _refused(mesh, error, seen)
         return
-    yield _tried(subject, sch, flops)
+    yield _tried(subject, sch, seen)
     if any(spec.on("expert") for spec in sch.tree.values()):
-        for expert in _divisors(mesh.data)[1:]:
+        for expert in divisors(mesh.data)[1:]:
             other = Mesh(mesh.pipe, mesh.data, mesh.tensor, expert)
             try:
-                yield _tried(subject, _schedule(subject, other), flops)
+                yield _tried(subject, _schedule(subject, other), seen)
             except ValueError as error:
-                yield Candidate(other, fits=False, cause=_first(error))
+                yield _refused(other, error, seen)
 
 
 def _schedule(subject: _Subject, mesh: Mesh) -> Schedule:
@@ -178,11 +196,24 @@ def _schedule(subject: _Subject, mesh: Mesh) -> Schedule:
     return sch
 
 
-def _tried(subject: _Subject, sch: Schedule, flops: list[int]) -> Candidate:
+def _refused(mesh: Mesh, error: ValueError, seen: _Seen) -> Candidate:
+    seen.refusals.append(error.problems if isinstance(error, PlanError) else ())
+    return Candidate(mesh, fits=False, cause=_first(error))
+
+
+def _everywhere(seen: _Seen, num_meshes: int) -> list[Problem]:
+    """Return the problems of all meshes, if all are refused: they are not the meshes' fault."""
+    if len(seen.refusals) < num_meshes:
+        return []
+    first, *others = seen.refusals
+    return [problem for problem in first if all(problem in problems for problems in others)]
+
+
+def _tried(subject: _Subject, sch: Schedule, seen: _Seen) -> Candidate:
     """Plan and audit one mesh, unless it is too large in any case."""
     mesh = sch.mesh
     try:
-        config = subject.config(mesh)
+        config = _config(subject, sch)
         least = _least_bytes(subject, sch, config)
         if least > subject.device_memory:
             cause = f"its stages keep at least {human_bytes(least)} on average; not planned"
@@ -196,29 +227,57 @@ def _tried(subject: _Subject, sch: Schedule, flops: list[int]) -> Candidate:
             init_weights=subject.init_weights,
         )
     except ValueError as error:
-        return Candidate(mesh, fits=False, cause=_first(error))
+        return _refused(mesh, error, seen)
     report = audit(plan, ranks_per_node=subject.ranks_per_node)
     if not report.ok:
         error = next(finding for finding in report.findings if finding.severity == "error")
         return Candidate(mesh, fits=False, cause=f"{error.code} {error.path}: {error.cause}")
-    if not flops:
-        flops.append(_forward_flops(sch, subject.example_inputs))
-    inside, between = _busiest(report)
+    if seen.flops is None:
+        seen.flops = _forward_flops(sch, subject.example_inputs)
+    rows = _busiest(report)
+    m = report.num_microbatches
     peak = report.worst.memory.peak_bytes
     fits = peak <= subject.device_memory
     return Candidate(
         mesh,
         fits=fits,
         peak_bytes=peak,
-        inside_bytes=inside,
-        between_bytes=between,
-        cost=step_seconds(mesh, report.num_microbatches, flops[0], inside, between) / (report.num_microbatches * mesh.data),
+        inside_bytes=sum(row.inside_bytes for row in rows),
+        between_bytes=sum(row.between_bytes for row in rows),
+        cost=step_seconds(mesh, m, seen.flops, *charged(rows)) / (m * mesh.data),
         cause="" if fits else _largest(report),
     )
 
 
+def _config(subject: _Subject, sch: Schedule) -> Mapping[str, Any] | None:
+    """Return the configuration for a mesh; torch refuses what it says of a pipeline where there is none."""
+    config = subject.config(sch.mesh)
+    if subject.target != "torch" or is_cut(sch) or not isinstance(config, Mapping):
+        return config
+    return {name: value for name, value in config.items() if name not in ("schedule", "num_microbatches")}
+
+
+def charged(rows: Iterable[StepTraffic]) -> tuple[int, int]:
+    """Return the bytes that are sent at the speed of a node's inside, and at that between nodes.
+
+    Each round of a ring sends one part over all its hops at once (Patarasu and Yuan 2009, section 4), and the next round
+    waits for the slowest: a ring of which any hop leaves the node runs at that hop's speed. Messages from rank to rank are
+    each charged where they go.
+
+    >>> ring = StepTraffic(0, "data", "gradients", "all_reduce", 1, 400, wire_bytes=600, between_bytes=150)
+    >>> message = StepTraffic(0, "pipe", "boundary", "send", 2, 600, wire_bytes=600, between_bytes=150)
+    >>> charged([ring]), charged([message])
+    ((0, 600), (450, 150))
+    """
+    inside = between = 0
+    for row in rows:
+        slow = row.wire_bytes if row.between_bytes and row.op != "send" else row.between_bytes
+        inside, between = inside + row.wire_bytes - slow, between + slow
+    return inside, between
+
+
 def step_seconds(mesh: Mesh, num_microbatches: int, forward_flops: int, inside_bytes: int, between_bytes: int) -> float:
-    """Return the seconds that a training step is taken to last; the formula is that of ``search``.
+    """Return the seconds that a training step is taken to last: the formula of ``search``, with bytes as ``charged``.
 
     >>> step_seconds(Mesh(pipe=2), 1, forward_flops=400_000_000_000_000, inside_bytes=0, between_bytes=0)
     3.0
@@ -256,13 +315,12 @@ def _forward_flops(sch: Schedule, example_inputs: Mapping[str, Tensor] | None) -
     return counter.get_total_flops()
 
 
-def _busiest(report: Report) -> tuple[int, int]:
-    """Return what a rank sends in a step inside its node and to others, on the stage where it takes longest."""
-    stages: dict[int, tuple[int, int]] = {0: (0, 0)}
+def _busiest(report: Report) -> list[StepTraffic]:
+    """Return what a rank sends in a step on the stage where it takes longest."""
+    stages: dict[int, list[StepTraffic]] = {0: []}
     for row in report.training:
-        inside, between = stages.get(row.stage, (0, 0))
-        stages[row.stage] = inside + row.inside_bytes, between + row.between_bytes
-    return max(stages.values(), key=lambda sent: sent[0] / INSIDE + sent[1] / BETWEEN)
+        stages.setdefault(row.stage, []).append(row)
+    return max(stages.values(), key=lambda rows: charged(rows)[0] / INSIDE + charged(rows)[1] / BETWEEN)
 
 
 def _largest(report: Report) -> str:
@@ -294,6 +352,9 @@ def _assumed(subject: _Subject) -> Iterator[str]:
     yield "Cost: seconds for each micro-batch, the whole mesh at work: computation and messages of the busiest stage, over"
     yield f"the part of a step that a pipeline is busy. A device is taken to compute at {flops} and to send at {inside}"
     yield f"inside its node and {between} between nodes (H100), one after the other. It ranks meshes, and foretells no time."
+    yield "A ring that leaves its node anywhere is charged as a whole at the speed between nodes."
+    if subject.target == "torch":
+        yield "Of a config for torch, schedule and num_microbatches are for the meshes with stages."
     yield "Example inputs are one micro-batch of one replica: with more replicas a step sees more."
     if subject.example_inputs is None:
         yield "There are no example inputs: neither activations nor computation are counted."

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..specs.distinct import Distinct
+    from ..specs.index import Index
     from ..specs.mesh import Coordinate, MeshAxis
-    from ..specs.param import Index, ParamSpec
+    from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.steps import LayoutStep, Step
+    from ..specs.stored import Folder
     from .resolve import Alias, Exchange, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
-Origin = Literal["program", "code", "module", "own", "nothing", "sent"]
-"""How values came to a rank: its own evaluation of an init program, init code, the module's values of the first rank or of
-each, nobody, or a message."""
+Origin = Literal["program", "code", "file", "module", "own", "nothing", "sent"]
+"""How values came to a rank: its own evaluation of an init program, init code, a file, the module's values of the first
+rank or of each, nobody, or a message."""
 
 
 @frozen
@@ -116,6 +118,16 @@ class Trace(DryRun):
     def take(self, piece: Piece) -> Value:
         origin = "module" if isinstance(piece.spec.source, ModuleValues) else "own"
         return self._made(super().take(piece), piece, origin)
+
+    def load(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Value]:
+        return [self._made(num, p, "file") for num, p in zip(super().load(pieces, folder), pieces, strict=True)]
+
+    def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Value]:
+        return [self._made(num, p, "file") for num, p in zip(super().load_own(pieces, folder), pieces, strict=True)]
+
+    def check_loaded(self, plan: Plan, *, failed: bool) -> None:
+        super().check_loaded(plan, failed=failed)
+        self.calls.append(Call(self.step, "all_reduce", (), (), plan.mesh.num_ranks, 0))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Value:
         return Value(super().empty(shape, dtype))

@@ -49,13 +49,19 @@ def step_traffic(plan: Plan, ranks_per_node: int | None) -> Iterator[StepTraffic
     for call in calls:
         place = stage_of[call.module] % mesh.pipe
         add(place, call.mesh_axis, call.cargo, call.op, num_micro * call.num_calls, num_micro * call.num_bytes)
+    sent: dict[int, dict[int, int]] = {}
     for place in range(mesh.pipe):
         here = Coordinate(pipe=place, data=0, tensor=0, mesh=mesh)
         for row in (*crossings(plan, here), *reductions(plan, here)):
             add(place, row.mesh_axis, row.cargo, row.op, row.num_calls, row.num_bytes)
+            if row.to is not None:
+                sent.setdefault(place, {})[row.to] = row.num_bytes
     for (place, mesh_axis, cargo, op), (num_calls, num_bytes) in sorted(rows.items(), key=lambda row: row[0][0]):
-        wire = wire_bytes(op, mesh.num(mesh_axis), num_bytes)
-        between = round(wire * _leaving(mesh, place, mesh_axis, op, ranks_per_node)) if ranks_per_node else 0
+        wire, between = wire_bytes(op, mesh.num(mesh_axis), num_bytes), 0
+        if ranks_per_node and op == "send":
+            between = _messages_leaving(mesh, place, sent[place], ranks_per_node)
+        elif ranks_per_node:
+            between = round(wire * _leaving(mesh, place, mesh_axis, ranks_per_node))
         yield StepTraffic(place, mesh_axis, cargo, op, num_calls, num_bytes, wire, between)
 
 
@@ -68,15 +74,22 @@ def wire_bytes(op: str, num_ranks: int, num_bytes: int) -> int:
     return num_bytes * _PASSES[op] * (num_ranks - 1) // num_ranks if op in _PASSES else num_bytes
 
 
-def _leaving(mesh: Mesh, place: int, mesh_axis: MeshAxis, op: str, ranks_per_node: int) -> float:
-    """Return the part of the bytes that leave their node: of a ring its hops, in the order of ranks; of the worst group."""
+def _messages_leaving(mesh: Mesh, place: int, sent: Mapping[int, int], ranks_per_node: int) -> int:
+    """Return the bytes to other places along ``pipe`` that leave their node, of the rank of which most do."""
+    first, stride = mesh.stage(place).start, mesh.groups("pipe").stride
+    return max(
+        sum(
+            num_bytes
+            for to, num_bytes in sent.items()
+            if rank // ranks_per_node != (rank + (to - place) * stride) // ranks_per_node
+        )
+        for rank in range(first, first + min(stride, ranks_per_node))
+    )
+
+
+def _leaving(mesh: Mesh, place: int, mesh_axis: MeshAxis, ranks_per_node: int) -> float:
+    """Return the part of a ring's bytes that leave their node: of its hops in the order of ranks; in the worst group."""
     groups = mesh.groups(mesh_axis)
-    if op == "send":  # one hop, to the places before and after
-        first = mesh.stage(place).start
-        starts = range(first, first + min(groups.stride, ranks_per_node))
-        others = [other for other in (place - 1, place + 1) if 0 <= other < mesh.pipe]
-        pairs = ((rank, rank + (other - place) * groups.stride) for rank in starts for other in others)
-        return max(float(rank // ranks_per_node != other // ranks_per_node) for rank, other in pairs)
     return max(_crossing(group, ranks_per_node) for group in _aligned_otherwise(mesh, place, groups, ranks_per_node))
 
 

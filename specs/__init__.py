@@ -1,14 +1,16 @@
 """What is planned: immutable records and their own laws. No torch, no effects."""
 
+from .checkpoint import Checkpoint
 from .codec import as_plain, dumps, loads
 from .diff import Change, PlanDiff
 from .distinct import Distinct
 from .errors import PlanError, Problem
 from .finding import Finding, Silence, Silenced
+from .index import Index
 from .memory import Memory, Share
 from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
 from .microbatch import Microbatch, Saved, SyncCall
-from .param import Index, Kind, Origin, ParamSpec
+from .param import Kind, Origin, ParamSpec
 from .pipeline import Activation, ExampleInput, Pipeline, PlainInput, Stage, TensorInput, VariableSize
 from .plan import SCHEMA_VERSION, Plan, Runtime
 from .program import Constant, InitProgram, Node, Operation
@@ -17,8 +19,9 @@ from .receipt import Collective, Receipt
 from .report import Report
 from .search import Candidate, Search
 from .shard import Interval, Shard, Split
-from .source import Call, Made, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
+from .source import Call, Loaded, Made, Materialised, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
 from .steps import Step
+from .stored import Folder, Part, StoredFile, StoredTensor
 from .traffic import Boundary, StepTraffic, Traffic
 from .tree import SpecTree
 
@@ -30,6 +33,7 @@ __all__ = [
     "Call",
     "Candidate",
     "Change",
+    "Checkpoint",
     "Collective",
     "Constant",
     "Coordinate",
@@ -37,12 +41,15 @@ __all__ = [
     "ExampleInput",
     "Failure",
     "Finding",
+    "Folder",
     "Groups",
     "Index",
     "InitProgram",
     "Interval",
     "Kind",
+    "Loaded",
     "Made",
+    "Materialised",
     "Memory",
     "Mesh",
     "MeshAxis",
@@ -54,6 +61,7 @@ __all__ = [
     "Origin",
     "OwnValues",
     "ParamSpec",
+    "Part",
     "Pipeline",
     "PlainInput",
     "Plan",
@@ -76,6 +84,8 @@ __all__ = [
     "Stage",
     "Step",
     "StepTraffic",
+    "StoredFile",
+    "StoredTensor",
     "SyncCall",
     "TensorCall",
     "TensorInput",

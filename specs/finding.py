@@ -24,6 +24,7 @@ CODES = {
     "SP004": "a rank touches a tensor of another stage",
     "SP005": "ranks issue other collectives than their group",
     "SP006": "values depend on the layout",
+    "SP007": "a gradient is not summed once, or the module not handed over once",
     "SP010": "split, and never joined",
     "SP011": "split, and joined before it",
     "SP012": "a bias that every rank adds",
@@ -45,7 +46,7 @@ CODES = {
 }
 """What a finding can be about."""
 
-LOUD = ("SP001", "SP002", "SP003", "SP004", "SP005", "SP032")
+LOUD = ("SP001", "SP002", "SP003", "SP004", "SP005", "SP007", "SP032")
 """What cannot be silenced: a law that does not hold for the plan, and a silence itself."""
 
 _NAMES = re.compile(r"\{\d+\.\.\d+\}|[^.]+")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .dtypes import human_bytes
+from .dtypes import human_bytes, short_name
 from .fold import fold
-from .source import Made
+from .source import Loaded, Made
 from .steps import (
     AddBiasAfterSync,
     DispatchTokens,
@@ -97,9 +97,13 @@ def layout_words(steps: Iterable[Step]) -> dict[str, list[str]]:
 
 def source_words(spec: ParamSpec) -> str:
     """Return in words where the values of a tensor come from."""
-    if isinstance(spec.source, Made):
-        return "; ".join(dict.fromkeys(str(call) for call in spec.source.calls))
-    return str(spec.source)
+    match spec.source:
+        case Made(calls=calls):
+            return "; ".join(dict.fromkeys(map(str, calls)))
+        case Loaded() as source if source.dtype != spec.dtype:
+            return f"{source}, {short_name(source.dtype)} there"
+        case _:
+            return str(spec.source)
 
 
 def _silenced(silences: Iterable[Silence]) -> list[str]:

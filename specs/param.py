@@ -10,9 +10,10 @@ from attrs.validators import deep_iterable, ge, in_, instance_of
 from frozendict import deepfreeze, frozendict
 
 from .dtypes import is_known, num_bytes, short_name
+from .index import Index, whole_index
 from .mesh import MeshAxis
 from .plain import check_integer, check_plain
-from .shard import Interval, Shard
+from .shard import Shard
 from .source import Source, Unknown
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["parameter", "buffer", "non_persistent_buffer"]
 """What a tensor is to its module."""
-
-Index = tuple[tuple[Interval, ...], ...]
-"""A part of a tensor: for each axis the intervals of it, in order."""
 
 
 @frozen
@@ -195,21 +193,3 @@ class ParamSpec:
 
     def __str__(self) -> str:
         return f"{self.path}  {self.type}"
-
-
-def index_shape(index: Index) -> tuple[int, ...]:
-    """Return the shape of a part.
-
-    >>> index_shape((((0, 4),), ((0, 3), (6, 9))))
-    (4, 6)
-    """
-    return tuple(sum(stop - start for start, stop in intervals) for intervals in index)
-
-
-def whole_index(shape: tuple[int, ...]) -> Index:
-    """Return the part that is all of a tensor.
-
-    >>> whole_index((4, 3))
-    (((0, 4),), ((0, 3),))
-    """
-    return tuple(((0, size),) if size else () for size in shape)

@@ -17,17 +17,21 @@ from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
 from .plain import check_plain
 from .program import RANDOM_SCHEME
-from .source import ModuleCall, TensorCall
+from .source import Loaded, ModuleCall, TensorCall
 from .steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
+    AsDTensors,
     Broadcast,
+    CheckLoaded,
     DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
     ForkRng,
     Generate,
+    LoadOwn,
+    LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
@@ -50,9 +54,10 @@ from .steps import (
     VocabParallel,
     Wrap,
 )
+from .stored import Folder
 from .tree import SpecTree
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Version of the JSON form; a plan of another version is refused."""
 
 
@@ -80,6 +85,7 @@ class Plan:
         schema_version: Version of the JSON form.
         pipeline: How the model is cut along ``pipe``; None if it is not.
         microbatch: What one micro-batch sends and leaves behind; None if none was followed.
+        folder: The files that values are read from; None if none are.
         silences: Findings that are known and meant.
         runtime: Model and callables; outside equality, hash, repr and JSON.
 
@@ -97,11 +103,16 @@ class Plan:
     schema_version: int = SCHEMA_VERSION
     pipeline: Pipeline | None = None
     microbatch: Microbatch | None = None
+    folder: Folder | None = None
     silences: tuple[Silence, ...] = field(default=(), converter=tuple)
     runtime: Runtime = field(factory=Runtime, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        problems = [*misfits(self.mesh, self.tree, len(self.stages)), *_strangers(self.mesh, self.tree, self.steps)]
+        problems = [
+            *misfits(self.mesh, self.tree, len(self.stages)),
+            *_strangers(self.mesh, self.tree, self.steps),
+            *_unread(self.tree, self.folder),
+        ]
         if problems:
             raise PlanError(problems)
 
@@ -193,6 +204,14 @@ def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Prob
     return problems
 
 
+def _unread(tree: SpecTree, folder: Folder | None) -> list[Problem]:
+    """Return the tensors that are read from files which the plan's folder does not name."""
+    known = {file.name for file in folder.files} if folder else set[str]()
+    loaded = [(spec, part.stored) for spec in tree.values() if isinstance(spec.source, Loaded) for part in spec.source.parts]
+    cause = "it is read from {!r}, which is no file of the plan's folder"
+    return [Problem(s.path, cause.format(p.file), "Plan again", s.type) for s, p in loaded if p.file not in known]
+
+
 def _named(step: Step) -> tuple[tuple[str, ...], tuple[int, ...]]:  # noqa: PLR0911  one case a step
     """Return the tensors that a step names, and the places along ``pipe``."""
     match step:
@@ -200,7 +219,7 @@ def _named(step: Step) -> tuple[tuple[str, ...], tuple[int, ...]]:  # noqa: PLR0
             return (), ()
         case SumGradient() | DispatchTokens() | ForkRng() | MaskPadding():
             return (), ()
-        case MakeOptimizer() | TakeStages() | Wrap():
+        case CheckLoaded() | AsDTensors() | MakeOptimizer() | TakeStages() | Wrap():
             return (), ()
         case MakeTieGroups(between=between):
             return (), tuple(place for places in between for place in places)
@@ -217,6 +236,8 @@ def _named(step: Step) -> tuple[tuple[str, ...], tuple[int, ...]]:  # noqa: PLR0
             | EvaluateShard(stage=stage, paths=paths)
             | TakeWhole(stage=stage, paths=paths)
             | TakeShard(stage=stage, paths=paths)
+            | LoadShard(stage=stage, paths=paths)
+            | LoadOwn(stage=stage, paths=paths)
             | Allocate(stage=stage, paths=paths)
             | Scatter(stage=stage, paths=paths)
             | Broadcast(stage=stage, paths=paths)

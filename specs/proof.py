@@ -6,12 +6,13 @@ from typing import Literal
 
 from attrs import frozen
 
-Law = Literal["cover", "source", "ties", "stages", "order", "values"]
+Law = Literal["cover", "source", "ties", "once", "stages", "order", "values"]
 
 LAWS: dict[Law, str] = {
     "cover": "every element of every tensor is held exactly once per replica group",
     "source": "every tensor has exactly one source",
     "ties": "tied tensors stay one tensor, and share one gradient",
+    "once": "each gradient that ranks share is summed once, and the module is handed over once",
     "stages": "no rank touches a tensor of another stage",
     "order": "all members of a process group issue the same collectives in the same order",
     "values": "values do not depend on the layout",

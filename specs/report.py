@@ -14,6 +14,8 @@ from .fold import fold
 from .memory import Memory, Share
 from .mesh import Mesh
 from .proof import Proof
+from .reads import FileRead, rows, total_bytes
+from .stored import Folder
 from .table import ranges, table
 from .traffic import Boundary, StepTraffic, Traffic
 
@@ -35,6 +37,7 @@ _COLUMNS = (
 )
 _ALWAYS = ("parameters", "buffers", "training", "executing")
 _FEW = 3
+_TOO_LARGE = "SP030"
 
 
 @frozen
@@ -51,6 +54,8 @@ class Report:
         boundaries: What crosses between pipeline stages for one micro-batch.
         replicated: Tensors that every rank of their stage holds whole, largest first: path, printed type, bytes.
         proofs: What holds on all ranks, and where it does not.
+        reads: What is read while the plan is executed, for each distinct coordinate by file.
+        folder: The files; None if the plan reads none.
         findings: What may hurt, and nobody silenced.
         silenced: What somebody did silence, and why.
         num_microbatches: Micro-batches of a training step, on one rank.
@@ -67,6 +72,8 @@ class Report:
     boundaries: tuple[Boundary, ...]
     replicated: tuple[tuple[str, str, int], ...]
     proofs: tuple[Proof, ...]
+    reads: tuple[FileRead, ...] = ()
+    folder: Folder | None = None
     findings: tuple[Finding, ...] = ()
     silenced: tuple[Silenced, ...] = ()
     num_microbatches: int = 1
@@ -75,11 +82,20 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether the plan may be executed: no finding is an error."""
+        """Whether no finding is an error."""
         return not any(finding.severity == "error" for finding in self.findings)
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether ``execute`` refuses the plan: an error other than too little memory, as it is told of no device's."""
+        return any(finding.severity == "error" and finding.code != _TOO_LARGE for finding in self.findings)
+
     def memory(self, rank: int) -> Memory:
-        """Return what a rank holds; raise IndexError for a rank outside the mesh."""
+        """Return what a rank holds; where ZeRO 2 leaves ranks that are alike different gradients, what the fullest does.
+
+        Raises:
+            IndexError: For a rank outside the mesh.
+        """
         alike = self.distinct.like(self.mesh.coordinate(rank))
         return next(share.memory for share in self.shares if share.coordinate == alike)
 
@@ -108,6 +124,8 @@ class Report:
         if self.host_peak_bytes:
             told = "in host memory of each node, for the values that the model came with"
             lines += [f"        {human_bytes(self.host_peak_bytes)} {told}"]
+        if self.folder is not None:
+            lines += ["", *_head("reads", rows(self.reads)), f"        {self._together(self.folder)}"]
         lines += ["", *_head("sends", self._sends())]
         if self.training:
             lines += ["", *_head("step", self._steps())]
@@ -122,7 +140,16 @@ class Report:
         lines += ["", *map(str, folded(self.findings))] if self.findings else []
         quiet = fold((s.finding.path, (s.finding.code, s.reason)) for s in self.silenced)
         lines += ["", *(f"silenced  {code} {path or '(plan)'}: {reason}" for path, (code, reason) in quiet)] if quiet else []
-        return "\n".join([*lines, "", f"ok      {'yes' if self.ok else 'no: execute refuses this plan'}"])
+        return "\n".join([*lines, "", f"ok      {self.verdict}"])
+
+    @property
+    def verdict(self) -> str:
+        """What all findings come to, in a few words."""
+        if self.ok:
+            return "yes"
+        if self.is_refused:
+            return "no: execute refuses this plan"
+        return "no: it needs more memory than a device has, for which execute does not look"
 
     def _holds(self) -> Iterator[tuple[str, ...]]:
         alike: dict[tuple[int, Memory], list[Share]] = {}
@@ -142,6 +169,11 @@ class Report:
         for (num, *sizes), places in rows.items():
             stages = [stage for stage, _ in places]
             yield ranges(stages), str(int(num) * len(stages)), str(places[0][1]), *sizes
+
+    def _together(self, folder: Folder) -> str:
+        size = sum(file.num_bytes for file in folder.files)
+        files = f"{len(folder.files)} file{'s' if len(folder.files) > 1 else ''} of {human_bytes(size)}"
+        return f"all ranks together read {human_bytes(total_bytes(self.reads))} from {folder.path}, {files}"
 
     def _sends(self) -> Iterator[tuple[str, ...]]:
         yield "stage", "over", "op", "messages", "bytes to each rank"

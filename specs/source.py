@@ -7,6 +7,7 @@ from typing import Literal
 from attrs import frozen
 
 from .program import InitProgram
+from .stored import Part
 
 CodeKind = Literal["init_weights", "_init_weights", "reset_parameters", "_reset_parameters"]
 """Who owns a piece of init code: the user's callable, a Hugging Face model, or the module itself (two spellings)."""
@@ -85,6 +86,41 @@ class OwnValues:
 
 
 @frozen
+class Loaded:
+    """Values that lie in files.
+
+    Args:
+        parts: What of which stored tensor goes where; together they are the whole tensor. All have one dtype.
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The element type in the files."""
+        return self.parts[0].stored.dtype
+
+    def __str__(self) -> str:
+        return f"checkpoint, {len(self.parts)} tensors" if len(self.parts) > 1 else "checkpoint"
+
+
+@frozen
+class Materialised:
+    """Values that lie in the file of each rank's own, which was written before.
+
+    Args:
+        plan: Fingerprint of the plan that they were written for.
+        parts: What they were read from then, if they were.
+    """
+
+    plan: str
+    parts: tuple[Part, ...] = ()
+
+    def __str__(self) -> str:
+        return "shards on disk"
+
+
+@frozen
 class Uninitialised:
     """No values at all: whatever the memory holds."""
 
@@ -100,4 +136,4 @@ class Unknown:
         return "not planned"
 
 
-Source = InitProgram | Made | ModuleValues | OwnValues | Uninitialised | Unknown
+Source = InitProgram | Made | Loaded | Materialised | ModuleValues | OwnValues | Uninitialised | Unknown

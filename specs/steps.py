@@ -107,6 +107,36 @@ class TakeShard:
 
 
 @frozen
+class LoadShard:
+    """Ranks of a stage read their own parts of tensors from the plan's folder, in the order in which they lie there.
+
+    Args:
+        stage: Pipeline stage.
+        paths: The tensors.
+        stored_dtype: Their element type in the files; where the tensors have another one, what is read is converted to it.
+        over: Of these mesh axes only place 0 reads.
+    """
+
+    stage: int
+    paths: tuple[str, ...]
+    stored_dtype: str
+    over: tuple[MeshAxis, ...] = ()
+
+
+@frozen
+class LoadOwn:
+    """Every rank of a stage reads tensors from the file in the plan's folder that was written for it alone."""
+
+    stage: int
+    paths: tuple[str, ...]
+
+
+@frozen
+class CheckLoaded:
+    """All ranks add up the position sums of what they read, and compare them with those that were written down."""
+
+
+@frozen
 class Allocate:
     """Every rank of a stage allocates its parts and leaves them uninitialised."""
 
@@ -326,6 +356,17 @@ class MaskPadding:
 
 
 @frozen
+class AsDTensors:
+    """All tensors of the module become DTensors of torch; modules still compute with the local ones.
+
+    Args:
+        mesh_axes: Dimensions of the device mesh, in mesh order; there is a group along each.
+    """
+
+    mesh_axes: tuple[MeshAxis, ...]
+
+
+@frozen
 class MakeOptimizer:
     """The user's function, if there is one, makes an optimizer over the trained parameters."""
 
@@ -359,6 +400,9 @@ Step = (
     | EvaluateShard
     | TakeWhole
     | TakeShard
+    | LoadShard
+    | LoadOwn
+    | CheckLoaded
     | Allocate
     | Scatter
     | Broadcast
@@ -369,6 +413,7 @@ Step = (
     | LayoutStep
     | TakeStages
     | SumTied
+    | AsDTensors
     | MakeOptimizer
     | Wrap
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
 from shardplan.specs import Mesh
-from shardplan.specs.steps import Allocate, EvaluateShard, MakeGroups, Place, SumTied
+from shardplan.specs.steps import Allocate, EvaluateShard, MakeGroups, Place, SumGradient, SumTied
 from tests.families import family
 from tests.models import llama, plain, schedule, split_plain
 
@@ -198,6 +198,7 @@ HURT = {
     "SP004": lambda: (elsewhere(), {}),
     "SP005": lambda: (without(plan_build(schedule("plain", TWO_BY_TWO), strategy="scatter"), MakeGroups), {}),
     "SP006": lambda: (plan_build(schedule("plain", Mesh(tensor=2)), init_weights=False), {}),
+    "SP007": lambda: (without(mixture(Mesh(data=2, expert=2), split=True), SumGradient), {}),
     "SP010": lambda: (plan_build(perceptron(Mesh(tensor=2)).at["0"].colwise()), {}),
     "SP011": lambda: (plan_build(backwards()), {}),
     "SP012": lambda: (whole_bias(), {}),
@@ -226,6 +227,7 @@ NEAR = {
     "SP004": lambda: (tied_stages(), {}),
     "SP005": lambda: (plan_build(schedule("plain", TWO_BY_TWO), strategy="scatter"), {}),
     "SP006": lambda: (plan_build(split_plain(plain(device="cpu"), Mesh(tensor=2))), {}),
+    "SP007": lambda: (mixture(Mesh(data=2, expert=2), split=True), {}),
     "SP010": lambda: (joined(Mesh(tensor=2)), {}),
     "SP011": lambda: (joined(Mesh(tensor=2)), {}),
     "SP012": lambda: (joined(Mesh(tensor=2)), {}),

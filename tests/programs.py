@@ -11,7 +11,7 @@ from torch import nn
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.evaluate import Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation
-from shardplan.specs.param import index_shape, whole_index
+from shardplan.specs.index import index_shape, whole_index
 
 MASK = 0xFFFFFFFF
 LIMIT = 2.5

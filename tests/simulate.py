@@ -17,7 +17,7 @@ from shardplan.functional.module_copy import copy_module, get_tensor
 from shardplan.functional.sync import SyncGroup
 from shardplan.functional.synchronise import group_name
 from shardplan.specs import InitProgram, ModuleValues
-from shardplan.specs.param import whole_index
+from shardplan.specs.index import whole_index
 
 
 @define

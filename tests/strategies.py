@@ -53,17 +53,21 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
-from shardplan.specs.source import CodeKind, Unknown
+from shardplan.specs.source import CodeKind, Loaded, Materialised, Unknown
 from shardplan.specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
+    AsDTensors,
     Broadcast,
+    CheckLoaded,
     DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
     ForkRng,
     Generate,
+    LoadOwn,
+    LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
@@ -86,6 +90,7 @@ from shardplan.specs.steps import (
     When,
     Wrap,
 )
+from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor
 from shardplan.specs.traffic import Cargo
 
 law = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -195,8 +200,18 @@ calls = st.one_of(
 )
 many_calls = st.lists(calls, min_size=1, max_size=2).map(tuple)
 causes = st.sampled_from(["", "its code looks at values that are drawn"])
-others = st.sampled_from([ModuleValues(), OwnValues(), Uninitialised(), Unknown()])
-sources = programs | st.builds(Made, many_calls, causes) | others
+others = st.sampled_from([ModuleValues(), OwnValues(), Materialised("3f" * 32), Uninitialised(), Unknown()])
+stored = st.builds(
+    StoredTensor,
+    st.sampled_from(["model.safetensors", "model-00001-of-00002.safetensors"]),
+    words,
+    st.integers(0),
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    dtypes,
+    st.none() | st.integers(0, 2**64 - 1),
+)
+loaded = st.builds(Loaded, st.lists(stored.map(Part.whole), min_size=1, max_size=2).map(tuple))
+sources = programs | st.builds(Made, many_calls, causes) | loaded | others
 
 
 @st.composite
@@ -292,7 +307,7 @@ def trees(draw, mesh):
     return SpecTree(specs)
 
 
-_MOVES = (EvaluateWhole, EvaluateShard, TakeWhole, TakeShard, Allocate, Slice, Place)
+_MOVES = (EvaluateWhole, EvaluateShard, TakeWhole, TakeShard, LoadOwn, Allocate, Slice, Place)
 
 
 def steps(mesh, tree):
@@ -314,6 +329,8 @@ def steps(mesh, tree):
         st.builds(Generate, stage, some, many_calls, some, paths),
         *(st.builds(kind, stage, some) for kind in _MOVES),
         *(st.builds(kind, stage, some, stage_axes) for kind in (Scatter, Broadcast)),
+        st.builds(LoadShard, stage, some, dtypes, stage_axes),
+        st.just(CheckLoaded()),
         st.builds(SendCopy, stage, stage, some),
         st.builds(SetAttributes, paths, json_objects),
         *(st.builds(kind, paths) for kind in (AddBiasAfterSync, ForkRng)),
@@ -323,6 +340,7 @@ def steps(mesh, tree):
         st.builds(SumGradient, paths, words, st.sampled_from(["tensor", "expert_data"]), few, many_pairs, few),
         st.builds(MaskPadding, paths, pairs),
         st.just(TakeStages()),
+        st.builds(AsDTensors, stage_axes),
         st.just(MakeOptimizer()),
         st.builds(Wrap, st.none() | words),
     ]
@@ -379,6 +397,12 @@ microbatches = st.builds(
 silences = st.lists(st.builds(Silence, st.sampled_from(["SP010", "SP021"]), words, words), max_size=2)
 
 
+def folder_of(tree):
+    """The files that a tree's tensors are read from."""
+    parts = [part for spec in tree.values() if isinstance(spec.source, Loaded) for part in spec.source.parts]
+    return Folder("weights", tuple(StoredFile(name, 9000, "3f" * 32) for name in sorted({p.stored.file for p in parts})))
+
+
 @st.composite
 def plans(draw):
     mesh = draw(meshes())
@@ -393,5 +417,6 @@ def plans(draw):
         random_scheme=draw(st.integers(0, 3)),
         pipeline=draw(st.none() | pipelines(mesh)),
         microbatch=draw(st.none() | microbatches),
+        folder=folder_of(tree),
         silences=draw(silences),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ COMMAND = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", flags=re.MULTILINE)
 OR_ELSE = ' || echo "exit code $?"'
 VARIES = re.compile(r"\b[0-9a-f]{12}\b|\d+\.\d+s\b")
 """Fingerprints, which change with the schema, and seconds."""
+
+WIDER = "sed -i.was 's/data=2,tensor=4/tensor=8/' plan.sh && rm plan.sh.was"
+"""A change of the plan."""
 
 ENVIRONMENT = {
     **os.environ,
@@ -84,22 +88,22 @@ def edit(file, diff):
     file.write_text(text.replace(old, new))
 
 
-def carry_out(workflow, folder):
-    """Carry out a workflow's own commands in a repository where its base branch is one commit behind."""
+def carry_out(workflow, folder, changes):
+    """Carry out a workflow's own commands in a repository; ``changes`` lead to its base branch, and to the pull request."""
     job = workflow["jobs"]["plan"]
     assert workflow[True] == "pull_request"  # YAML 1.1 reads "on" so
-    assert set(job["env"]) == {"BASE", "NUMBER", "GH_TOKEN"}
+    assert set(job["env"]) == {"BASE", "NUMBER", "GH_TOKEN", "SHARDPLAN"}
     steps = [step["run"] for step in job["steps"] if "run" in step]
-    assert steps[0].startswith("pip install shardplan")
+    assert steps[0] == 'pip install "shardplan @ $SHARDPLAN" pytest', "no step takes a name from an index that it is not on"
     assert not any("${{" in step for step in steps), "what others write must not become a command"
     commit = "git add -A && git -c user.name=me -c user.email=me@example.org commit -qm change"
     for command in (
-        f"git init -q . && {commit} && git update-ref refs/remotes/origin/main HEAD",
-        f"sed -i.was 's/data=2,tensor=4/tensor=8/' plan.sh && rm plan.sh.was && {commit}",
+        f"git init -q . && {changes[0]} && {commit} && git update-ref refs/remotes/origin/main HEAD",
+        f"{changes[1]} && {commit}",
     ):
         code, said = shell(command, folder)
         assert code == 0, said
-    (folder / "bin").mkdir()
+    (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "gh").write_text('#!/bin/sh\necho "$@" > posted.txt\n')
     (folder / "bin" / "gh").chmod(0o755)
     said = ""
@@ -110,7 +114,7 @@ def carry_out(workflow, folder):
     return said
 
 
-def test_the_tutorial(folder):
+def test_the_tutorial(folder, tmp_path_factory):
     blocks = list(BLOCK.finditer(PAGE.read_text()))
     assert len(blocks) == PAGE.read_text().count("\n```") // 2, "a block has no empty line before it"
     printed = {}
@@ -128,9 +132,15 @@ def test_the_tutorial(folder):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
     workflow = yaml.safe_load((folder / ".github" / "workflows" / "plan.yml").read_text())
-    audited = carry_out(workflow, folder)
+    first = tmp_path_factory.mktemp("first")
+    shutil.copytree(folder, first, dirs_exist_ok=True)
+    audited = carry_out(workflow, folder, ("true", WIDER))
     assert audited.startswith("audit of plan ")
     assert "mesh pipe=1 data=1 tensor=8" in audited
     compared = next(said for line, said in printed.items() if line.startswith("shardplan diff"))
     assert (folder / "comment.md").read_text() == f"What this changes on every rank:\n```\n{compared}```\n"
     assert (folder / "posted.txt").read_text() == "pr comment 7 --edit-last --create-if-none --body-file comment.md\n"
+    # the pull request that adds plan.sh
+    assert "mesh pipe=1 data=2 tensor=4" in carry_out(workflow, first, ("mv plan.sh ../plan.sh", "mv ../plan.sh plan.sh"))
+    shown = next(said for line, said in printed.items() if line.startswith("shardplan show"))
+    assert (first / "comment.md").read_text() == f"The first plan of this repository:\n```\n{shown}```\n"

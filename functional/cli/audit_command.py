@@ -15,6 +15,7 @@ from ...specs.memory import Memory
 from ...specs.table import table
 from ..audit import audit
 from ..dry import predict
+from ..training.zero import Zero
 from .output import echo, echo_json, write
 from .values import BYTES, FILE, read_plan
 
@@ -48,7 +49,7 @@ Exit codes: 0 all is well, 1 there are findings of the kind that --fail-on names
     show_default=True,
     help="The least finding with which the exit code is 1.",
 )
-@click.option("--rank", type=click.IntRange(min=0), help="Also print what this rank holds and does.")
+@click.option("--rank", type=click.IntRange(min=0), help="Also print what this rank does and the fullest of its kind holds.")
 @click.option("--html", type=FILE, help="Also write the report as a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_context
@@ -102,6 +103,8 @@ def _rank(plan: Plan, report: Report, rank: int) -> Iterator[str]:
     names = [name for name in _names() if getattr(memory, name) is not None]
     rows = ((name.removesuffix("_bytes").replace("_", " "), human_bytes(getattr(memory, name))) for name in names)
     yield from (f"  {line}" for line in table([("holds", "bytes"), *rows], right=True))
+    if plan.target == "deepspeed" and Zero.of(plan).stage == 2:  # noqa: PLR2004  ZeRO 2
+        yield "  ZeRO 2 leaves ranks that are alike different gradients: these are those of the rank with the most"
     yield (
         f"  executing: {receipt.num_tensors} tensors, peak {human_bytes(receipt.peak_bytes)},"
         f" {len(receipt.collectives)} collectives of {human_bytes(receipt.received_bytes)}, {receipt.num_groups} groups"

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 from attrs import fields, frozen
 
-from ...specs.dtypes import human_bytes
+from ...specs.dtypes import human_bytes, short_name
 from ...specs.errors import PlanError, Problem
 from ...specs.finding import Finding
-from ...specs.listing import changes
+from ...specs.index import Index
+from ...specs.listing import changes, source_words
 from ...specs.mesh import Coordinate, MeshAxis
-from ...specs.param import Index, ParamSpec
+from ...specs.param import ParamSpec
 from ...specs.pattern import closest
 from ...specs.program import InitProgram
 from ...specs.shard import Shard
-from ...specs.source import Made
+from ...specs.source import Loaded, Made
 from ...specs.steps import (
     Allocate,
     Broadcast,
@@ -25,6 +26,8 @@ from ...specs.steps import (
     EvaluateWhole,
     Generate,
     LayoutStep,
+    LoadOwn,
+    LoadShard,
     Scatter,
     SendCopy,
     Slice,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from ...specs.plan import Plan
 
 _MOST_ROWS = 16
+_FEW = 3
 _MOVES = {
     EvaluateShard: "every rank evaluates the program for its own part; nothing is sent",
     EvaluateWhole: "the first rank of stage {stage} evaluates the program for the whole tensor",
@@ -152,7 +156,11 @@ def explain(plan: Plan, path: str) -> Explanation:
     """
     if path not in plan.tree:
         near = closest(path, plan.tree.all_paths)
-        fix = f"The closest are {', '.join(near)}" if near else "shardplan show lists all paths"
+        fix = (
+            f"The closest are {', '.join(near)}"
+            if near
+            else "shardplan show lists them, repeated layers folded: layers.{0..3} are layers.0 to layers.3"
+        )
         raise PlanError([Problem(path, "no tensor of the plan has this path", fix)])
     spec = plan.tree[path]
     modules = {name.rpartition(".")[0] for name in spec.paths}
@@ -192,6 +200,10 @@ def _values(spec: ParamSpec) -> str:
             return f"{spec.source}: what the model's own init code does, followed while planning"
         case Made(cause=cause):
             return f"{spec.source}: code that runs on the whole tensor" + (f", as {cause}" if cause else "")
+        case Loaded(parts=parts):
+            found = [f"{part.stored.key} of {part.stored.file}" for part in parts]
+            told = [*found[:_FEW], f"and {len(found) - _FEW} more"] if len(found) > _FEW else found
+            return f"{source_words(spec)}: {', '.join(told)}"
         case _:
             return str(spec.source)
 
@@ -209,6 +221,13 @@ def _move(step: Step, spec: ParamSpec) -> str:  # noqa: PLR0911  one case a step
             return f"every rank is sent its own part, over {' x '.join(over)}"
         case Broadcast(over=over, paths=paths) if spec.path in paths:
             return f"it is sent to all, over {' x '.join(over)}"
+        case LoadShard(over=over, paths=paths) if spec.path in paths:
+            who = f"the first ranks along {' x '.join(over)} read their" if over else "every rank reads its"
+            dtypes = (short_name(step.stored_dtype), short_name(spec.dtype))
+            converted = f" as {dtypes[0]}, and keeps it as {dtypes[1]}" if dtypes[0] != dtypes[1] else ""
+            return f"stage {step.stage}: {who} own part of the files{converted}"
+        case LoadOwn(paths=paths) if spec.path in paths:
+            return f"stage {step.stage}: every rank reads it from the file of its own"
         case EvaluateShard() | EvaluateWhole() | TakeWhole() | TakeShard() | Allocate() | Slice() if spec.path in step.paths:
             return _MOVES[type(step)].format(stage=step.stage)
         case _:

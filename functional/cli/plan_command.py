@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ...specs.checkpoint import Checkpoint
 from ...specs.codec import dumps
 from ...specs.errors import PlanError, Problem
 from .output import echo_json, write
@@ -63,6 +64,7 @@ Examples:
   shardplan plan --factory train:schedule --mesh data=2,tensor=4 -o plan.json
   shardplan plan --hf-config path/to/llama --mesh pipe=2,tensor=4 --batch 2 --sequence 4096 -o plan.json
   shardplan plan --hf-config path/to/llama --mesh data=8,tensor=8 --target deepspeed --config ds.json -o plan.json
+  shardplan plan --hf-config path/to/llama --mesh data=8,tensor=8 --checkpoint path/to/llama --dedupe -o plan.json
 
 \b
 With --batch and --sequence a forward pass is followed at local shapes: partial gradients are found, traffic and
@@ -82,6 +84,8 @@ Exit codes: 0 planned, 2 the schedule or what was given is wrong; all problems a
     show_default=True,
     help="How values come to their ranks.",
 )
+@click.option("--checkpoint", metavar="FOLDER", help="Weights to start from: Hugging Face, DCP, DeepSpeed's universal.")
+@click.option("--dedupe", is_flag=True, help="Ranks along data read each weight of --checkpoint once, and broadcast it.")
 @click.option("-o", "--output", type=FILE, help="File for the plan's JSON.")
 @click.option("--json", "as_json", is_flag=True, help="With -o: print what was written as JSON.")
 def command(
@@ -95,6 +99,8 @@ def command(
     mesh: Mesh,
     seed: int,
     strategy: Literal["auto", "local", "scatter", "broadcast"],
+    checkpoint: str | None,
+    dedupe: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -102,6 +108,8 @@ def command(
     if mesh.pipe > 1 and batch is None:
         cause = f"{mesh} has stages, and a model is cut by following it on example inputs"
         raise PlanError([Problem("--mesh", cause, "Give their sizes: --batch 2 --sequence 128")])
+    if dedupe and checkpoint is None:
+        raise PlanError([Problem("--dedupe", "it is for --checkpoint, which is not given", "Give --checkpoint FOLDER")])
     source = source_of(factory, hf_config, batch, sequence)
     from ..plan import plan_build
     from .sources import read_config
@@ -113,6 +121,7 @@ def command(
         config=read_config(config),
         seed=seed,
         strategy=strategy,
+        init_weights=True if checkpoint is None else Checkpoint(checkpoint, dedupe=dedupe),
         example_inputs=source.example_inputs(sch),
     )
     text = dumps(plan)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from ...specs.errors import PlanError, Problem
 from ...specs.mesh import Mesh
 from .output import echo, echo_json
 from .plan_command import asks_for_a_model, source_of
 from .values import BYTES
+
+if TYPE_CHECKING:
+    from ..schedule import Schedule
+    from .sources import Source
 
 
 @click.command(
@@ -48,6 +54,7 @@ def command(
     from ..search import search
     from .sources import read_config
 
+    inputs = None if batch is None and sequence is None else source.example_inputs(_any_schedule(source, num_ranks))
     found = search(
         source.schedule,
         num_ranks=num_ranks,
@@ -55,7 +62,7 @@ def command(
         ranks_per_node=ranks_per_node,
         target=target,
         config=read_config(config),
-        example_inputs=source.example_inputs(source.schedule(Mesh())),
+        example_inputs=inputs,
     )
     if as_json:
         echo_json(found)
@@ -63,3 +70,20 @@ def command(
         echo(str(found))
     if found.best is None:
         ctx.exit(1)
+
+
+def _any_schedule(source: Source, num_ranks: int) -> Schedule:
+    """Return a schedule for the sake of its model: that of one rank, or where the function takes no such mesh of another.
+
+    Raises:
+        PlanError: If the function takes none.
+    """
+    from ..search import meshes
+
+    problems: list[Problem] = []
+    for mesh in (Mesh(), *meshes(num_ranks)):
+        try:
+            return source.schedule(mesh)
+        except PlanError as error:
+            problems += error.problems
+    raise PlanError(problems)

@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,20 +140,21 @@ def _imported(name: str) -> Callable[[Mesh], object]:
 
 
 def _run(name: str, call: Callable[[], Any]) -> Any:
-    """Call the user's code; what it raises is a problem, with the line."""
+    """Call the user's code; what it raises is a problem, with the line. What it prints goes to stderr, beside the answer."""
     try:
-        return call()
+        with redirect_stdout(sys.stderr):
+            return call()
     except PlanError:
         raise
     except ModuleNotFoundError as error:
         if error.name == name.partition(":")[0]:
             raise  # the module that was asked for, not one that it asks for
         raise PlanError([_raised(name, error)]) from error
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and may not end the command
         raise PlanError([_raised(name, error)]) from error
 
 
-def _raised(name: str, error: Exception) -> Problem:
+def _raised(name: str, error: Exception | SystemExit) -> Problem:
     """Return where the user's code stopped: the innermost line that is neither of this package nor of an installed one."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(("<", sys.base_prefix))]

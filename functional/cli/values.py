@@ -64,7 +64,27 @@ class BytesType(click.ParamType[int]):
         return size
 
 
+class RanksType(click.ParamType[range]):
+    """A rank, or neighbouring ones as ``16-23``.
+
+    >>> RanksType().convert("16-23", None, None), RanksType().convert("5", None, None)
+    (range(16, 24), range(5, 6))
+    """
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        """Return the ranks."""
+        if isinstance(value, range):
+            return value
+        first, dash, last = (word.strip() for word in value.partition("-"))
+        if not first.isdecimal() or not (last.isdecimal() if dash else True) or int(last or first) < int(first):
+            self.fail(f"{value!r} is no rank; write 17, or 16-23", param, ctx)
+        return range(int(first), int(last or first) + 1)
+
+
 MESH = MeshType()
+RANKS = RanksType()
 BYTES = BytesType()
 FILE = click.Path(dir_okay=False, path_type=Path)
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...specs.errors import Problem
+from ...specs.plain import thawed
 from ...specs.steps import SumGradient
+from ..training.wrong_numbers import wrong_numbers
 
 if TYPE_CHECKING:
     from ...specs.mesh import Mesh
@@ -17,20 +19,16 @@ if TYPE_CHECKING:
     from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
-_MAX_ZERO_STAGE = 3
-_ZERO_NUMBERS = (
-    "reduce_bucket_size",
-    "sub_group_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_max_reuse_distance",
-)
+_SENT_IN = ("fp32", "fp16", "bf16")
+_ADDED_IN = (*_SENT_IN, "float32", "float16", "bfloat16", "float", "half")
+"""What DeepSpeed knows: ``get_communication_data_type`` and ``DtypeEnum`` in runtime/config.py of 0.19.8."""
 _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
 
 
 def check_config(mesh: Mesh, config: Mapping[str, Any]) -> list[Problem]:
     """Return what is wrong with a DeepSpeed configuration on a mesh."""
-    return [*_batch(mesh, config), *_clipping(config), *_zero(mesh, config)]
+    wrong = [*wrong_numbers(config), *_sections(config), *_clipping(config)]
+    return wrong or [*_batch(mesh, config), *_zero(mesh, config)]
 
 
 def check_layout(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -91,10 +89,6 @@ def check_boundaries(mesh: Mesh, pipeline: Pipeline, config: Mapping[str, Any]) 
 def _batch(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     total, micro, steps = (config.get(name) for name in names)
-    for name, value in zip(names, (total, micro, steps), strict=True):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            yield Problem(f"config.{name}", f"it is a positive integer, not {value!r}", "'auto' is not for DeepSpeed itself")
-            return
     if total is None and micro is None:
         yield Problem("config", "it has neither train_batch_size nor train_micro_batch_size_per_gpu", "Write one of them")
     elif total is not None:
@@ -110,19 +104,40 @@ def _batch(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("config.train_batch_size", cause, fix)
 
 
+def _sections(config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Iterate over sections and dtypes that decide what is kept and sent, and are written otherwise than DeepSpeed reads."""
+    for name in ("bf16", "fp16"):
+        section, fix = config.get(name, {}), f'Write "{name}": {{"enabled": true}}, or false'
+        if not isinstance(section, Mapping):
+            yield Problem(f"config.{name}", f"it is a section, not {section!r}", fix)
+        elif not isinstance(enabled := section.get("enabled", False), bool):
+            yield Problem(f"config.{name}.enabled", f"it is true or false, not {enabled!r}", fix)
+    sent = config.get("communication_data_type")
+    if sent is not None and sent not in _SENT_IN:
+        yield Problem("config.communication_data_type", f"{sent!r} is unknown", f"There are {', '.join(_SENT_IN)}")
+    types = config.get("data_types", {})
+    if not isinstance(types, Mapping):
+        cause = f"it is a section, not {types!r}"
+        yield Problem("config.data_types", cause, 'Write "data_types": {"grad_accum_dtype": "fp32"}')
+    elif (added := types.get("grad_accum_dtype")) is not None and added not in _ADDED_IN:
+        yield Problem("config.data_types.grad_accum_dtype", f"{added!r} is unknown", f"There are {', '.join(_ADDED_IN)}")
+    optimizer = config.get("optimizer")
+    if optimizer is not None and not (isinstance(optimizer, Mapping) and isinstance(optimizer.get("type"), str)):
+        cause = f"it is a type and its params, not {thawed(optimizer)!r}"
+        yield Problem("config.optimizer", cause, 'Write "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}')
+
+
 def _clipping(config: Mapping[str, Any]) -> Iterator[Problem]:
+    fix = 'Write "gradient_clipping": 1.0, or 0.0 for none'
     if "gradient_clipping" not in config:
         cause = "it is not written, and DeepSpeed 0.19 then clips at 1.0 without a word"
-        yield Problem("config.gradient_clipping", cause, 'Write "gradient_clipping": 1.0, or 0.0 for none')
+        yield Problem("config.gradient_clipping", cause, fix)
+    elif isinstance(value := config["gradient_clipping"], bool) or not isinstance(value, (int, float)):
+        yield Problem("config.gradient_clipping", f"it is a number, not {value!r}", fix)
 
 
 def _zero(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, Mapping) else zero
-    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= _MAX_ZERO_STAGE:
-        yield Problem("config.zero_optimization.stage", f"it is 0, 1, 2 or 3, not {stage!r}", _FIX_ZERO)
-        return
-    yield from _sizes(zero)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
     if mesh.pipe > 1 and stage > 1:
         cause = (
             f"ZeRO {stage} splits gradients, which a pipeline adds up over micro-batches: DeepSpeed refuses it with pipe > 1"
@@ -150,14 +165,5 @@ def _zero(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("config.zero_allow_untested_optimizer", cause, 'Write "zero_allow_untested_optimizer": true')
 
 
-def _sizes(zero: Any) -> Iterator[Problem]:
-    for name in _ZERO_NUMBERS if isinstance(zero, Mapping) else ():
-        value = zero.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            cause = f"it is a number, not {value!r}"
-            yield Problem(f"config.zero_optimization.{name}", cause, "'auto' is not for DeepSpeed itself; leave it out")
-
-
 def _enabled(config: Mapping[str, Any], name: str) -> bool:
-    section = config.get(name, {})
-    return bool(section.get("enabled", False)) if isinstance(section, Mapping) else bool(section)
+    return bool(config.get(name, {}).get("enabled", False))

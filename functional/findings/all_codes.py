@@ -33,7 +33,8 @@ def find(plan: Plan, report: Report) -> Iterator[Finding]:
 
     >>> from shardplan.functional import audit
     >>> from shardplan.specs import Mesh, Plan, SpecTree
-    >>> plan = Plan(Mesh(data=8), SpecTree(), ())
+    >>> from shardplan.specs.steps import Wrap
+    >>> plan = Plan(Mesh(data=8), SpecTree(), [Wrap(None)])
     >>> [finding.code for finding in find(plan, audit(plan))]
     ['SP014']
     """

@@ -19,6 +19,7 @@ _KINDS: dict[Law, tuple[str, Severity, str]] = {
     "cover": ("SP001", "error", _AGAIN),
     "source": ("SP002", "error", _AGAIN),
     "ties": ("SP003", "error", _AGAIN),
+    "once": ("SP007", "error", _AGAIN),
     "stages": ("SP004", "error", _AGAIN),
     "order": ("SP005", "error", _AGAIN),
     "values": ("SP006", "warning", "init_weights=True, or load a checkpoint before training"),

@@ -5,8 +5,8 @@ function drawHead(data) {
   const counts = [plural(data.num_errors, "error"), plural(data.num_warnings, "warning")];
   if (data.num_silenced) counts.push(`${data.num_silenced} silenced`);
   document.getElementById("verdict").append(
-    make("strong", { class: data.ok ? "ok" : "refused" }, data.ok ? "ok" : "refused"),
-    make("span", {}, data.ok ? "execute takes this plan" : "execute refuses this plan"),
+    make("strong", { class: data.ok ? "ok" : "refused" }, data.ok ? "ok" : "not ok"),
+    make("span", {}, data.verdict),
     make("span", { class: "muted" }, counts.join(", ")));
   document.getElementById("facts").append(...data.facts.map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, value))));

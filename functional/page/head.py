@@ -20,6 +20,7 @@ def head(plan: Plan, report: Report) -> dict[str, Any]:
         "heading": report.title.partition(",")[0],
         "fingerprint": plan.fingerprint,
         "ok": report.ok,
+        "verdict": "execute takes this plan" if report.ok else report.verdict.removeprefix("no: "),
         "num_errors": sum(finding.severity == "error" for finding in report.findings),
         "num_warnings": sum(finding.severity == "warning" for finding in report.findings),
         "num_silenced": len(report.silenced),

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 def crossings(plan: Plan, coordinate: Coordinate) -> Iterator[Reduction]:
     """Iterate over what one rank sends to the next stages and back to those before, at the sizes of the example inputs.
 
+    Messages are told apart by the place along ``pipe`` that they go to: that of the next stage, or of the one before. Where
+    each place has several stages the last place sends to the first, and back.
+
     With ``tensor`` DeepSpeed sends a part of the first tensor only, unless it is told not to, and gathers it again along
     ``tensor``: what a stage takes before its forward pass, what it has given and its gradient before its backward pass
     (``_exec_forward_pass`` and ``_exec_backward_pass`` in runtime/pipe/engine.py of 0.19.8). Shapes that DeepSpeed tells
     ahead of tensors, 1 KiB each time, are left out.
     """
     times, last = num_microbatches(plan), len(plan.stages) - 1
-    sent: list[int] = []
+    sent: dict[int, list[int]] = {}
     gathered: list[int] = []
     for number in range(coordinate.pipe, len(plan.stages), plan.mesh.pipe):
         outputs = plan.stages[number].outputs if number < last else ()
@@ -33,11 +36,13 @@ def crossings(plan: Plan, coordinate: Coordinate) -> Iterator[Reduction]:
         if is_partitioned(plan):
             gathered += [output.num_bytes for output in outputs[:1] for _ in range(2)]
             gathered += [output.num_bytes for output in before[:1]]
-        for crossing in (outputs, gradients):
-            sent += [size for output in crossing[:1] for size in first_sizes(plan, coordinate, output)]
-            sent += [output.num_bytes for output in crossing[1:]]
-    if sent:
-        yield Reduction("pipe", "boundary", "send", times * len(sent), times * sum(sent))
+        for to, crossing in ((number + 1, outputs), (number - 1, gradients)):
+            sizes = [size for output in crossing[:1] for size in first_sizes(plan, coordinate, output)]
+            sizes += [output.num_bytes for output in crossing[1:]]
+            sent.setdefault(to % plan.mesh.pipe, []).extend(sizes)
+    for place, sizes in sent.items():
+        if sizes:
+            yield Reduction("pipe", "boundary", "send", times * len(sizes), times * sum(sizes), to=place)
     if gathered:
         yield Reduction("tensor", "boundary", "all_gather", times * len(gathered), times * sum(gathered))
 

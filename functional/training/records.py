@@ -38,11 +38,12 @@ class Reduction:
 
     Args:
         mesh_axis: Mesh axis along which they go.
-        cargo: ``gradients`` or ``parameters``.
-        op: ``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``broadcast``.
+        cargo: ``gradients``, ``parameters`` or ``boundary``.
+        op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast`` or ``send``.
         num_calls: Messages; one for each tensor or buffer where the runtime cuts them by the order of its hooks.
         num_bytes: Bytes of the tensors, all messages together: of an all-reduce the tensor, of a gather or a reduce-scatter
             the whole.
+        to: Of messages from rank to rank the place along the mesh axis that they go to; None for a collective.
     """
 
     mesh_axis: MeshAxis
@@ -50,3 +51,4 @@ class Reduction:
     op: str
     num_calls: int
     num_bytes: int
+    to: int | None = None

@@ -103,6 +103,7 @@ def test_a_split_that_nothing_joins_again_is_an_error():
     )
     assert ".sync('forward_post', 'all_gather', axis=-1), or .rowwise() on what follows" in report.findings[0].fix
     assert str(report).endswith("ok      no: execute refuses this plan")
+    assert report.is_refused
 
 
 def test_a_split_is_joined_by_a_later_sum_or_its_own_gather():
@@ -236,3 +237,15 @@ def test_each_process_of_a_node_holds_the_values_that_a_model_came_with():
     on_meta = audit(plan_build(schedule("plain", Mesh(data=8))), ranks_per_node=4)
     assert on_meta.host_peak_bytes == 0
     assert "host memory" not in str(on_meta)
+
+
+def test_too_little_memory_is_not_what_execute_refuses():
+    sound, broken = plan_build(schedule("plain", Mesh(tensor=2))), plan_build(perceptron(Mesh(tensor=2)).at["0"].colwise())
+    large = audit(sound, device_memory=1)
+    assert [finding.code for finding in large.findings if finding.severity == "error"] == ["SP030"]
+    assert (large.ok, large.is_refused) == (False, False)
+    assert str(large).endswith("ok      no: it needs more memory than a device has, for which execute does not look")
+    both = audit(broken, device_memory=1)
+    assert {finding.code for finding in both.findings if finding.severity == "error"} > {"SP030"}
+    assert both.is_refused
+    assert str(both).endswith("ok      no: execute refuses this plan")

@@ -85,6 +85,16 @@ def here(tmp_path, monkeypatch):
         "    return [][mesh.tensor]\n"
         "def number(mesh):\n"
         "    return mesh.num_ranks\n"
+        "def loud(mesh):\n"
+        "    print('looking at', mesh)\n"
+        "    return split(mesh)\n"
+        "def leaves(mesh):\n"
+        "    raise SystemExit(3)\n"
+        "def many(mesh):\n"
+        "    assert mesh.num_ranks > 1\n"
+        "    return split(mesh)\n"
+        "def typo(mesh):\n"
+        "    return split(mesh).at['upp'].colwise()\n"
     )
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     LlamaConfig(
@@ -204,6 +214,15 @@ def test_one_rank_of_the_audit_is_its_receipt(plan, saved):
     )
 
 
+def test_of_ranks_that_zero_2_leaves_different_gradients_it_is_said_that_the_most_is_shown(tmp_path):
+    for stage in (1, 2):
+        config = {"train_batch_size": 4, "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
+        plan = plan_build(split_plain(plain(), MESH), target="deepspeed", config=config)
+        (tmp_path / "zero.json").write_text(dumps(plan))
+        said = run("audit", tmp_path / "zero.json", "--rank", 3)
+        assert ("these are those of the rank with the most" in said) == (stage == 2)
+
+
 def test_an_audit_fails_on_what_it_is_told_to_fail_on(saved):
     assert "SP030 error" in run("audit", saved, "--device-memory", "1KiB", code=1)
     run("audit", saved, "--device-memory", "1KiB", "--fail-on", "never")
@@ -299,6 +318,7 @@ def test_a_model_that_declares_nothing_is_split_by_what_it_computes(here):
 
 
 FACTORY = ("plan", "--factory")
+SEARCH = ("search", "--num-ranks", "2", "--device-memory", "1GiB", "--factory")
 
 
 @pytest.mark.parametrize(
@@ -314,6 +334,7 @@ FACTORY = ("plan", "--factory")
             [*FACTORY, "mine:split", "--mesh", "tensor=2", "--config", "ds.json", "--target", "deepspeed"],
             "ds.json: it cannot",
         ),
+        ([*FACTORY, "mine:leaves", "--mesh", "tensor=2"], "mine.py:27 raised SystemExit: 3"),
         ([*FACTORY, "mine:number", "--mesh", "tensor=2"], "it returns a int, not a schedule"),
         ([*FACTORY, "mine:uneven", "--mesh", "tensor=3"], "3 does not divide 32\n      Pad it to 33: pad_to_multiple=3"),
         ([*FACTORY, "mine:split", "--mesh", "rows=2"], "'rows=2' is no mesh axis with a size; write pipe=2,"),
@@ -340,6 +361,9 @@ FACTORY = ("plan", "--factory")
         (["show", "."], "is a directory"),
         (["audit", "plan.json", "--device-memory", "80G"], "'80G' is no size in bytes: write 80GiB (80 * 2**30) or 80GB"),
         (["audit", "plan.json", "--device-memory", "0GiB"], "'0GiB' is no memory at all"),
+        ([*SEARCH, "mine:typo"], "PlanError: 1 problem\n  upp: "),
+        ([*SEARCH, "mine:split", "--target", "megatron"], "PlanError: 1 problem\n  target: 'megatron' is unknown"),
+        ([*SEARCH, "mine:split", "--sequence", "4"], "--batch: it is not given, and --sequence is"),
         (["merge"], "No such command 'merge'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -367,6 +391,17 @@ def test_meshes_are_searched(here):
     assert json.loads(
         run("search", "--factory", "mine:split", "--num-ranks", 4, "--device-memory", "1GiB", *SIZES, "--json")
     )
+
+
+def test_what_a_function_prints_is_not_part_of_the_answer(here):
+    done = shell("plan", "--factory", "mine:loud", "--mesh", "tensor=2", "-o", "plan.json", "--json")
+    assert json.loads(done.stdout)["ok"] is True
+    assert "looking at mesh pipe=1 data=1 tensor=2" in done.stderr
+
+
+def test_a_function_that_takes_no_single_rank_is_searched(here):
+    assert "tensor=2" in run("search", "--factory", "mine:many", "--num-ranks", 2, "--device-memory", "1GiB", *SIZES)
+    run("search", "--factory", "mine:many", "--num-ranks", 2, "--device-memory", "1GiB")
 
 
 @pytest.mark.parametrize("name", ["plan", "show", "audit", "explain", "diff", "search", "completion"])

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from attrs import evolve
 
-from shardplan.functional import execute, plan_build
-from shardplan.specs import Mesh, PlanError
+from shardplan.functional import audit, execute, plan_build
+from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.models import schedule
 
 OTHER = """
@@ -88,3 +89,56 @@ def test_a_size_of_zero_that_is_no_number_is_refused():
     }
     with pytest.raises(PlanError, match=r"config.zero_optimization.reduce_bucket_size: it is a number, not 'auto'"):
         plan_build(schedule("plain"), target="deepspeed", config=config)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "text"),
+    [
+        ("bf16", True, 'config.bf16: it is a section, not True\n      Write "bf16": {"enabled": true}, or false'),
+        ("bf16", {"enabled": "auto"}, "config.bf16.enabled: it is true or false, not 'auto'\n      Write \"bf16\": {"),
+        ("fp16", {"enabled": 1}, "config.fp16.enabled: it is true or false, not 1"),
+        (
+            "communication_data_type",
+            "fp8",
+            "config.communication_data_type: 'fp8' is unknown\n      There are fp32, fp16, bf16",
+        ),
+        (
+            "data_types",
+            {"grad_accum_dtype": "f4"},
+            "config.data_types.grad_accum_dtype: 'f4' is unknown\n      There are fp32",
+        ),
+        ("data_types", "fp32", "config.data_types: it is a section, not 'fp32'"),
+        (
+            "optimizer",
+            "AdamW",
+            'config.optimizer: it is a type and its params, not \'AdamW\'\n      Write "optimizer": {"type"',
+        ),
+        ("optimizer", {"params": {"lr": 1}}, "config.optimizer: it is a type and its params, not {'params': {'lr': 1}}"),
+        ("zero_optimization", True, "config.zero_optimization: it is a section with a stage, not True"),
+        ("zero_optimization", {"stage": "auto"}, "config.zero_optimization.stage: it is 0, 1, 2 or 3, not 'auto'"),
+        ("zero_optimization", {"stage": 3, "stage3_prefetch_bucket_size": "auto"}, "prefetch_bucket_size: it is a number"),
+        ("gradient_clipping", "auto", "config.gradient_clipping: it is a number, not 'auto'"),
+    ],
+)
+def test_what_deepspeed_reads_otherwise_or_not_at_all_is_refused(section, value, text):
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, section: value}
+    with pytest.raises(PlanError) as refused:
+        plan_build(schedule("plain"), target="deepspeed", config=config)
+    assert text in str(refused.value)
+    assert str(refused.value).startswith("1 problem\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("zero_optimization.reduce_bucket_size", {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}),
+        ("zero_optimization.stage", {"zero_optimization": {"stage": "auto"}}),
+        ("train_batch_size", {"train_batch_size": "auto"}),
+    ],
+)
+def test_a_saved_plan_without_numbers_is_a_problem_and_no_traceback(name, change):
+    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0}
+    plan = plan_build(schedule("plain", Mesh(data=2)), target="deepspeed", config=config)
+    saved = dumps(evolve(plan, config={**config, **change}))
+    with pytest.raises(PlanError, match=rf"config.{name}: it is .* not 'auto'"):
+        audit(loads(saved))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shardplan.functional import evaluate as module
 from shardplan.functional.evaluate import CHUNK_ELEMENTS, Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation, Shard
-from shardplan.specs.param import index_shape
+from shardplan.specs.index import index_shape
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,

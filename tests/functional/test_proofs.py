@@ -19,16 +19,21 @@ from shardplan.specs.steps import (
     EvaluateWhole,
     Generate,
     MakeGroups,
+    MakeOptimizer,
     MakeTieGroups,
     Place,
     Scatter,
     SendCopy,
     Slice,
+    SumGradient,
     SumTied,
     TakeShard,
+    TakeStages,
     TakeWhole,
     Tie,
+    Wrap,
 )
+from tests.findings import mixture
 from tests.models import plain, schedule
 
 DATA_TENSOR = Mesh(data=2, tensor=2)
@@ -179,6 +184,64 @@ def test_a_tie_over_stages_needs_one_gradient_and_one_source():
 def test_a_sum_over_stages_needs_its_group():
     found = failures(broken(tied_chain(), without(MakeTieGroups)))["order"]
     assert any("no step makes the group of places (0, 1) that the sum of its gradient needs" in f.cause for f in found)
+
+
+def repeated_granules():
+    """Two heads of two features over four ranks."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 8))
+    sch = create_schedule(model, Mesh(tensor=4)).at["0"].colwise(granule=2, replicate=True)
+    return plan_build(sch.at["0"].silence("SP010", reason="it is the sum of its gradient that matters"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "path"),
+    [
+        (lambda: mixture(Mesh(data=2, expert=2), split=True), "model.layers.0.mlp.experts.gate_up_proj"),
+        (lambda: mixture(Mesh(data=4, expert=2), split=True), "model.layers.1.mlp.experts.down_proj"),
+        (repeated_granules, "0.weight"),
+        (repeated_granules, "0.bias"),
+    ],
+)
+def test_what_ranks_share_has_one_sum_of_its_gradient(plan, path):
+    plan = plan()
+    module, _, name = path.rpartition(".")
+    (planned,) = (s for s in plan.steps if isinstance(s, SumGradient) and (s.module, s.name) == (module, name))
+    assert audit(plan).proof("once").num_cases > 2
+    assert not failures(plan)
+    for other, cause in (
+        ([], "no step sums its gradient"),
+        ([planned, planned], "2 steps sum its gradient"),
+        ([evolve(planned, divide=7)], f"a step sums its gradient otherwise: {evolve(planned, divide=7)}"),
+    ):
+        edited = broken(plan, lambda step, other=other: other if step == planned else [step])
+        (failure,) = failures(edited)["once"]
+        assert (failure.path, failure.cause) == (path, f"{cause}, and its split asks for one: {planned}")
+        assert not audit(edited).ok
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "again"),
+    [
+        (Wrap, "no steps hand the module to its target (Wrap), and one must", "2 steps hand the module"),
+        (MakeOptimizer, None, "2 steps make an optimizer (MakeOptimizer), and one at most may"),
+        (TakeStages, "no steps keep the stages of a rank (TakeStages): the model has stages", "2 steps keep the stages"),
+        (SumTied, None, "its gradient is summed along 'pipe' 2 times"),
+    ],
+)
+def test_a_module_is_handed_over_once(kind, missing, again):
+    plan = tied_chain()
+    for change, cause in ((without(kind), missing), (lambda s: [s, s] if isinstance(s, kind) else [s], again)):
+        found = failures(broken(plan, change)).get("once", ())
+        assert [failure.cause.startswith(cause) for failure in found] == [True] if cause else not found
+
+
+def test_what_is_not_planned_is_not_handed_over():
+    plan = plan_build(schedule("plain", DATA_TENSOR))
+    (failure,) = failures(broken(plan, lambda s: [TakeStages(), s] if isinstance(s, Wrap) else [s]))["once"]
+    assert failure.cause == "1 steps keep the stages of a rank (TakeStages): the model is not cut, and none may"
+    (failure,) = failures(broken(plan, lambda s: [Wrap("torch")] if isinstance(s, Wrap) else [s]))["once"]
+    assert failure.cause == "its target is None, and the module is handed to torch"
 
 
 def test_a_rank_that_touches_another_stage_fails():

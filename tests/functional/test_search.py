@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, nearest_meshes, plan_build, search
-from shardplan.functional.search import BETWEEN, INSIDE, meshes, step_seconds
+from shardplan.functional.search import BETWEEN, INSIDE, charged, meshes, step_seconds
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Shard, SpecTree, as_plain
 
 with torch.device("meta"):
@@ -64,10 +64,40 @@ def test_each_candidate_is_what_planning_and_auditing_by_hand_gives():
         report = audit(plan, ranks_per_node=2)
         assert candidate.peak_bytes == report.worst.memory.peak_bytes
         stages = [[row for row in report.training if row.stage == stage] for stage in range(mesh.pipe)]
-        sent = [(sum(r.inside_bytes for r in rows), sum(r.between_bytes for r in rows)) for rows in stages]
-        busiest = max(sent, key=lambda both: both[0] / INSIDE + both[1] / BETWEEN)
-        assert (candidate.inside_bytes, candidate.between_bytes) == busiest
-        assert candidate.cost > step_seconds(mesh, 4, 0, *busiest) / (4 * mesh.data), "computation is counted"
+        busiest = max(stages, key=lambda rows: charged(rows)[0] / INSIDE + charged(rows)[1] / BETWEEN)
+        sent = sum(row.inside_bytes for row in busiest), sum(row.between_bytes for row in busiest)
+        assert (candidate.inside_bytes, candidate.between_bytes) == sent
+        assert candidate.cost > step_seconds(mesh, 4, 0, *charged(busiest)) / (4 * mesh.data), "computation is counted"
+
+
+def test_a_ring_that_leaves_its_node_anywhere_is_as_slow_as_that_hop():
+    (within,) = (c for c in found(8, 2**40, ranks_per_node=8).candidates if c.mesh == Mesh(data=8))
+    (across,) = (c for c in found(8, 2**40, ranks_per_node=4).candidates if c.mesh == Mesh(data=8))
+    sent = within.inside_bytes
+    assert (within.between_bytes, across.between_bytes) == (0, sent // 4)  # 2 of 8 hops
+    # all of it at the speed between nodes, not a quarter
+    assert 4 * 8 * (across.cost - within.cost) == pytest.approx(sent / BETWEEN - sent / INSIDE, rel=1e-6)
+
+
+def test_what_is_wrong_on_every_mesh_is_told_once():
+    def typo(mesh):
+        return factory(mesh).at["layer.*"].colwise()
+
+    with pytest.raises(PlanError, match=r"^1 problem\n  layer\.\*: .*"):
+        search(typo, num_ranks=4, device_memory=2**30)
+    with pytest.raises(PlanError, match=r"^1 problem\n  target: 'deepsped' is unknown\n .*the closest is deepspeed"):
+        found(4, 2**30, target="deepsped")
+
+
+def test_a_schedule_of_torch_is_for_the_meshes_with_stages():
+    config = {"schedule": "1f1b", "num_microbatches": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    result = found(4, 2**40, target="torch", config=config)
+    assert {c.mesh.pipe for c in result.candidates if c.fits} == {1, 2, 4}, str(result)
+    assert "schedule and num_microbatches are for the meshes with stages" in str(result)
+    (whole,) = (c for c in result.candidates if c.mesh == Mesh(data=4))
+    plain = {"optimizer": config["optimizer"]}
+    plan = plan_build(factory(Mesh(data=4)), target="torch", config=plain, example_inputs=INPUTS, init_weights=False)
+    assert whole.peak_bytes == audit(plan).worst.memory.peak_bytes
 
 
 def test_computation_costs_the_same_on_every_mesh_but_for_the_bubble():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, plan_build
-from shardplan.functional.traffic import _leaving, wire_bytes
+from shardplan.functional.traffic import _leaving, _messages_leaving, wire_bytes
 from shardplan.specs import Mesh
 from tests.models import schedule
 from tests.strategies import meshes
@@ -25,16 +25,19 @@ def test_what_leaves_a_node_is_that_of_the_worst_group(mesh, ranks_per_node, mes
     for place in range(mesh.pipe):
         groups = {tuple(mesh.coordinate(rank).group(mesh_axis)) for rank in mesh.stage(place)}
         worst = max(crossing(group, ranks_per_node) for group in groups)
-        assert _leaving(mesh, place, mesh_axis, "all_reduce", ranks_per_node) == worst
+        assert _leaving(mesh, place, mesh_axis, ranks_per_node) == worst
 
 
-@given(meshes(), st.integers(1, 9))
-def test_a_message_to_a_neighbouring_stage_leaves_its_node_if_any_does(mesh, ranks_per_node):
-    stride = mesh.data * mesh.tensor
+@given(meshes(), st.integers(1, 9), st.integers(0, 99), st.integers(0, 99))
+def test_of_messages_to_other_places_those_leave_their_node_that_do(mesh, ranks_per_node, ahead, back):
     for place in range(mesh.pipe) if mesh.pipe > 1 else ():
-        hops = [(rank, rank + by) for rank in mesh.stage(place) for by in (-stride, stride)]
-        found = [a // ranks_per_node != b // ranks_per_node for a, b in hops if 0 <= b < mesh.num_ranks]
-        assert _leaving(mesh, place, "pipe", "send", ranks_per_node) == float(any(found))
+        sent = {(place - 1) % mesh.pipe: back}
+        sent |= {(place + 1) % mesh.pipe: ahead}
+        left = []
+        for rank in mesh.stage(place):
+            group = mesh.coordinate(rank).group("pipe")
+            left.append(sum(n for to, n in sent.items() if group[to] // ranks_per_node != rank // ranks_per_node))
+        assert _messages_leaving(mesh, place, sent, ranks_per_node) == max(left)
 
 
 @given(st.integers(2, 64), st.integers(0, 2**40))
@@ -71,6 +74,30 @@ def test_every_boundary_is_crossed_forward_and_back():
     sent = {row.stage: (row.num_calls, row.num_bytes) for row in audit(plan).training}
     wide, narrow = 2 * 16 * 4, 2 * 8 * 4
     assert sent == {0: (6, 6 * wide), 1: (12, 6 * (wide + narrow)), 2: (6, 6 * narrow)}
+
+
+def chain(pipe, *, config, num):
+    """A plan of ``num`` stages that each give 2 x 16 floats and a gradient back, over ``pipe`` places."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(num)))
+    sch = create_schedule(model, Mesh(pipe=pipe)).at[f"{{{','.join(map(str, range(num - 1)))}}}"].cut_pipeline_stage()
+    return plan_build(sch, target="torch", config=config, example_inputs={"input": torch.ones(2, 16)})
+
+
+def test_only_what_goes_to_another_node_is_counted_between_nodes():
+    plan = chain(4, config={"schedule": "1f1b", "num_microbatches": 4}, num=4)
+    size = 4 * 2 * 16 * 4  # of all micro-batches, one way
+    sent = {row.stage: (row.inside_bytes, row.between_bytes) for row in audit(plan, ranks_per_node=2).training}
+    # two nodes of two places: one boundary of three lies between them; the first stage's input takes no gradient back
+    assert sent == {0: (size, 0), 1: (size, size), 2: (size, size), 3: (size, 0)}
+
+
+def test_the_last_place_sends_to_the_first_where_each_has_several_stages():
+    plan = chain(4, config={"schedule": "interleaved_1f1b", "num_microbatches": 4}, num=8)
+    size = 4 * 2 * 16 * 4
+    sent = {row.stage: (row.inside_bytes, row.between_bytes) for row in audit(plan, ranks_per_node=2).training}
+    # place 0 has stages 0 and 4: two go on to place 1, and one gradient back to place 3, in the other node
+    assert sent == {0: (2 * size, size), 1: (2 * size, 2 * size), 2: (2 * size, 2 * size), 3: (2 * size, size)}
 
 
 def test_one_rank_sends_nothing():

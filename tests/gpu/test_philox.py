@@ -10,7 +10,7 @@ from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.bits import draw_bits, draw_by_torch
 from shardplan.functional.evaluate import Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation
-from shardplan.specs.param import index_shape
+from shardplan.specs.index import index_shape
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,

@@ -62,17 +62,21 @@ from shardplan.specs.program import (
     Uniform,
     What,
 )
-from shardplan.specs.source import Unknown
+from shardplan.specs.source import Loaded, Materialised, Unknown
 from shardplan.specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
+    AsDTensors,
     Broadcast,
+    CheckLoaded,
     DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
     ForkRng,
     Generate,
+    LoadOwn,
+    LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
@@ -93,7 +97,8 @@ from shardplan.specs.steps import (
     VocabParallel,
     Wrap,
 )
-from tests.strategies import constants, json_values, law, param_specs, plans, programs, words
+from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor
+from tests.strategies import constants, folder_of, json_values, law, param_specs, plans, programs, words
 
 NAMES = ("calm", "dark", "early", "fast", "green", "heavy")
 CALLS = (
@@ -119,7 +124,15 @@ PROGRAM = InitProgram(
     ],
     replaces=True,
 )
-SOURCES = (PROGRAM, Made(CALLS, "its code looks at values"), ModuleValues(), OwnValues(), Uninitialised(), Unknown())
+STORED = StoredTensor("model.safetensors", "experts.1.w3", 4096, (8, 4), "float16", sum=2**64 - 1)
+SOURCES = (
+    PROGRAM,
+    Made(CALLS, "its code looks at values"),
+    Loaded((Part(STORED, ((0, 8), (0, 2)), at=(1, 8, 0), axes=(-1, 0, 1)),)),
+    Materialised("0" * 64),
+    *(ModuleValues(), OwnValues(), Uninitialised(), Unknown()),
+)
+FOLDER = Folder("llama", (StoredFile("model.safetensors", 9000, "f" * 64),))
 STEPS = (
     Agree("opening"),
     MakeGroups((("data",), ("data", "tensor")), (("tensor", 2),)),
@@ -127,6 +140,9 @@ STEPS = (
     Generate(0, ("up.weight",), CALLS, scratch=("s.1",), key="s.0"),
     TakeWhole(0, ("s.1",)),
     TakeShard(0, ("s.2",)),
+    LoadShard(0, ("s.2",), "float16", ("data",)),
+    LoadOwn(0, ("s.3",)),
+    CheckLoaded(),
     Allocate(0, ("s.3",)),
     EvaluateWhole(0, ("s.0",)),
     EvaluateShard(0, ("s.0",)),
@@ -151,6 +167,7 @@ STEPS = (
     MaskPadding("up", (4, 7)),
     TakeStages(),
     SumTied("up.weight", (0, 1)),
+    AsDTensors(("data", "tensor")),
     Agree("closing"),
     MakeOptimizer(),
     Wrap("deepspeed"),
@@ -187,7 +204,14 @@ def example():
     others = (ParamSpec(f"s.{i}", (), "float32", source=source) for i, source in enumerate(SOURCES))
     config = {"zero_optimization": {"stage": 1}, "betas": [0.9, 0.95], **dict.fromkeys(set(NAMES), 1)}
     return Plan(
-        Mesh(2, 2, 2, 2), SpecTree([weight, *others]), STEPS, target="deepspeed", config=config, seed=7, pipeline=PIPELINE
+        Mesh(2, 2, 2, 2),
+        SpecTree([weight, *others]),
+        STEPS,
+        target="deepspeed",
+        config=config,
+        seed=7,
+        pipeline=PIPELINE,
+        folder=FOLDER,
     )
 
 
@@ -343,6 +367,8 @@ CHANGES_OF_A_PIPELINE = [
         {"config": None},
         {"seed": 8},
         {"pipeline": None},
+        {"folder": evolve(FOLDER, path="other")},
+        {"folder": evolve(FOLDER, files=(evolve(FOLDER.files[0], digest="0" * 64),))},
         *({"pipeline": evolve(PIPELINE, **one)} for one in CHANGES_OF_A_PIPELINE),
         {"random_scheme": RANDOM_SCHEME + 1},
         {"tree": example().tree.map(lambda spec: evolve(spec, source=PROGRAM))},
@@ -472,10 +498,10 @@ def test_a_saved_plan_reads_like_the_records():
         ("[]", "it is damaged: it is a JSON list, not an object"),
         (
             "{}",
-            "its schema version is None, and this shardplan reads 5\n      Plan again with this version, or load it with",
+            "its schema version is None, and this shardplan reads 6\n      Plan again with this version, or load it with",
         ),
-        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 5"),
-        ('{"schema_version": 5}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
+        ('{"schema_version": 2}', "its schema version is 2, and this shardplan reads 6"),
+        ('{"schema_version": 6}', r"required field missing.* @ plan\.mesh; .* @ plan\.tree; .* @ plan\.steps"),
     ],
 )
 def test_what_is_no_plan_of_this_version_is_refused(text, error):
@@ -553,9 +579,9 @@ def test_a_damaged_plan_is_refused_and_says_where(text, error):
         ),
         (damaged("steps", 4, "paths", value=["v"]), "v: a TakeWhole step names it, but no tensor has it"),
         (damaged("steps", 0, "is", value="Nope"), "'Nope'"),
-        (damaged("steps", 7, "paths", value=["v"]), "v: an? EvaluateWhole step names it, but no tensor has it"),
-        (damaged("steps", 8, "paths", value=["v"]), "v: an? EvaluateShard step names it, but no tensor has it"),
-        (damaged("steps", 11, "to", value=2), "a SendCopy step is for stage 2, which is not on mesh pipe=2 data=2 tensor=2"),
+        (damaged("steps", 10, "paths", value=["v"]), "v: an? EvaluateWhole step names it, but no tensor has it"),
+        (damaged("steps", 11, "paths", value=["v"]), "v: an? EvaluateShard step names it, but no tensor has it"),
+        (damaged("steps", 14, "to", value=2), "a SendCopy step is for stage 2, which is not on mesh pipe=2 data=2 tensor=2"),
         (damaged("steps", 2, "between", value=[[0, 2]]), "a MakeTieGroups step is for stage 2, which is not on mesh pipe=2"),
         (
             damaged("tree", 0, "also_on", value=[2]),
@@ -629,5 +655,6 @@ def test_callables_are_named_once_each(plan):
 @given(st.data(), words)
 def test_a_spec_survives_within_any_plan(data, word):
     spec = data.draw(param_specs(Mesh(2, 2, 2), path=word))
-    (again,) = loads(dumps(Plan(Mesh(2, 2, 2), SpecTree([spec]), steps=()))).tree.specs
+    tree = SpecTree([spec])
+    (again,) = loads(dumps(Plan(Mesh(2, 2, 2), tree, steps=(), folder=folder_of(tree)))).tree.specs
     assert (again, again.origin) == (spec, spec.origin)

@@ -26,7 +26,7 @@ from shardplan.specs import (
     TensorCall,
 )
 from shardplan.specs.dtypes import human_bytes, is_known, num_bytes, short_name
-from shardplan.specs.param import index_shape
+from shardplan.specs.index import index_shape
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Problem, Shard, SpecTree
 from shardplan.specs.plan import misfits
 from shardplan.specs.steps import Generate, Place, Tie
-from tests.strategies import law, meshes, paths, trees
+from tests.strategies import folder_of, law, meshes, paths, trees
 
 TIED = ParamSpec("embed.weight", (8, 4), "float32", tie=("head.weight",))
 LAYERS = tuple(ParamSpec(f"layers.{i}.weight", (4,), "float32") for i in range(3))
@@ -94,7 +94,8 @@ def test_an_unknown_path_names_the_closest():
 def test_a_tree_that_fits_is_planned(case):
     tree, mesh = case
     assert misfits(mesh, tree) == []
-    assert Plan(mesh, tree, [Place(spec.stage, (spec.path,)) for spec in tree.values()]).tree is tree
+    steps = [Place(spec.stage, (spec.path,)) for spec in tree.values()]
+    assert Plan(mesh, tree, steps, folder=folder_of(tree)).tree is tree
 
 
 def test_a_plan_collects_all_that_does_not_fit():

@@ -1,0 +1,1 @@
+"""Weights in files: what lies where, under which names, read and written."""

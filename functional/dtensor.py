@@ -1,0 +1,48 @@
+"""A module's tensors as DTensors, so that torch's own tools see the global ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .local_calls import call_locally
+from .module_copy import get_tensor, like, put_tensor, tied
+from .placements import placements
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..specs.mesh import Mesh, MeshAxis
+    from ..specs.param import ParamSpec
+
+
+def to_dtensors(module: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh, device_mesh: DeviceMesh) -> None:
+    """Make a module's local tensors the parts of DTensors; it still computes with its local tensors.
+
+    Args:
+        module: What holds them; parameters and buffers keep their memory, attributes and ties.
+        specs: The tensors.
+        mesh: The plan's mesh.
+        device_mesh: The same with dimensions ``data`` and ``tensor``.
+    """
+    # one object for all: whether two meshes are the same is asked again and again
+    meshes: dict[tuple[str, ...], DeviceMesh] = {("tensor",): device_mesh["tensor"], ("data", "tensor"): device_mesh}
+    for spec in specs:
+        on, local = placements(spec, mesh), get_tensor(module, spec.path)
+        first = like(local, _dtensor(local.detach(), spec, on, meshes[*on]))
+        put_tensor(module, spec.path, first)
+        for path in spec.tie:
+            put_tensor(module, path, tied(get_tensor(module, path), first))
+    call_locally(module)
+
+
+def _dtensor(local: Tensor, spec: ParamSpec, on: Mapping[MeshAxis, int | None], device_mesh: DeviceMesh) -> DTensor:
+    """Return the DTensor of which this rank's part is a tensor; nothing is sent, or copied."""
+    whole = torch.empty(spec.orig_shape, device="meta")
+    put = [Replicate() if axis is None else Shard(axis) for axis in on.values()]
+    return DTensor.from_local(local, device_mesh, put, shape=whole.shape, stride=whole.stride())

@@ -1,0 +1,87 @@
+"""The plan that starts from files of single ranks, in place of what made their values. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+from ..specs.source import Loaded, Materialised, Uninitialised
+from ..specs.steps import (
+    Allocate,
+    Broadcast,
+    EvaluateShard,
+    EvaluateWhole,
+    Generate,
+    LoadOwn,
+    LoadShard,
+    Place,
+    Scatter,
+    SendCopy,
+    Slice,
+    Step,
+    TakeShard,
+    TakeWhole,
+)
+from ..specs.stored import Folder
+
+if TYPE_CHECKING:
+    from ..specs.param import ParamSpec
+    from ..specs.plan import Plan
+    from ..specs.tree import SpecTree
+
+_MOVES = (
+    *(Allocate, Broadcast, EvaluateShard, EvaluateWhole, Generate, LoadOwn, LoadShard, Place),
+    *(Scatter, SendCopy, Slice, TakeShard, TakeWhole),
+)
+
+
+def from_shards(plan: Plan, folder: str | Path) -> Plan:
+    """Return the plan that starts from files which ``materialize`` wrote: each rank reads its own, and nothing is sent.
+
+    Args:
+        plan: The plan that they were written for.
+        folder: Where they are when the plan is executed.
+
+    >>> from shardplan.specs import InitProgram, Mesh, ParamSpec, Plan, SpecTree
+    >>> from shardplan.specs.steps import EvaluateShard, Place
+    >>> tree = SpecTree([ParamSpec("weight", (4, 4), "float32", source=InitProgram(()))])
+    >>> plan = Plan(Mesh(), tree, [EvaluateShard(0, ("weight",)), Place(0, ("weight",))])
+    >>> [type(step).__name__ for step in from_shards(plan, "shards").steps]
+    ['LoadOwn', 'Place']
+    """
+    tree = plan.tree.map(lambda spec: _materialised(spec, plan))
+    steps: list[Step] = []
+    is_done = False
+    for step in plan.steps:
+        if not isinstance(step, _MOVES):
+            steps.append(step)
+        elif not is_done:
+            steps += _moves(plan, tree)
+            is_done = True
+    return evolve(plan, tree=tree, steps=steps, folder=Folder(str(folder), ()))
+
+
+def _materialised(spec: ParamSpec, plan: Plan) -> ParamSpec:
+    match spec.source:
+        case Uninitialised():
+            return spec
+        case Loaded(parts=parts):
+            return evolve(spec, source=Materialised(plan.fingerprint, parts))
+        case _:
+            return evolve(spec, source=Materialised(plan.fingerprint))
+
+
+def _moves(plan: Plan, tree: SpecTree) -> Iterator[Step]:
+    for at in range(plan.mesh.pipe):
+        held = [spec for spec in tree.values() if at in spec.places(plan.mesh)]
+        bare = tuple(spec.path for spec in held if isinstance(spec.source, Uninitialised))
+        own = tuple(spec.path for spec in held if not isinstance(spec.source, Uninitialised))
+        if own:
+            yield LoadOwn(at, own)
+        if bare:
+            yield Allocate(at, bare)
+        if held:
+            yield Place(at, own + bare)

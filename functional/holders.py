@@ -1,0 +1,104 @@
+"""Who holds what of a tensor, each element once: what is read twice, saved twice or summed twice is wrong. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING
+
+from ..specs.index import Index, index_shape
+from ..specs.mesh import Coordinate
+
+if TYPE_CHECKING:
+    from ..specs.mesh import Mesh
+    from ..specs.param import ParamSpec
+    from ..specs.shard import Interval
+    from ..specs.stored import Box
+
+
+def holders(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, Index], ...]:
+    """Return ranks, in order, and a part of a tensor for each: together they are the tensor, each element once.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Shard
+    >>> kv = ParamSpec("k_proj.weight", (4, 8), "float32", shards=(Shard(0, granule=2, replicate=True),))
+    >>> holders(kv, Mesh(data=2, tensor=4))
+    ((0, (((0, 2),), ((0, 8),))), (2, (((2, 4),), ((0, 8),))))
+    """
+    found = ((here.rank, held_first(spec, here)) for here in _places(spec, mesh))
+    return tuple((rank, index) for rank, index in found if index is not None)
+
+
+def held_first(spec: ParamSpec, coordinate: Coordinate) -> Index | None:
+    """Return what a coordinate holds of a tensor and no coordinate before it does; None for nothing.
+
+    Before it are: the place along ``pipe`` of the tensor's stage before those of other stages, place 0 along an axis that
+    does not split the tensor before others, and the first of the neighbours that hold the same granules.
+    """
+    split = spec.mesh_axes(coordinate)
+    if coordinate.pipe != spec.places(coordinate.mesh)[0] or not _is_first(coordinate, split):
+        return None
+    index: list[tuple[Interval, ...]] = [((0, size),) if size else () for size in spec.orig_shape]
+    for shard in spec.shards:
+        held = shard.held(spec.orig_shape[shard.axis], coordinate)
+        index[shard.axis] = tuple((part.start, part.stop) for part in held if part.holder == 0)
+    return tuple(index) if 0 not in index_shape(tuple(index)) else None
+
+
+def _is_first(coordinate: Coordinate, split: tuple[str, ...]) -> bool:
+    """Tell whether a coordinate stands at place 0 along the mesh axes that do not split a tensor."""
+    return all(coordinate.index(m) == 0 for m in ("expert_data", "expert", "tensor") if not _splits(split, m))
+
+
+def _splits(split: tuple[str, ...], mesh_axis: str) -> bool:
+    return mesh_axis in split or (mesh_axis in {"expert_data", "expert"} and "data" in split)
+
+
+def _places(spec: ParamSpec, mesh: Mesh) -> Iterator[Coordinate]:
+    """Iterate over the coordinates that may be first: along each mesh axis all places where it splits, else place 0."""
+    pipe = spec.places(mesh)[0]
+    split = spec.mesh_axes(mesh.coordinate(0))
+    num_data = mesh.data if "data" in split else mesh.num("expert") if "expert" in split else 1
+    for data, tensor in product(range(num_data), range(mesh.tensor if "tensor" in split else 1)):
+        yield Coordinate(pipe=pipe, data=data, tensor=tensor, mesh=mesh)
+
+
+def local_boxes(spec: ParamSpec, coordinate: Coordinate, index: Index) -> Iterator[tuple[Box, Box]]:
+    """Iterate over the boxes of a part that a coordinate holds: where each lies in the tensor, and in what it holds.
+
+    Args:
+        spec: The tensor.
+        coordinate: Who holds it.
+        index: Some of what it holds.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Shard
+    >>> qkv = ParamSpec("qkv", (8, 3), "float32", shards=(Shard(0, blocks=(4, 4)),))
+    >>> last = Mesh(tensor=2).coordinate(1)
+    >>> list(local_boxes(qkv, last, qkv.index(last)))
+    [(((2, 4), (0, 3)), ((0, 2), (0, 3))), (((6, 8), (0, 3)), ((2, 4), (0, 3)))]
+    """
+    axes = [list(_placed(own, some)) for own, some in zip(spec.index(coordinate), index, strict=True)]
+    for pairs in product(*axes):
+        yield tuple(there for there, _ in pairs), tuple(here for _, here in pairs)
+
+
+def clip(index: Index, box: Box) -> Index:
+    """Return what of a part lies in a box.
+
+    >>> clip((((0, 4), (8, 12)),), ((2, 10),))
+    (((2, 4), (8, 10)),)
+    """
+    return tuple(
+        tuple((max(start, low), min(stop, high)) for start, stop in intervals if start < high and stop > low)
+        for intervals, (low, high) in zip(index, box, strict=True)
+    )
+
+
+def _placed(own: tuple[Interval, ...], some: tuple[Interval, ...]) -> Iterator[tuple[Interval, Interval]]:
+    """Iterate over intervals that are held, each with its place among all that is held of the axis."""
+    place = 0
+    for first, last in own:
+        for start, stop in some:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield (low, high), (place + low - first, place + high - first)
+        place += last - first

@@ -1,0 +1,94 @@
+"""From one plan to another: checked, and proven complete. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..specs.distinct import Distinct
+from ..specs.errors import PlanError, Problem
+from ..specs.index import index_shape
+from ..specs.plan import Plan
+from ..specs.reshard import Reshard
+from .checkpoints.assembly import miscovered_by
+from .holders import local_boxes
+
+if TYPE_CHECKING:
+    from ..specs.index import Index
+    from ..specs.mesh import Coordinate
+    from ..specs.param import ParamSpec
+
+
+def reshard(source: Plan, target: Plan) -> Reshard:
+    """Return which rank sends what to which, so that what one plan's ranks hold becomes what another's hold.
+
+    For each kind of rank of the target it is proven that what it gets is what it holds, each element once, and that whoever
+    sends it has it. Time goes by kinds of tensors and of ranks.
+
+    Args:
+        source: The plan that was executed.
+        target: The plan of the same tensors on another mesh, or split otherwise.
+
+    Raises:
+        PlanError: If the tensors are not the same, all at once.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
+    >>> tree = SpecTree([ParamSpec("weight", (8, 4), "float32", shards=(Shard(0),))])
+    >>> resharding = reshard(Plan(Mesh(tensor=2), tree, ()), Plan(Mesh(tensor=4), tree, ()))
+    >>> [(move.source, move.target, move.index[0]) for move in resharding.sends(0)]
+    [(0, 1, ((2, 4),))]
+    """
+    for plan in (source, target):
+        if not isinstance(plan, Plan):
+            msg = f"reshard takes two plans, not a {type(plan).__name__}: reshard(plan_a, plan_b)"
+            raise TypeError(msg)
+    problems = list(_differences(source, target))
+    if problems:
+        raise PlanError(problems)
+    found = Reshard(source, target)
+    for here, _ in Distinct.of(target.mesh, target.tree).places():
+        _prove(found, here)
+    return found
+
+
+def _differences(source: Plan, target: Plan) -> Iterator[Problem]:
+    """Iterate over what the two plans do not have in common."""
+    for spec in target.tree.values():
+        before = source.tree.get(spec.path)
+        if before is None or before.path != spec.path:
+            yield Problem(spec.path, "the target has it, and the source has not", "Plan the same model", spec.type)
+        elif before.orig_shape != spec.orig_shape:
+            cause = f"it is {list(before.orig_shape)} in the source, and {list(spec.orig_shape)} in the target"
+            yield Problem(spec.path, cause, "Plan the same model", spec.type)
+        elif before.dtype != spec.dtype:
+            cause = f"it is {before.dtype} in the source, and {spec.dtype} in the target"
+            fix = "Go by files, which convert it: save_checkpoint, then init_weights=Checkpoint(folder)"
+            yield Problem(spec.path, cause, fix, spec.type)
+        elif set(before.tie) != set(spec.tie):
+            yield Problem(spec.path, "it is tied to other tensors in the source", "Plan the same model", spec.type)
+    for spec in source.tree.values():
+        if spec.path not in target.tree:
+            yield Problem(spec.path, "the source has it, and the target has not", "Plan the same model", spec.type)
+
+
+def _prove(resharding: Reshard, here: Coordinate) -> None:
+    """Raise AssertionError unless what a rank gets is what it holds, each element once, and who sends it has it."""
+    for spec in resharding.target.tree.values():
+        if here.pipe not in spec.places(here.mesh):
+            continue
+        moves = list(resharding.of(spec.path, here.rank))
+        boxes = [box for move in moves for _, box in local_boxes(spec, here, move.index)]
+        shape = index_shape(spec.index(here))
+        assert miscovered_by(shape, boxes) is None, f"{spec}: rank {here.rank} gets {moves}, which is not what it holds"
+        before = resharding.source.tree[spec.path]
+        for move in moves:
+            sender = resharding.source.mesh.coordinate(move.source)
+            assert _has(before, sender, move.index), f"{spec}: rank {move.source} is to send {move.index}, which it has not"
+
+
+def _has(spec: ParamSpec, here: Coordinate, index: Index) -> bool:
+    if here.pipe not in spec.places(here.mesh):
+        return False
+    held = sum(prod(stop - start for start, stop in own) for _, own in local_boxes(spec, here, index))
+    return held == prod(index_shape(index))

@@ -1,0 +1,39 @@
+"""Which gradients ranks must sum because they hold the same part of a split tensor. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..specs.steps import SumGradient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..specs.mesh import Mesh
+    from ..specs.tree import SpecTree
+
+
+def shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:
+    """Iterate over the sums of gradients of what several ranks hold for parts of activations: repeated granules, experts.
+
+    Each path of a tied tensor has its own, as each is used by a module of its own.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree
+    >>> experts = ParamSpec("experts.up", (4, 8), "float32", shards=(Shard(0, "expert"),))
+    >>> print(*shared_gradients(Mesh(data=4, expert=2), SpecTree([experts])))
+    gradient of up summed@expert_data / 4
+    """
+    first = mesh.coordinate(0)
+    for spec in tree.values():
+        for shard in spec.shards if spec.requires_grad else ():
+            size, num = spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis)
+            if num == 1 or shard.misfit(size, num):
+                continue
+            held = shard.held(size, first)
+            for path in spec.paths:
+                module, _, name = path.rpartition(".")
+                if shard.mesh_axis == "expert":
+                    yield SumGradient(module, name, "expert_data", divide=mesh.data)
+                elif any(part.num_holders > 1 for part in held):
+                    sharing = tuple((part.stop - part.start, part.num_holders) for part in held)
+                    yield SumGradient(module, name, shard.mesh_axis, shard.axis, sharing)

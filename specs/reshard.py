@@ -1,0 +1,191 @@
+"""From one plan's mesh to another's: which rank sends what to which. Integer arithmetic alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+from attrs import frozen
+
+from .distinct import Distinct
+from .dtypes import human_bytes, num_bytes
+from .index import Index, index_shape
+from .mesh import Coordinate, Mesh, MeshAxis
+from .param import ParamSpec
+from .plan import Plan
+from .shard import Interval, Shard
+from .table import table
+
+_Tensor = tuple[tuple[int, ...], tuple[Shard, ...], tuple[int, ...], tuple[Shard, ...], tuple[int, ...]]
+"""What decides how a tensor moves: its shape, and of source and target its shards and places along ``pipe``."""
+
+
+@frozen
+class Transfer:
+    """A part of a tensor that goes from one rank to another, or stays where it is.
+
+    Args:
+        path: The tensor.
+        index: The part, in entries of the whole tensor.
+        source: Rank that has it, on the source's mesh.
+        target: Rank that gets it, on the target's mesh.
+    """
+
+    path: str
+    index: Index
+    source: int
+    target: int
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the part."""
+        return prod(index_shape(self.index))
+
+
+@frozen(repr=False)
+class Reshard:
+    """How what one plan's ranks hold becomes what another plan's ranks hold. Pure data, like a plan.
+
+    Every element comes from one rank: from the target rank itself where it has it as a rank of the source; else from one
+    of those that hold it, taken in turn by the number of the target rank, so that replicas share the load.
+
+    Args:
+        source: The plan that was executed.
+        target: The plan that goes on. It may have more ranks or fewer; rank n of both is the same process.
+    """
+
+    source: Plan
+    target: Plan
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that take part: as many as the larger mesh has ranks."""
+        return max(self.source.mesh.num_ranks, self.target.mesh.num_ranks)
+
+    def receives(self, rank: int) -> tuple[Transfer, ...]:
+        """Return what a rank of the target gets, what it has already too, in the order of the target's tensors."""
+        if rank >= self.target.mesh.num_ranks:
+            return ()
+        return tuple(move for spec in self.target.tree.values() for move in self.of(spec.path, rank))
+
+    def sends(self, rank: int) -> tuple[Transfer, ...]:
+        """Return what a rank of the source gives to others; it takes as long as there are ranks in the target."""
+        targets = range(self.target.mesh.num_ranks)
+        moves = (move for spec in self.target.tree.values() for target in targets for move in self.of(spec.path, target))
+        return tuple(move for move in moves if move.source == rank != move.target)
+
+    def of(self, path: str, rank: int) -> Iterator[Transfer]:
+        """Iterate over what a rank of the target gets of one tensor."""
+        before, after = self.source.tree[path], self.target.tree[path]
+        places = before.places(self.source.mesh), after.places(self.target.mesh)
+        tensor: _Tensor = (after.orig_shape, before.shards, places[0], after.shards, places[1])
+        for index, source in _moves(tensor, self.source.mesh, self.target.mesh, rank):
+            yield Transfer(path, index, source, rank)
+
+    def __repr__(self) -> str:
+        return f"Reshard({self.source!r}, {self.target!r})"
+
+    def __str__(self) -> str:
+        sizes = [self._row(here) for here, _ in Distinct.of(self.target.mesh, self.target.tree).places()]
+        size = human_bytes(sum(spec.num_bytes for spec in self.target.tree.values()))
+        head = f"reshard {len(self.target.tree)} tensors of {size}"
+        lines = [f"{head}: {self.source.mesh} -> {self.target.mesh}", ""]
+        lines += table([("rank", "ranks alike", "holds", "has already", "is sent", "by ranks"), *sizes], right=True)
+        return "\n".join(lines)
+
+    def _row(self, here: Coordinate) -> tuple[str, ...]:
+        """Return what a rank gets, in numbers."""
+        distinct = Distinct.of(self.target.mesh, self.target.tree)
+        num = next(num for place, num in distinct.places() if place == here)
+        kept = sent = 0
+        senders: set[int] = set()
+        for move in self.receives(here.rank):
+            size = move.num_elements * num_bytes(self.target.tree[move.path].dtype)
+            if move.source == move.target:
+                kept += size
+            else:
+                sent += size
+                senders.add(move.source)
+        return str(here.rank), str(num), human_bytes(kept + sent), human_bytes(kept), human_bytes(sent), str(len(senders))
+
+
+@lru_cache(maxsize=2**16)
+def _moves(tensor: _Tensor, before: Mesh, after: Mesh, rank: int) -> tuple[tuple[Index, int], ...]:
+    """Return the parts of a tensor that a rank of the target gets, and from which rank of the source."""
+    shape, shards, places, new_shards, new_places = tensor
+    here = after.coordinate(rank)
+    if here.pipe not in new_places:
+        return ()
+    wanted = ParamSpec("", shape, "float32", shards=new_shards).index(here)
+    own = before.coordinate(rank) if rank < before.num_ranks else None
+    split = [shard for shard in shards if before.num(shard.mesh_axis) > 1]
+    found: list[tuple[Index, int]] = []
+    for chosen in product(*(_assigned(shard, shape[shard.axis], before, own) for shard in split)):
+        index = list(wanted)
+        for shard, (_, intervals) in zip(split, chosen, strict=True):
+            index[shard.axis] = _common(index[shard.axis], intervals)
+        if 0 not in index_shape(tuple(index)):
+            at: dict[MeshAxis, int] = {shard.mesh_axis: place for shard, (place, _) in zip(split, chosen, strict=True)}
+            found.append((tuple(index), _holder(at, places, before, own, rank)))
+    return tuple(found)
+
+
+def _assigned(shard: Shard, size: int, mesh: Mesh, own: Coordinate | None) -> list[tuple[int, tuple[Interval, ...]]]:
+    """Return from which place along a mesh axis each entry of an axis comes: this rank's own place first, then the first."""
+    mine = None if own is None else own.index(shard.mesh_axis)
+    kept: tuple[Interval, ...] = ()
+    if mine is not None and own is not None:
+        kept = shard.intervals(size, own)
+    found: list[tuple[int, tuple[Interval, ...]]] = []
+    for place in range(mesh.num(shard.mesh_axis)):
+        if place == mine:
+            found.append((place, kept))
+            continue
+        held = shard.held(size, _at(mesh, shard.mesh_axis, place))
+        first = tuple((part.start, part.stop) for part in held if part.holder == 0)
+        found.append((place, _without(first, kept)))
+    return [(place, intervals) for place, intervals in found if intervals]
+
+
+def _holder(at: dict[MeshAxis, int], places: tuple[int, ...], mesh: Mesh, own: Coordinate | None, rank: int) -> int:
+    """Return the rank that gives a part: this one if it has it, else one of those that do, in turn."""
+    if own is not None and own.pipe in places and all(own.index(mesh_axis) == place for mesh_axis, place in at.items()):
+        return own.rank
+    data = range(mesh.data)
+    if "data" in at:
+        data = range(at["data"], at["data"] + 1)
+    elif "expert" in at:
+        data = range(at["expert"], mesh.data, mesh.expert)
+    tensor = range(at["tensor"], at["tensor"] + 1) if "tensor" in at else range(mesh.tensor)
+    turn, pipe = divmod(rank, len(places))
+    turn, number = divmod(turn, len(data))
+    return Coordinate(pipe=places[pipe], data=data[number], tensor=tensor[turn % len(tensor)], mesh=mesh).rank
+
+
+def _at(mesh: Mesh, mesh_axis: MeshAxis, place: int) -> Coordinate:
+    data = place if mesh_axis in {"data", "expert"} else 0
+    return Coordinate(pipe=0, data=data, tensor=place if mesh_axis == "tensor" else 0, mesh=mesh)
+
+
+def _common(first: tuple[Interval, ...], second: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    """Return the entries that two sets of intervals share, in order.
+
+    >>> _common(((0, 4), (8, 12)), ((2, 10),))
+    ((2, 4), (8, 10))
+    """
+    pairs = ((max(a, c), min(b, d)) for a, b in first for c, d in second)
+    return tuple(sorted((start, stop) for start, stop in pairs if start < stop))
+
+
+def _without(intervals: tuple[Interval, ...], gone: tuple[Interval, ...]) -> tuple[Interval, ...]:
+    """Return the entries of some intervals that are not in others.
+
+    >>> _without(((0, 8),), ((2, 4), (6, 9)))
+    ((0, 2), (4, 6))
+    """
+    for low, high in gone:
+        cut = [((start, min(stop, low)), (max(start, high), stop)) for start, stop in intervals]
+        intervals = tuple((start, stop) for pair in cut for start, stop in pair if start < stop)
+    return intervals
