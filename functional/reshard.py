@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..specs.distinct import Distinct
 from ..specs.errors import PlanError, Problem
 from ..specs.index import index_shape
 from ..specs.plan import Plan
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 def reshard(source: Plan, target: Plan) -> Reshard:
     """Return which rank sends what to which, so that what one plan's ranks hold becomes what another's hold.
 
-    For each kind of rank of the target it is proven that what it gets is what it holds, each element once, and that whoever
+    For each kind of tensor and of rank it is proven that what it gets is what it holds, each element once, and that whoever
     sends it has it. Time goes by kinds of tensors and of ranks.
 
     Args:
@@ -47,8 +46,8 @@ def reshard(source: Plan, target: Plan) -> Reshard:
     if problems:
         raise PlanError(problems)
     found = Reshard(source, target)
-    for here, _ in Distinct.of(target.mesh, target.tree).places():
-        _prove(found, here)
+    for (path, *_), (rank, *_) in found.kinds():
+        _prove(found, path, target.mesh.coordinate(rank))
     return found
 
 
@@ -72,19 +71,16 @@ def _differences(source: Plan, target: Plan) -> Iterator[Problem]:
             yield Problem(spec.path, "the source has it, and the target has not", "Plan the same model", spec.type)
 
 
-def _prove(resharding: Reshard, here: Coordinate) -> None:
+def _prove(resharding: Reshard, path: str, here: Coordinate) -> None:
     """Raise AssertionError unless what a rank gets is what it holds, each element once, and who sends it has it."""
-    for spec in resharding.target.tree.values():
-        if here.pipe not in spec.places(here.mesh):
-            continue
-        moves = list(resharding.of(spec.path, here.rank))
-        boxes = [box for move in moves for _, box in local_boxes(spec, here, move.index)]
-        shape = index_shape(spec.index(here))
-        assert miscovered_by(shape, boxes) is None, f"{spec}: rank {here.rank} gets {moves}, which is not what it holds"
-        before = resharding.source.tree[spec.path]
-        for move in moves:
-            sender = resharding.source.mesh.coordinate(move.source)
-            assert _has(before, sender, move.index), f"{spec}: rank {move.source} is to send {move.index}, which it has not"
+    before, after = resharding.source.tree[path], resharding.target.tree[path]
+    moves = list(resharding.of(path, here.rank))
+    boxes = [box for move in moves for _, box in local_boxes(after, here, move.index)]
+    fault = miscovered_by(index_shape(after.index(here)), boxes)
+    assert fault is None, f"{after}: rank {here.rank} gets {moves}, which is not what it holds"
+    for move in moves:
+        sender = resharding.source.mesh.coordinate(move.source)
+        assert _has(before, sender, move.index), f"{after}: rank {move.source} is to send {move.index}, which it has not"
 
 
 def _has(spec: ParamSpec, here: Coordinate, index: Index) -> bool:

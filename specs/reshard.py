@@ -9,17 +9,18 @@ from math import prod
 
 from attrs import frozen
 
-from .distinct import Distinct
 from .dtypes import human_bytes, num_bytes
 from .index import Index, index_shape
 from .mesh import Coordinate, Mesh, MeshAxis
 from .param import ParamSpec
 from .plan import Plan
 from .shard import Interval, Shard
-from .table import table
+from .table import ranges, table
 
 _Tensor = tuple[tuple[int, ...], tuple[Shard, ...], tuple[int, ...], tuple[Shard, ...], tuple[int, ...]]
 """What decides how a tensor moves: its shape, and of source and target its shards and places along ``pipe``."""
+
+_WIDE = 40
 
 
 @frozen
@@ -78,37 +79,47 @@ class Reshard:
 
     def of(self, path: str, rank: int) -> Iterator[Transfer]:
         """Iterate over what a rank of the target gets of one tensor."""
+        for index, source in _moves(self._tensor(path), self.source.mesh, self.target.mesh, rank):
+            yield Transfer(path, index, source, rank)
+
+    def kinds(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Iterate over tensors and ranks that are alike: paths and ranks for which all that moves is the same.
+
+        But for which of several replicas sends. The first path and the first rank stand for all.
+        """
+        alike: dict[_Tensor, list[str]] = {}
+        for spec in self.target.tree.values():
+            alike.setdefault(self._tensor(spec.path), []).append(spec.path)
+        for tensor, paths in alike.items():
+            ranks: dict[object, list[int]] = {}
+            for rank in range(self.target.mesh.num_ranks):
+                if (place := _place(tensor, self.source.mesh, self.target.mesh, rank)) is not None:
+                    ranks.setdefault(place, []).append(rank)
+            yield from ((tuple(paths), tuple(some)) for some in ranks.values())
+
+    def _tensor(self, path: str) -> _Tensor:
         before, after = self.source.tree[path], self.target.tree[path]
         places = before.places(self.source.mesh), after.places(self.target.mesh)
-        tensor: _Tensor = (after.orig_shape, before.shards, places[0], after.shards, places[1])
-        for index, source in _moves(tensor, self.source.mesh, self.target.mesh, rank):
-            yield Transfer(path, index, source, rank)
+        return after.orig_shape, before.shards, places[0], after.shards, places[1]
 
     def __repr__(self) -> str:
         return f"Reshard({self.source!r}, {self.target!r})"
 
     def __str__(self) -> str:
-        sizes = [self._row(here) for here, _ in Distinct.of(self.target.mesh, self.target.tree).places()]
+        stays, sent = ([0] * self.target.mesh.num_ranks for _ in range(2))
+        for paths, ranks in self.kinds():
+            item_bytes = sum(num_bytes(self.target.tree[path].dtype) for path in paths)
+            for move in self.of(paths[0], ranks[0]):
+                counted = stays if move.source == move.target else sent
+                for rank in ranks:
+                    counted[rank] += move.num_elements * item_bytes
+        rows: dict[tuple[str, str], list[int]] = {}
+        for rank, sizes in enumerate(zip(stays, sent, strict=True)):
+            rows.setdefault((human_bytes(sizes[0]), human_bytes(sizes[1])), []).append(rank)
         size = human_bytes(sum(spec.num_bytes for spec in self.target.tree.values()))
-        head = f"reshard {len(self.target.tree)} tensors of {size}"
-        lines = [f"{head}: {self.source.mesh} -> {self.target.mesh}", ""]
-        lines += table([("rank", "ranks alike", "holds", "has already", "is sent", "by ranks"), *sizes], right=True)
-        return "\n".join(lines)
-
-    def _row(self, here: Coordinate) -> tuple[str, ...]:
-        """Return what a rank gets, in numbers."""
-        distinct = Distinct.of(self.target.mesh, self.target.tree)
-        num = next(num for place, num in distinct.places() if place == here)
-        kept = sent = 0
-        senders: set[int] = set()
-        for move in self.receives(here.rank):
-            size = move.num_elements * num_bytes(self.target.tree[move.path].dtype)
-            if move.source == move.target:
-                kept += size
-            else:
-                sent += size
-                senders.add(move.source)
-        return str(here.rank), str(num), human_bytes(kept + sent), human_bytes(kept), human_bytes(sent), str(len(senders))
+        head = f"reshard {len(self.target.tree)} tensors of {size}: {self.source.mesh} -> {self.target.mesh}"
+        cells = [(_some(ranks), *sizes) for sizes, ranks in rows.items()]
+        return "\n".join([head, "", *table([("ranks", "have already", "are sent"), *cells], right=True)])
 
 
 @lru_cache(maxsize=2**16)
@@ -119,7 +130,7 @@ def _moves(tensor: _Tensor, before: Mesh, after: Mesh, rank: int) -> tuple[tuple
     if here.pipe not in new_places:
         return ()
     wanted = ParamSpec("", shape, "float32", shards=new_shards).index(here)
-    own = before.coordinate(rank) if rank < before.num_ranks else None
+    own = _own(places, before, rank)
     split = [shard for shard in shards if before.num(shard.mesh_axis) > 1]
     found: list[tuple[Index, int]] = []
     for chosen in product(*(_assigned(shard, shape[shard.axis], before, own) for shard in split)):
@@ -151,7 +162,7 @@ def _assigned(shard: Shard, size: int, mesh: Mesh, own: Coordinate | None) -> li
 
 def _holder(at: dict[MeshAxis, int], places: tuple[int, ...], mesh: Mesh, own: Coordinate | None, rank: int) -> int:
     """Return the rank that gives a part: this one if it has it, else one of those that do, in turn."""
-    if own is not None and own.pipe in places and all(own.index(mesh_axis) == place for mesh_axis, place in at.items()):
+    if own is not None and all(own.index(mesh_axis) == place for mesh_axis, place in at.items()):
         return own.rank
     data = range(mesh.data)
     if "data" in at:
@@ -162,6 +173,27 @@ def _holder(at: dict[MeshAxis, int], places: tuple[int, ...], mesh: Mesh, own: C
     turn, pipe = divmod(rank, len(places))
     turn, number = divmod(turn, len(data))
     return Coordinate(pipe=places[pipe], data=data[number], tensor=tensor[turn % len(tensor)], mesh=mesh).rank
+
+
+def _place(tensor: _Tensor, before: Mesh, after: Mesh, rank: int) -> object:
+    """Return what decides what a rank gets of a tensor: where it stands on both meshes, as far as they split it."""
+    _, shards, places, new_shards, new_places = tensor
+    here, own = after.coordinate(rank), _own(places, before, rank)
+    if here.pipe not in new_places:
+        return None
+    had = None if own is None else tuple(own.index(shard.mesh_axis) for shard in shards)
+    return tuple(here.index(shard.mesh_axis) for shard in new_shards), had
+
+
+def _own(places: tuple[int, ...], before: Mesh, rank: int) -> Coordinate | None:
+    """Return where a rank of the target stands on the source's mesh, if it holds some of a tensor there."""
+    own = before.coordinate(rank) if rank < before.num_ranks else None
+    return own if own is not None and own.pipe in places else None
+
+
+def _some(ranks: list[int]) -> str:
+    text = ranges(ranks)
+    return text if len(text) <= _WIDE else f"{len(ranks)} ranks from {ranks[0]} on"
 
 
 def _at(mesh: Mesh, mesh_axis: MeshAxis, place: int) -> Coordinate:

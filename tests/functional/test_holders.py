@@ -7,16 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.functional.holders import clip, held_first, holders, local_boxes
+from shardplan.specs import Mesh, ParamSpec, Shard
 from shardplan.specs.index import index_shape
 from tests.parts import picked
 from tests.strategies import meshes, param_specs
 
 
 @st.composite
-def placed(draw):
-    """A mesh, and a tensor split on it."""
+def repeated(draw):
+    """A tensor of two blocks, whose granules are held by one, two or four of four neighbours; split along another axis."""
+    mesh = Mesh(data=2, tensor=4)
+    blocks = [2 * draw(st.sampled_from([1, 2, 4])) for _ in range(2)]
+    shards = [Shard(1, blocks=blocks, granule=2, replicate=True), *([Shard(0, "data")] if draw(st.booleans()) else [])]
+    return mesh, ParamSpec("kv", (4, sum(blocks)), "float32", shards=shards)
+
+
+@st.composite
+def split(draw):
+    """A mesh, and a tensor split on it in any way."""
     mesh = draw(meshes())
     return mesh, draw(param_specs(mesh))
+
+
+placed = repeated() | split()
 
 
 def coordinates(mesh):
@@ -28,7 +41,7 @@ def numbered(spec):
     return torch.arange(spec.num_elements).view(spec.orig_shape)
 
 
-@given(placed())
+@given(placed)
 def test_each_element_is_held_first_by_the_lowest_rank_of_its_stage_that_holds_it(case):
     mesh, spec = case
     lowest = torch.full(spec.orig_shape, -1)
@@ -43,14 +56,14 @@ def test_each_element_is_held_first_by_the_lowest_rank_of_its_stage_that_holds_i
     assert torch.equal(found, lowest)
 
 
-@given(placed())
+@given(placed)
 def test_all_coordinates_together_say_what_the_list_of_holders_says(case):
     mesh, spec = case
     by_one = [(here.rank, index) for here in coordinates(mesh) if (index := held_first(spec, here)) is not None]
     assert tuple(by_one) == holders(spec, mesh)
 
 
-@given(placed())
+@given(placed)
 def test_boxes_of_what_a_rank_holds_are_where_they_are_said_to_be(case):
     mesh, spec = case
     whole = numbered(spec)
@@ -65,7 +78,7 @@ def test_boxes_of_what_a_rank_holds_are_where_they_are_said_to_be(case):
         assert torch.equal(found, wanted)
 
 
-@given(placed(), st.data())
+@given(placed, st.data())
 def test_what_lies_in_a_box_is_clipped_to_it(case, data):
     mesh, spec = case
     box = tuple(tuple(sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in spec.orig_shape)

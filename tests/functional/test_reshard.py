@@ -145,7 +145,24 @@ def test_it_is_printed_in_a_few_lines():
     assert text.splitlines()[0].startswith("reshard 23 tensors of ")
     assert "mesh pipe=1 data=1 tensor=2 -> mesh pipe=1 data=2 tensor=4" in text
     assert len(text.splitlines()) <= 12
-    assert text.splitlines()[2].split() == ["rank", "ranks", "alike", "holds", "has", "already", "is", "sent", "by", "ranks"]
+    assert text.splitlines()[2].split() == ["ranks", "have", "already", "are", "sent"]
+
+
+def test_tensors_and_ranks_of_a_kind_are_alike():
+    plans = [
+        plan_build(split_llama(llama(num_key_value_heads=4), mesh)) for mesh in (Mesh(data=2, tensor=2), Mesh(tensor=4))
+    ]
+    resharding = reshard(*plans)
+
+    def moves(path, rank):
+        return [(move.index, move.source == move.target) for move in resharding.of(path, rank)]
+
+    seen = []
+    for paths, ranks in resharding.kinds():
+        assert all(moves(path, rank) == moves(paths[0], ranks[0]) for path in paths for rank in ranks)
+        seen += [(path, rank) for path in paths for rank in ranks]
+    assert sorted(seen) == sorted((path, rank) for path in plans[1].tree for rank in range(4))
+    assert len({moves("model.layers.0.mlp.up_proj.weight", rank)[0] for rank in range(4)}) == 4
 
 
 def test_a_rank_of_a_large_mesh_knows_its_part_at_once():
