@@ -63,7 +63,7 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
             except GeneratorExit:
                 is_wanted = False
         del whole
-    agree(plan, error, _device(held))
+    agree(plan, error, messages_on())
 
 
 def agreed(plan: Plan, model: Any) -> tuple[Mapping[str, Tensor], Coordinate]:
@@ -74,7 +74,7 @@ def agreed(plan: Plan, model: Any) -> tuple[Mapping[str, Tensor], Coordinate]:
         held = held_tensors(plan, model, here)
     except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the agreement
         error = error or wrong
-    agree(plan, error, _device(held))
+    agree(plan, error, messages_on())
     return held, here
 
 
@@ -127,7 +127,3 @@ def _given_whole(local: Tensor | None) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([local])
-
-
-def _device(held: Mapping[str, Tensor]) -> torch.device:
-    return next((tensor.device for tensor in held.values()), torch.device("cpu"))

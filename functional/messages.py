@@ -41,6 +41,7 @@ def narrowed(tensor: Tensor, box: Box) -> Tensor:
 
 
 def messages_on() -> torch.device:
-    """Return where messages are: gloo sends from the CPU, NCCL from the current device."""
-    cuda = dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    """Return where messages are: NCCL sends from the current device, gloo from the CPU."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -5,41 +5,34 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
-from typing import ParamSpec as Arguments
-
-import torch
-from attrs import Factory, define, frozen
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..specs.errors import PlanError, Problem
-from .agreement import agree
 from .checkpoints.declared_names import is_pretrained
 from .checkpoints.hugging_face import INDEX
-from .checkpoints.manifest_check import FORMAT, NAME
-from .checkpoints.safetensors_writer import Layout, layout
+from .checkpoints.safetensors_writer import layout
 from .checkpoints.saved_states import OPTIMIZER
-from .checkpoints.tensor_bytes import bytes_of, sum_of
-from .checkpoints.whole_folder import abandon, absolute, begin, finish
+from .checkpoints.whole_folder import absolute
 from .checkpoints.written_files import index_of, written_files
-from .gather import agreed, collect, narrowed
+from .gather import agreed, collect
 from .held_tensors import modules_of
 from .holders import held_first
+from .messages import narrowed
+from .saving import File, Saving
 from .stage_module import StageModule
 from .training_state import LocalStates, State, all_states, local_states
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from ..specs.mesh import Coordinate
     from ..specs.plan import Plan
     from ..specs.stored import Part
     from .checkpoints.declared_names import Kept
     from .checkpoints.written_files import Written
-
-R = TypeVar("R")
-P = Arguments("P")
 
 _CONFIGS = ("config.json", "generation_config.json")
 
@@ -80,7 +73,7 @@ def save_checkpoint(
         raise ValueError(msg)
     held, here = agreed(plan, model)
     whole = _whole_model(plan, model)
-    saving = _Saving(absolute(Path(folder)), is_writer=here.rank == 0)
+    saving = Saving(absolute(Path(folder)), is_writer=here.rank == 0)
     written = saving.attempt(written_files, plan, whole) or ()
     files = saving.attempt(_files_of_weights, plan, written, held, here) or []
     groups: tuple[Mapping[str, Any], ...] | None = None
@@ -90,127 +83,16 @@ def save_checkpoint(
         files += saving.attempt(_files_of_states, states, found, here) or []
         groups = states.groups
     saving.begin()
-    saving.agree(plan, held)
+    saving.agree(plan)
     for file in files:
         saving.write(file)
-    saving.finish(plan, index_of(written, plan.tree), groups, whole)
-    saving.agree(plan, held)
+    training = None if groups is None else {"groups": list(groups)}
+    saving.finish(partial(_describe, plan, index_of(written, plan.tree), whole), training)
+    saving.agree(plan)
 
 
-@frozen
-class _File:
-    """A file that is written.
-
-    Args:
-        name: Its name.
-        types: Dtype and shape of its tensors by key.
-        where: Where they lie in it.
-        bring: Fills a tensor on rank 0, where one is given; every rank calls it for every key, in their order.
-    """
-
-    name: str
-    types: Mapping[str, tuple[str, tuple[int, ...]]]
-    where: Layout
-    bring: Callable[[str, Tensor | None], None]
-
-
-@define
-class _Saving:
-    """A folder that is written, and the first thing that went wrong; after that nothing is written, but all take part.
-
-    Args:
-        folder: Where it will be.
-        is_writer: Whether this is rank 0.
-        error: What went wrong.
-        has_begun: Whether there is something to remove then.
-        sizes: Bytes of each file.
-        sums: Sums of the tensors in each file, by key.
-    """
-
-    folder: Path
-    is_writer: bool
-    error: BaseException | None = None
-    has_begun: bool = False
-    sizes: dict[str, int] = Factory(dict)
-    sums: dict[str, dict[str, str]] = Factory(dict)
-
-    def attempt(self, action: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Do something, unless something went wrong before."""
-        if self.error is not None:
-            return None
-        try:
-            return action(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  whatever fails here, others wait for the messages to come
-            self.error = error
-            return None
-
-    def agree(self, plan: Plan, held: Mapping[str, Tensor]) -> None:
-        """Raise the first error of any rank on all; then nothing is left of what was written."""
-        device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
-        try:
-            agree(plan, self.error, device)
-        except BaseException:
-            if self.has_begun:
-                abandon(self.folder)
-            raise
-
-    def begin(self) -> None:
-        if self.is_writer:
-            self.has_begun = self.attempt(begin, self.folder) is not None
-
-    def write(self, file: _File) -> None:
-        """Write a file, one tensor after another; each is let go before there is room for the next."""
-        stream = self.attempt(self._opened, file) if self.is_writer else None
-        for key in file.where.starts:
-            dtype, shape = file.types[key]
-            whole = None if stream is None else self.attempt(torch.empty, shape, dtype=getattr(torch, dtype))
-            file.bring(key, whole)
-            if stream is not None and whole is not None:
-                self.attempt(self._put, stream, file.name, key, whole)
-            del whole
-        if stream is not None:
-            self.attempt(stream.flush)
-            with suppress(OSError):  # flush has told
-                stream.close()
-
-    def finish(
-        self, plan: Plan, index: object, groups: tuple[Mapping[str, Any], ...] | None, model: nn.Module | None
-    ) -> None:
-        if self.is_writer:
-            self.attempt(self._describe, plan, index, groups, model)
-            self.attempt(finish, self.folder)
-
-    def _opened(self, file: _File) -> IO[bytes]:
-        self.sums[file.name], self.sizes[file.name] = {}, file.where.num_bytes
-        stream = (_partial(self.folder) / file.name).open("wb")
-        stream.write(file.where.header)
-        return stream
-
-    def _put(self, stream: IO[bytes], name: str, key: str, tensor: Tensor) -> None:
-        stream.write(bytes_of(tensor))
-        self.sums[name][key] = f"{sum_of(tensor):016x}"
-
-    def _describe(
-        self, plan: Plan, index: object, groups: tuple[Mapping[str, Any], ...] | None, model: nn.Module | None
-    ) -> None:
-        """Write what is said of the tensors, the manifest last."""
-        partial = _partial(self.folder)
-        if model is not None and is_pretrained(model):
-            _write_config(model, partial)
-        elif plan.folder is not None:
-            for name in _CONFIGS:
-                if (file := Path(plan.folder.path) / name).exists():
-                    shutil.copyfile(file, partial / name)
-        if index is not None:
-            (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        manifest = {"format": FORMAT, "files": self.sizes, "tensors": self.sums}
-        if groups is not None:
-            manifest["training"] = {"groups": list(groups)}
-        (partial / NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _files_of_weights(plan: Plan, written: Iterable[Written], held: Mapping[str, Tensor], here: Coordinate) -> list[_File]:
-    files: list[_File] = []
+def _files_of_weights(plan: Plan, written: Iterable[Written], held: Mapping[str, Tensor], here: Coordinate) -> list[File]:
+    files: list[File] = []
     for file in written:
         by_key = {kept.key: kept for kept in file.tensors}
         types = {kept.key: (kept.dtype, kept.shape) for kept in file.tensors}
@@ -221,7 +103,7 @@ def _files_of_weights(plan: Plan, written: Iterable[Written], held: Mapping[str,
                 into = None if whole is None else _place(whole, part)
                 collect(plan.tree[path], part.box, held.get(path), here, into)
 
-        files.append(_File(file.name, types, layout(types, {"format": "pt"}), bring))
+        files.append(File(file.name, types, layout(types, {"format": "pt"}), bring))
     return files
 
 
@@ -236,7 +118,7 @@ def _place(whole: Tensor, part: Part) -> Tensor:
     return place
 
 
-def _files_of_states(local: LocalStates, states: Iterable[State], here: Coordinate) -> list[_File]:
+def _files_of_states(local: LocalStates, states: Iterable[State], here: Coordinate) -> list[File]:
     by_key = {state.key: state.spec for state in states}
     problems = [
         Problem(key, "the optimizer has noted it on other ranks, and not on this one", "Save it when all ranks have trained")
@@ -251,7 +133,7 @@ def _files_of_states(local: LocalStates, states: Iterable[State], here: Coordina
         collect(spec, tuple((0, size) for size in spec.orig_shape), local.tensors.get(key), here, whole)
 
     types = {key: (spec.dtype, spec.orig_shape) for key, spec in by_key.items()}
-    return [_File(OPTIMIZER, types, layout(types, {"format": "pt"}), bring)]
+    return [File(OPTIMIZER, types, layout(types, {"format": "pt"}), bring)]
 
 
 def _whole_model(plan: Plan, model: Any) -> nn.Module | None:
@@ -262,6 +144,18 @@ def _whole_model(plan: Plan, model: Any) -> nn.Module | None:
     return None if others or isinstance(module, StageModule) else module
 
 
+def _describe(plan: Plan, index: Mapping[str, object] | None, model: nn.Module | None, folder: Path) -> None:
+    """Write the index of several files, and the model's configuration."""
+    if model is not None and is_pretrained(model):
+        _write_config(model, folder)
+    elif plan.folder is not None:
+        for name in _CONFIGS:
+            if (file := Path(plan.folder.path) / name).exists():
+                shutil.copyfile(file, folder / name)
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _write_config(model: Any, folder: Path) -> None:
     """Write the configuration of a transformers model, with what its own ``save_pretrained`` notes in it."""
     config = copy.deepcopy(model.config)
@@ -270,7 +164,3 @@ def _write_config(model: Any, folder: Path) -> None:
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")

@@ -40,6 +40,7 @@ _SHORT = 2**14  # of longer runs a call costs a tenth at most
 _NEAR = 2**16  # pages that a fault maps at once
 _SPAN = 2**25  # of a file that is mapped at one time
 _MAX_BUFFERS = 1024  # of one call
+_MAX_OPEN = 64  # a universal checkpoint has a file a tensor, and a process may open a thousand or so
 _POPULATE = 22  # MADV_POPULATE_READ
 
 
@@ -180,6 +181,10 @@ class Files:
         """Return the descriptor of a tensor's file, once it is known to be the one of the plan."""
         name = stored.file
         if name not in self._descriptors:
+            if len(self._descriptors) == _MAX_OPEN:  # files are read one after another: the first is done with
+                first = next(iter(self._descriptors))
+                self._maps.pop(first, None)
+                os.close(self._descriptors.pop(first))
             planned = next(file for file in self.folder.files if file.name == name)
             try:
                 self._descriptors[name] = os.open(Path(self.folder.path) / name, os.O_RDONLY | os.O_CLOEXEC)

@@ -94,8 +94,15 @@ def serve(rank, folder, name, text, out):
     return found, built.receipt.reads
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+CASES = [
+    *(("llama", mesh) for mesh in MESHES),
+    *(("mixtral", mesh) for mesh in MESHES[1:]),
+    *(("gpt2", mesh) for mesh in MESHES[1::2]),
+    ("gpt_neox", MESHES[1]),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
 def test_a_folder_of_transformers_gives_its_logits_and_comes_back_the_same(folders, name, mesh, tmp_path):
     root, wanted = folders
     plan = plan_of(root / name, name, mesh)

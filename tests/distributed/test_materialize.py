@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,3 +172,38 @@ def test_values_of_code_need_the_model_and_values_that_are_not_there_are_told(tm
     with pytest.raises(PlanError, match="it is planned without values"):
         materialize(bare, 0, tmp_path)
     assert not list(tmp_path.glob("*"))
+
+
+IN_TURN = """
+import sys, tempfile
+import torch
+from torch import nn
+from shardplan.functional import create_schedule, materialize, plan_build
+from shardplan.specs import Mesh
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+def plan(width, num):
+    model = nn.Sequential(*(nn.Linear(width, width, device="meta") for _ in range(num)))
+    return plan_build(create_schedule(model, Mesh(tensor=4)).at["*"].colwise())
+
+with tempfile.TemporaryDirectory() as folder:
+    materialize(plan(64, 2), 0, folder)
+    large, before = plan(2048, 16), peak()
+    for rank in range(int(sys.argv[1])):
+        materialize(large, rank, folder)
+    print(peak() - before)
+"""
+
+
+def test_ranks_in_turn_need_the_memory_of_one_and_one_that_of_a_tensor():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def peak(num_ranks):
+        command = [sys.executable, "-c", IN_TURN, str(num_ranks)]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100).stdout)
+
+    shards, one, four = 2048 * 2048 * 16, peak(1), peak(4)  # of a rank: 16 tensors of 4 bytes an element, in four parts
+    assert one < shards / 4
+    assert four < one + shards / 8

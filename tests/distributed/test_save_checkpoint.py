@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shardplan.functional import create_schedule, execute, gather, plan_build, save_checkpoint
+from shardplan.functional import messages as travelling
 from shardplan.functional.checkpoints.contents import read_contents
 from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
 from shardplan.specs import Mesh
@@ -59,7 +60,7 @@ def schedule(name, mesh):
 
 
 def save(rank, name, mesh, folder, message_bytes):
-    sys.modules[gather.__module__].MESSAGE_BYTES = message_bytes
+    travelling.MESSAGE_BYTES = message_bytes
     plan = plan_build(schedule(name, mesh))
     built = execute(plan, device="cpu", progress=False)
     save_checkpoint(plan, built.model, folder)
@@ -94,6 +95,42 @@ def test_each_layout_is_saved_as_save_pretrained_saves_the_whole_model(name, mes
     assert all(torch.equal(again[path], tensor) for path, tensor in whole.items())
     assert all(torch.equal(whole[path], tensor) for path, tensor in first.items())
     assert not any(others)
+
+
+def save_engine(rank, mesh, folder):
+    """Under ZeRO 3, which keeps parameters in pieces."""
+    model = whole_model("odd sizes")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100}
+    config = {"train_batch_size": mesh.data, "zero_optimization": zero, "gradient_clipping": 0.0}
+    plan = plan_build(split_llama(model, mesh), target="deepspeed", config=config)
+    built = execute(plan, device="cpu", progress=False, optimizer=partial(torch.optim.AdamW, lr=0.1))
+    save_checkpoint(plan, built.model, folder)
+    return sum(parameter.numel() for parameter in built.module.parameters())
+
+
+def test_pieces_of_zero_3_are_saved_whole(tmp_path):
+    whole_model("odd sizes").save_pretrained(tmp_path / "theirs")
+    kept = results(run_ranks(save_engine, 2, Mesh(data=2), tmp_path / "ours"))
+    assert weights(tmp_path / "ours") == weights(tmp_path / "theirs")
+    assert max(kept) < 10_000  # in pieces again
+
+
+def save_without_some(rank, folder):
+    """An optimizer that has trained a tensor on one rank alone."""
+    plan = plan_build(create_schedule(nn.Sequential(nn.Linear(4, 4)), TENSOR_2).at["0"].colwise(gather_output=True))
+    built = execute(plan, device="cpu", progress=False, optimizer=torch.optim.AdamW)
+    if not rank:
+        built.module[0].weight.grad = torch.ones_like(built.module[0].weight)
+        built.optimizer.step()
+    save_checkpoint(plan, built.model, folder, optimizer=built.optimizer)
+
+
+def test_states_that_some_ranks_lack_are_told(tmp_path):
+    for outcome in run_ranks(save_without_some, 2, tmp_path / "ours", timeout=60):
+        assert outcome.error.startswith(
+            "ExecutionError: rank 1: PlanError: 2 problems\n  exp_avg/0.weight: the optimizer has"
+        )
+    assert not list(tmp_path.iterdir())
 
 
 TIED = {"tie_word_embeddings": True, "use_cache": False}
@@ -189,7 +226,7 @@ def no_permission(rank, built, folder):
 def no_room(rank, built, folder):
     """Memory for the messages, and not for a large tensor."""
     warm_up(folder.parent)
-    sys.modules[gather.__module__].MESSAGE_BYTES = MIB
+    travelling.MESSAGE_BYTES = MIB
     if rank:
         return nothing
     used = 1024 * int(

@@ -12,8 +12,8 @@ from tests.models import llama, split_llama
 from tests.ranks import results, run_ranks
 
 STOP, NUM_STEPS, ROWS, LENGTH, MICRO = 3, 6, 8, 8, 2
-SPLITS = (Mesh(tensor=2), Mesh(data=2), Mesh(pipe=2, tensor=2))
-MESHES = (Mesh(), Mesh(tensor=2), Mesh(tensor=4), Mesh(data=2, tensor=2), Mesh(pipe=2), Mesh(pipe=2, tensor=2))
+SPLITS = (Mesh(data=2), Mesh(pipe=2, tensor=2))
+MESHES = (Mesh(), Mesh(tensor=4), Mesh(data=2, tensor=2), Mesh(pipe=2))
 ADAM = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1}}
 
 

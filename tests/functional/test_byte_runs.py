@@ -303,3 +303,24 @@ def test_holders_read_a_tensor_once(written):
         assert (found[slice(*rows), slice(*columns)] == -1).all()
         found[slice(*rows), slice(*columns)] = piece
     assert torch.equal(found, values)
+
+
+def num_open():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_few_of_many_files_are_open_at_a_time(tmp_path, monkeypatch):
+    whole = torch.arange(200, dtype=torch.int64)
+    for number in range(200):
+        (tmp_path / f"{number:03d}.bin").write_bytes(whole[number : number + 1].numpy().tobytes())
+    folder = Folder(str(tmp_path), tuple(StoredFile(f"{number:03d}.bin", 8) for number in range(200)))
+    stored = [StoredTensor(file.name, "w", 0, (1,), "int64") for file in folder.files]
+    parts = [evolve(Part.whole(one), at=(number,)) for number, one in enumerate(stored)]
+    before, most, opened = num_open(), [], os.open
+    monkeypatch.setattr(os, "open", lambda *args: most.append(num_open()) or opened(*args))
+    out = torch.empty_like(whole)
+    with Files(folder) as files:
+        read_part(out, parts, whole_index((200,)), files)
+    assert torch.equal(out, whole)
+    assert len(most) == 200
+    assert max(most) <= before + 70
