@@ -6,7 +6,7 @@ ranks are ready, with code loaded and ranks connected by a tiny model, and ends 
 
 Bytes read are those that the kernel copied on calls to read, where a way reads so; of a way that maps files, the bytes of
 the tensors or slices that it asks for. A way that leaves pages of the files mapped has not copied them: they are touched
-when the model runs, and stay shared between ranks until they are written to.
+when the model runs, and stay shared between ranks until they are written to. ``tp_plan="auto"`` needs accelerate.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from .checkpoints.saved_states import saved_states
 from .effects import TorchEffects
 from .gather import agreed
 from .interpret import interpret
+from .messages import messages_on
 from .training_state import give_states, settings_of
 
 
@@ -50,7 +51,7 @@ def load_optimizer(plan: Plan, model: Any, optimizer: Any, folder: str | Path) -
         found = states_plan(plan, folder, settings_of(optimizer))
     except PlanError as wrong:
         error = wrong
-    agree(plan, error, device)
+    agree(plan, error, messages_on())
     loaded = interpret(found.plan, here, TorchEffects(here, device, nn.Module(), nn.Module(), {}))
     give_states(held, optimizer, _by_path(held, {**_numbers(found.numbers), **loaded}), found.groups)
 

@@ -64,8 +64,7 @@ def transfer(
             states = local_states(resharding.source, before, source_optimizer)
     except (PlanError, TypeError) as wrong:
         error = wrong
-    device = next((tensor.device for tensor in (*before.values(), *after.values())), torch.device("cpu"))
-    agree(resharding.target, error, device)
+    agree(resharding.target, error, messages_on())
     with torch.no_grad():
         for spec in resharding.target.tree.values():
             _bring(resharding, resharding.source.tree[spec.path], spec, before.get(spec.path), after.get(spec.path))

@@ -21,6 +21,7 @@ from ...specs.errors import PlanError, Problem
 from ..agreement import agree
 from ..gather import agreed
 from ..holders import held_first, local_boxes
+from ..messages import messages_on
 from ..training_state import LocalStates, local_states
 from .whole_folder import abandon, absolute, begin, finish
 
@@ -66,8 +67,7 @@ def write_dcp(plan: Plan, model: Any, folder: str | Path, *, optimizer: Any = No
             begin(folder)
     except Exception as wrong:  # noqa: BLE001  the other ranks wait for the agreement
         error = wrong
-    device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
-    agree(plan, error, device)
+    agree(plan, error, messages_on())
     try:
         _save(boxes, folder.with_name(f".{folder.name}.partial"))
         if here.rank == 0:
@@ -76,7 +76,7 @@ def write_dcp(plan: Plan, model: Any, folder: str | Path, *, optimizer: Any = No
         error = wrong
         if here.rank == 0:
             abandon(folder)
-    agree(plan, error, device)
+    agree(plan, error, messages_on())
 
 
 @frozen(eq=False)
