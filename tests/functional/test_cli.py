@@ -17,6 +17,7 @@ from attrs import evolve
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from shardplan.functional import audit, plan_build, predict
@@ -24,6 +25,7 @@ from shardplan.functional.cli import main
 from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.specs import Mesh, dumps, loads
 from shardplan.specs.dtypes import human_bytes, parse_bytes
+from shardplan.specs.steps import LoadShard
 from tests.models import plain, split_plain
 from tests.strategies import law
 
@@ -317,6 +319,29 @@ def test_a_model_that_declares_nothing_is_split_by_what_it_computes(here):
     assert loads(Path("plan.json").read_text()).tree["transformer.h.0.attn.c_attn.weight"].type == "f32[64, 64|64|64@tensor]"
 
 
+def test_a_plan_starts_from_a_checkpoint_and_its_ranks_are_written(here):
+    with torch.device("cpu"):
+        LlamaForCausalLM(LlamaConfig.from_pretrained("llama")).save_pretrained("llama", max_shard_size="60KB")
+    arguments = ("plan", "--hf-config", "llama", "--mesh", "data=2,tensor=2", "--checkpoint", "llama")
+    run(*arguments, "--dedupe", "-o", "plan.json")
+    run(*arguments, "-o", "other.json")
+    plan, other = (loads(Path(name).read_text()) for name in ("plan.json", "other.json"))
+    assert {step.over for step in plan.steps if isinstance(step, LoadShard)} == {("data",)}
+    assert {step.over for step in other.steps if isinstance(step, LoadShard)} == {()}
+    path = "model.layers.1.mlp.up_proj.weight"
+    assert f"values    checkpoint: {path} of model-0000" in run("explain", "plan.json", path)
+    assert "reads   stage  ranks  first  files" in run("audit", "plan.json")
+    told = json.loads(run("materialize", "plan.json", "--rank", "2-3", "--rank", "0", "-o", "shards", "--json"))
+    assert [file["rank"] for file in told["files"]] == [2, 3, 0]
+    assert told["fingerprint"] == plan.fingerprint
+    assert sorted(file.name for file in Path("shards").iterdir()) == [f"rank-0000{rank}.safetensors" for rank in (0, 2, 3)]
+    with safe_open("shards/rank-00003.safetensors", "pt") as file:
+        part = plan.tree[path].index(plan.mesh.coordinate(3))[0][0]
+        stored = plan.tree[path].source.parts[0].stored
+        with safe_open(f"llama/{stored.file}", "pt") as whole:
+            assert torch.equal(file.get_tensor(path), whole.get_tensor(path)[slice(*part)])
+
+
 FACTORY = ("plan", "--factory")
 SEARCH = ("search", "--num-ranks", "2", "--device-memory", "1GiB", "--factory")
 
@@ -365,11 +390,21 @@ SEARCH = ("search", "--num-ranks", "2", "--device-memory", "1GiB", "--factory")
         ([*SEARCH, "mine:split", "--target", "megatron"], "PlanError: 1 problem\n  target: 'megatron' is unknown"),
         ([*SEARCH, "mine:split", "--sequence", "4"], "--batch: it is not given, and --sequence is"),
         (["merge"], "No such command 'merge'"),
+        ([*FACTORY, "mine:split", "--mesh", "tensor=2", "--dedupe"], "--dedupe: it is for --checkpoint, which is not giv"),
+        ([*FACTORY, "mine:split", "--mesh", "tensor=2", "--checkpoint", "none"], "none: there is no such folder\n      D"),
+        (
+            [*FACTORY, "mine:split", "--mesh", "tensor=2", "--checkpoint", "llama"],
+            "llama: it holds no checkpoint that can b",
+        ),
+        (["materialize", "saved.json", "--rank", "x", "-o", "shards"], "'x' is no rank; write 17, or 16-23"),
+        (["materialize", "saved.json", "--rank", "3-1", "-o", "shards"], "'3-1' is no rank; write 17, or 16-23"),
+        (["materialize", "saved.json", "--rank", "4", "-o", "shards"], "--rank: there is no rank 4: mesh pipe=1 data=2 ten"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_wrong_is_said_plainly(here, plan, arguments, said):
     (here / "old.json").write_text(json.dumps({**json.loads(dumps(plan)), "schema_version": 4}))
+    (here / "saved.json").write_text(dumps(plan))
     error = run(*arguments, code=2)
     assert said in error
     assert "Traceback" not in error
