@@ -22,6 +22,7 @@ from ..specs.stored import Folder, Part
 from .agreement import agree
 from .checkpoints.byte_runs import staging_bytes, stored_parts, take, take_all
 from .checkpoints.known_sums import differing, known_sums
+from .checkpoints.manifest_check import read_manifest
 from .checkpoints.own_file import damaged, read_own_file, wrong_tensors
 from .checkpoints.position_sum import MODULUS
 from .checkpoints.read_parts import Files, Reading, read_all
@@ -213,8 +214,8 @@ class TorchEffects:
             self.ledger.call("all_reduce", (), range(plan.mesh.num_ranks), words.nbytes)
         *sums, num_failed = words.tolist()
         found = {stored: word % MODULUS for stored, word in zip(known, sums, strict=True)}
-        if not num_failed and (problems := list(differing(known, found))):
-            raise PlanError(problems)
+        if not num_failed and any(found[stored] != one.sum for stored, one in known.items()):
+            raise PlanError(list(differing(known, found, _sums_now(plan))))
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return self._own(torch.empty(shape, dtype=getattr(torch, dtype), device=self.device))
@@ -382,6 +383,12 @@ def _bytes(message: Tensor) -> Tensor:
 def _signed(number: int) -> int:
     """Return the integer of 64 bits with a sign that is a number modulo 2^64."""
     return (number + MODULUS // 2) % MODULUS - MODULUS // 2
+
+
+def _sums_now(plan: Plan) -> dict[tuple[str, str], int]:
+    """Return the sums that the manifest of the plan's folder has by now."""
+    manifest = read_manifest(plan.folder.path) if plan.folder else None
+    return {(name, key): found for name, sums in manifest.sums.items() for key, found in sums.items()} if manifest else {}
 
 
 def _written_for(piece: Piece) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
+from ..specs.errors import PlanError, Problem
+from ..specs.plan import Plan
 from ..specs.source import Loaded, Materialised, Uninitialised
 from ..specs.steps import (
     Allocate,
@@ -29,7 +31,6 @@ from ..specs.stored import Folder
 
 if TYPE_CHECKING:
     from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
     from ..specs.tree import SpecTree
 
 _MOVES = (
@@ -45,6 +46,9 @@ def from_shards(plan: Plan, folder: str | Path) -> Plan:
         plan: The plan that they were written for.
         folder: Where they are when the plan is executed.
 
+    Raises:
+        PlanError: If the plan starts from such files already.
+
     >>> from shardplan.specs import InitProgram, Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import EvaluateShard, Place
     >>> tree = SpecTree([ParamSpec("weight", (4, 4), "float32", source=InitProgram(()))])
@@ -52,6 +56,11 @@ def from_shards(plan: Plan, folder: str | Path) -> Plan:
     >>> [type(step).__name__ for step in from_shards(plan, "shards").steps]
     ['LoadOwn', 'Place']
     """
+    if not isinstance(plan, Plan):
+        msg = f"from_shards takes the plan of the files, not a {type(plan).__name__}: from_shards(plan, folder)"
+        raise TypeError(msg)
+    if any(isinstance(spec.source, Materialised) for spec in plan.tree.values()):
+        raise PlanError([Problem("", "the plan starts from such files already", "Give the plan that they were written for")])
     tree = plan.tree.map(lambda spec: _materialised(spec, plan))
     steps: list[Step] = []
     is_done = False

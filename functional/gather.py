@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..specs.dtypes import num_bytes
 from ..specs.index import index_shape
+from ..specs.plan import Plan
 from .agreement import agree
 from .held_tensors import held_tensors
 from .holders import clip, holders, local_boxes
@@ -22,7 +23,6 @@ from .standing import stand
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
     from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
     from ..specs.stored import Box
 
 
@@ -68,6 +68,9 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def agreed(plan: Plan, model: Any) -> tuple[Mapping[str, Tensor], Coordinate]:
     """Return what this rank holds, and where it stands, when all ranks hold what is planned."""
+    if not isinstance(plan, Plan):
+        msg = f"the plan comes first, and this is a {type(plan).__name__}: save_checkpoint(plan, model, folder)"
+        raise TypeError(msg)
     here, error = stand(plan)
     held: Mapping[str, Tensor] = {}
     try:

@@ -19,12 +19,13 @@ from ..specs.stored import Part
 from ..specs.tree import SpecTree
 from .agreement import agree
 from .checkpoints.assembly import Assembly
-from .checkpoints.saved_states import saved_states
+from .checkpoints.saved_states import Group, SavedStates, saved_states, settings_for
+from .checkpoints.universal import WEIGHTS
 from .effects import TorchEffects
 from .gather import agreed
 from .interpret import interpret
 from .messages import messages_on
-from .training_state import give_states, settings_of
+from .training_state import give_states, groups_of
 
 
 def load_optimizer(plan: Plan, model: Any, optimizer: Any, folder: str | Path) -> None:
@@ -48,12 +49,12 @@ def load_optimizer(plan: Plan, model: Any, optimizer: Any, folder: str | Path) -
     device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
     found, error = _Found(plan, {}, ()), None
     try:
-        found = states_plan(plan, folder, settings_of(optimizer))
-    except PlanError as wrong:
+        found = states_plan(plan, folder, groups_of(held, optimizer))
+    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the agreement
         error = wrong
     agree(plan, error, messages_on())
     loaded = interpret(found.plan, here, TorchEffects(here, device, nn.Module(), nn.Module(), {}))
-    give_states(held, optimizer, _by_path(held, {**_numbers(found.numbers), **loaded}), found.groups)
+    give_states(held, optimizer, _by_path(held, {**_numbers(found.numbers), **loaded}), found.settings)
 
 
 @frozen
@@ -63,28 +64,28 @@ class _Found:
     Args:
         plan: A plan whose tensors are the states, under their keys.
         numbers: States that lie in no tensor, by key.
-        groups: The settings of each group of parameters.
+        settings: Those of each group of the optimizer's, in their order.
     """
 
     plan: Plan
     numbers: Mapping[str, float]
-    groups: tuple[Mapping[str, Any], ...]
+    settings: tuple[Mapping[str, Any], ...]
 
 
-def states_plan(plan: Plan, folder: str | Path, settings: Sequence[Mapping[str, Any]]) -> _Found:
+def states_plan(plan: Plan, folder: str | Path, groups: Sequence[Group]) -> _Found:
     """Return how the states of a plan's tensors are read from a folder: as a plan, split as the tensors are.
 
     Args:
         plan: What was executed.
         folder: What was saved.
-        settings: Those of the optimizer that gets the states, group by group.
+        groups: Those of the optimizer that gets the states, with those of their tensors that this rank holds.
 
     Raises:
         PlanError: If the folder has no states, or those of other tensors or of another optimizer.
     """
     saved = saved_states(str(folder))
-    groups = tuple(settings) if saved.groups is None else saved.groups
-    problems = list(_other_settings(groups, settings))
+    settings, problems = settings_for(saved.groups, groups)
+    problems += _missing(plan, saved)
     specs: list[ParamSpec] = []
     for key, parts in saved.tensors.items():
         spec, shape = plan.tree.get(key.partition("/")[2]), Assembly.of(parts).shape
@@ -110,7 +111,7 @@ def states_plan(plan: Plan, folder: str | Path, settings: Sequence[Mapping[str, 
         Agree("closing"),
     ]
     found = Plan(plan.mesh, SpecTree(specs), steps, pipeline=plan.pipeline, folder=saved.folder)
-    return _Found(found, saved.numbers, groups)
+    return _Found(found, saved.numbers, settings)
 
 
 def _state(spec: ParamSpec, key: str, parts: tuple[Part, ...], shape: tuple[int, ...]) -> ParamSpec:
@@ -120,15 +121,21 @@ def _state(spec: ParamSpec, key: str, parts: tuple[Part, ...], shape: tuple[int,
     return evolve(spec, path=key, tie=(), dtype=source.dtype, orig_shape=shape, shards=shards, source=source)
 
 
-def _other_settings(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
-    if len(saved) != len(own):
-        cause = f"it has {len(own)} groups of parameters, and {len(saved)} were saved"
-        yield Problem("optimizer", cause, "Make its groups as those that were saved")
-    for number, (before, now) in enumerate(zip(saved, own, strict=False)):
-        if before.keys() != now.keys():
-            names = ", ".join(sorted(before.keys() ^ now.keys()))
-            cause = f"group {number} has not the settings that were saved: one of the two lacks {names}"
-            yield Problem("optimizer", cause, "Make the same optimizer as the one that was saved")
+def _missing(plan: Plan, saved: SavedStates) -> Iterator[Problem]:
+    """Iterate over the tensors of which some states are there, and others that their neighbours have are not."""
+    names: dict[str, set[str]] = {}
+    for key in (*saved.tensors, *saved.numbers):
+        name, _, path = key.partition("/")
+        names.setdefault(path, set()).update({name} - {WEIGHTS})  # of which float32 tensors have no copy
+    trained = [spec.path for spec in plan.tree.values() if spec.requires_grad and spec.kind == "parameter"]
+    together = [group.paths for group in saved.groups] if saved.groups is not None else [tuple(trained)]
+    for paths in together:
+        every = set[str]().union(*(names.get(path, set()) for path in paths))
+        for path in paths:
+            lacks = every - names.get(path, set())
+            if lacks and (path in names or saved.groups is None):
+                cause = f"of its states {', '.join(sorted(lacks))} {'is' if len(lacks) == 1 else 'are'} not there"
+                yield Problem(path, cause, "Save again, or take a copy that is whole")
 
 
 def _numbers(numbers: Mapping[str, float]) -> dict[str, Tensor]:

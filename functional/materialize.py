@@ -12,6 +12,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from ..specs.errors import PlanError, Problem
+from ..specs.plan import Plan
 from ..specs.program import InitProgram
 from ..specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import Generate
@@ -27,14 +28,14 @@ from .resolve import Make, Piece
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
     from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
 
 
 def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | None = None) -> Path:
     """Write all that a rank will hold to ``rank-00017.safetensors``, on the CPU, without a process group; return the file.
 
-    The values are those that ``execute`` gives that rank. One tensor is held at a time; where init code makes several, or
-    makes one whole, these. ``execute(from_shards(plan, folder))`` starts from such files.
+    The values are those that ``execute`` gives that rank on the CPU; on CUDA, init code for which no program stands draws
+    other numbers. One tensor is held at a time; where init code makes several, or makes one whole, these.
+    ``execute(from_shards(plan, folder))`` starts from such files.
 
     Args:
         plan: What is planned.
@@ -43,7 +44,7 @@ def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | No
         model: The module, for init code and for values that it has; the one that was scheduled if left out.
 
     Raises:
-        PlanError: If a tensor has no values, or needs a model that is not there.
+        PlanError: If there is no such rank, a tensor has no values, or needs a model that is not there.
 
     >>> import tempfile
     >>> from shardplan.specs import Mesh
@@ -53,6 +54,12 @@ def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | No
     ...     materialize(plan, 1, folder).name
     'rank-00001.safetensors'
     """
+    if not isinstance(plan, Plan):
+        msg = f"materialize takes a plan, not a {type(plan).__name__}: materialize(plan, rank, folder)"
+        raise TypeError(msg)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < plan.mesh.num_ranks:
+        cause = f"{rank!r} is no rank: {plan.mesh} has {plan.mesh.num_ranks}"
+        raise PlanError([Problem("rank", cause, f"0 to {plan.mesh.num_ranks - 1}")])
     here = plan.mesh.coordinate(rank)
     given = plan.runtime.model if model is None else model
     held = [spec for spec in plan.tree.values() if here.pipe in spec.places(plan.mesh)]

@@ -14,7 +14,7 @@ from ..specs.errors import PlanError, Problem
 from .checkpoints.declared_names import is_pretrained
 from .checkpoints.hugging_face import INDEX
 from .checkpoints.safetensors_writer import layout
-from .checkpoints.saved_states import OPTIMIZER
+from .checkpoints.saved_states import OPTIMIZER, Group
 from .checkpoints.whole_folder import absolute
 from .checkpoints.written_files import index_of, written_files
 from .gather import agreed, collect
@@ -23,7 +23,7 @@ from .holders import held_first
 from .messages import narrowed
 from .saving import File, Saving
 from .stage_module import StageModule
-from .training_state import LocalStates, State, all_states, local_states
+from .training_state import LocalStates, State, all_groups, all_states, local_states
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,17 +76,19 @@ def save_checkpoint(
     saving = Saving(absolute(Path(folder)), is_writer=here.rank == 0)
     written = saving.attempt(written_files, plan, whole) or ()
     files = saving.attempt(_files_of_weights, plan, written, held, here) or []
-    groups: tuple[Mapping[str, Any], ...] | None = None
+    groups: tuple[Group, ...] | None = None
     if optimizer is not None:
         states = saving.attempt(local_states, plan, held, optimizer) or LocalStates({}, ())
         found = all_states(plan, states)
         files += saving.attempt(_files_of_states, states, found, here) or []
-        groups = states.groups
+        groups = all_groups(states)
     saving.begin()
     saving.agree(plan)
     for file in files:
         saving.write(file)
-    training = None if groups is None else {"groups": list(groups)}
+    training = (
+        None if groups is None else {"groups": [{"settings": group.settings, "paths": group.paths} for group in groups]}
+    )
     saving.finish(partial(_describe, plan, index_of(written, plan.tree), whole), training)
     saving.agree(plan)
 

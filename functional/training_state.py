@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..specs.errors import PlanError, Problem
 from ..specs.plain import is_plain
-from .dialects.deepspeed_states import MASTER, WholeStates, give_whole_states, is_deepspeed
+from .checkpoints.saved_states import Group
+from .dialects.deepspeed_states import MASTER, WholeStates, check_optimizer, give_whole_states, is_deepspeed, like_before
 from .held_tensors import own_part
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ class LocalStates:
 
     Args:
         tensors: By key, what it holds: of the tensor's local shape, or without axes.
-        groups: Settings of the optimizer's groups of parameters, such as ``lr``; plain values.
+        groups: The optimizer's groups, with those of their tensors that this rank holds.
         types: Dtype and number of axes of each, by key.
     """
 
     tensors: Mapping[str, Tensor]
-    groups: tuple[Mapping[str, Any], ...]
+    groups: tuple[Group, ...]
     types: Mapping[str, tuple[str, int]] = Factory(lambda self: _types(self.tensors), takes_self=True)
 
 
@@ -65,9 +66,10 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
     Raises:
         PlanError: If it trains tensors that the plan does not know, or notes what is neither a number nor like its tensor.
     """
+    groups = groups_of(held, optimizer)
     if is_deepspeed(optimizer):
         whole = WholeStates(held, optimizer)
-        return LocalStates(whole, settings_of(optimizer), whole.types)
+        return LocalStates(whole, groups, whole.types)
     paths = {id(tensor): path for path, tensor in held.items()}
     tensors: dict[str, Tensor] = {}
     problems: list[Problem] = []
@@ -80,6 +82,10 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
                 continue
             path = paths[id(own)]
             for name, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, (Tensor, float, int)):
+                    cause = f"{name} is a {type(value).__name__}, neither a tensor nor a number"
+                    problems.append(Problem(path, cause, "Save without optimizer=", plan.tree[path].type))
+                    continue
                 tensor = own_part(value) if isinstance(value, Tensor) else torch.tensor(value)
                 if tensor.dim() and tensor.shape != own.shape:
                     cause = f"{name} is {list(tensor.shape)}, and the tensor on this rank {list(own.shape)}"
@@ -87,34 +93,60 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
                 tensors[f"{name}/{path}"] = tensor
     if problems:
         raise PlanError(problems)
-    return LocalStates(tensors, settings_of(optimizer))
+    return LocalStates(tensors, groups)
 
 
-def settings_of(optimizer: Any) -> tuple[Mapping[str, Any], ...]:
-    """Return the settings of an optimizer's groups of parameters that are plain values."""
-    optimizer = optimizer.optimizer if is_deepspeed(optimizer) else optimizer
-    return tuple(
-        {name: value for name, value in group.items() if name != "params" and is_plain(value)}
-        for group in optimizer.param_groups
-    )
+def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[Group, ...]:
+    """Return an optimizer's groups, with those of their tensors that this rank holds.
+
+    Raises:
+        PlanError: If it is no optimizer, or a setting is no plain value.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        inner = hasattr(optimizer, "optimizer")
+        cause = f"it is a {type(optimizer).__name__}, not an optimizer"
+        fix = "Give engine.optimizer" if inner else "Give the optimizer that execute returned"
+        raise PlanError([Problem("optimizer", cause, fix)])
+    paths = {id(tensor): path for path, tensor in held.items()}
+    trained = optimizer.bit16_groups if is_deepspeed(optimizer) else [group["params"] for group in optimizer.param_groups]
+    inner: Any = optimizer.optimizer if is_deepspeed(optimizer) else optimizer
+    found: list[Group] = []
+    problems: list[Problem] = []
+    for number, (group, tensors) in enumerate(zip(inner.param_groups, trained, strict=True)):
+        settings = {name: _plain(value) for name, value in group.items() if name != "params"}
+        for name, value in settings.items():
+            if not is_plain(value):
+                cause = f"setting {name!r} of group {number} is a {type(value).__name__}, which cannot be written down"
+                problems.append(Problem("optimizer", cause, "Leave it out of the group"))
+        known = (paths.get(id(own_part(tensor))) for tensor in tensors)
+        found.append(Group(settings, tuple(path for path in known if path is not None)))
+    if problems:
+        raise PlanError(problems)
+    return tuple(found)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number for a tensor that is one, such as a learning rate for captured graphs."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def give_states(
     held: Mapping[str, Tensor],
     optimizer: Any,
     states: Mapping[str, Mapping[str, Tensor]],
-    groups: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Give an optimizer its states and settings.
+    """Give an optimizer its states, in the dtypes that they have, and its settings.
 
     Args:
         held: The tensors that this rank holds, by path.
         optimizer: The optimizer, of which this rank's tensors are a part.
         states: By path and name.
-        groups: Settings of its groups, in their order.
+        settings: Those of its groups, in their order.
     """
     if is_deepspeed(optimizer):
-        give_whole_states(held, optimizer, states, groups)
+        check_optimizer(optimizer)
+        give_whole_states(held, optimizer, states, settings)
         return
     paths = {id(tensor): path for path, tensor in held.items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -124,9 +156,12 @@ def give_states(
         if paths.get(id(own_part(p))) in states
     }
     saved = optimizer.state_dict()["param_groups"]
-    for group, settings in zip(saved, groups, strict=True):
-        group.update({name: tuple(v) if isinstance(group[name], tuple) else v for name, v in settings.items()})
+    for group, given in zip(saved, settings, strict=True):
+        group.update({name: like_before(group.get(name), value) for name, value in given.items()})
     optimizer.load_state_dict({"state": known, "param_groups": saved})
+    for number, given in known.items():  # which has cast them to the dtype of the parameter
+        kept = optimizer.state[parameters[number]]
+        kept.update({name: state.to(kept[name].device) for name, state in given.items() if state.dtype != kept[name].dtype})
 
 
 def _like(parameter: Tensor, name: str, state: Tensor) -> Tensor:
@@ -146,10 +181,15 @@ def all_states(plan: Plan, local: LocalStates) -> tuple[State, ...]:
     return tuple(_ordered(plan, known))
 
 
-def first_groups(local: LocalStates) -> tuple[Mapping[str, Any], ...]:
-    """Return the settings that the first rank with any has; every rank calls it."""
-    texts = _exchanged(json.dumps(list(local.groups)))
-    return tuple(next((found for text in texts if (found := json.loads(text))), ()))
+def all_groups(local: LocalStates) -> tuple[Group, ...]:
+    """Return the groups of all ranks, with all of their tensors; every rank calls it. Settings are those of the first."""
+    found: list[Group] = []
+    for text in _exchanged(json.dumps([[dict(group.settings), list(group.paths)] for group in local.groups])):
+        for number, (settings, paths) in enumerate(json.loads(text)):
+            if number == len(found):
+                found.append(Group(settings, ()))
+            found[number] = evolve(found[number], paths=tuple(dict.fromkeys((*found[number].paths, *paths))))
+    return tuple(found)
 
 
 def _ordered(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[State]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,11 @@ from ..specs.errors import PlanError, Problem
 from ..specs.index import whole_index
 from ..specs.reshard import Transfer
 from .agreement import agree
+from .checkpoints.saved_states import settings_for
 from .held_tensors import held_tensors
 from .holders import holders, local_boxes
 from .messages import messages, messages_on, narrowed
-from .training_state import LocalStates, all_states, first_groups, give_states, local_states
+from .training_state import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states
 
 if TYPE_CHECKING:
     from ..specs.param import ParamSpec
@@ -62,15 +63,28 @@ def transfer(
         before, after = _held(resharding.source, source_model), _held(resharding.target, target_model)
         if source_optimizer is not None:
             states = local_states(resharding.source, before, source_optimizer)
-    except (PlanError, TypeError) as wrong:
+    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the agreement
         error = wrong
     agree(resharding.target, error, messages_on())
     with torch.no_grad():
         for spec in resharding.target.tree.values():
             _bring(resharding, resharding.source.tree[spec.path], spec, before.get(spec.path), after.get(spec.path))
-    if target_optimizer is not None:
-        received = _received(resharding, states, after)
-        give_states(after, target_optimizer, received, first_groups(states))
+    if target_optimizer is None:
+        return
+    known, saved = all_states(resharding.source, states), all_groups(states)
+    settings: tuple[Mapping[str, Any], ...] = ()
+    try:
+        settings, problems = settings_for(saved, groups_of(after, target_optimizer))
+        cause, fix = "the optimizer has noted it on other ranks, and not on this one", "Send it when all ranks have trained"
+        lacking = [s.key for s in known if s.spec.path in before and s.key not in states.tensors]
+        if problems := [*problems, *(Problem(key, cause, fix) for key in lacking)]:
+            raise PlanError(problems)  # noqa: TRY301  it is told to all ranks as whatever else goes wrong
+    except Exception as wrong:  # noqa: BLE001  the other ranks wait for the agreement
+        error = wrong
+    agree(resharding.target, error, messages_on())
+    with torch.no_grad():
+        received = _received(resharding, known, states, after)
+    give_states(after, target_optimizer, received, settings)
 
 
 def _check(resharding: Reshard, source_optimizer: object, target_optimizer: object) -> None:
@@ -93,7 +107,11 @@ def _check(resharding: Reshard, source_optimizer: object, target_optimizer: obje
 def _held(plan: Plan, model: Any) -> Mapping[str, Tensor]:
     """Return what this rank holds of a plan."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return held_tensors(plan, model, plan.mesh.coordinate(rank))
+    held = held_tensors(plan, model, plan.mesh.coordinate(rank))
+    cause = "ZeRO 3 keeps it in pieces"
+    if problems := [Problem(path, cause, _BY_FILES) for path, tensor in held.items() if hasattr(tensor, "ds_id")]:
+        raise PlanError(problems)
+    return held
 
 
 def _bring(resharding: Reshard, before: ParamSpec, after: ParamSpec, mine: Tensor | None, into: Tensor | None) -> None:
@@ -134,10 +152,12 @@ def _pass(given: Tensor | None, taker: Tensor | None, move: Transfer) -> None:
         taker.copy_(message.view(taker.dtype).view(taker.shape))
 
 
-def _received(resharding: Reshard, states: LocalStates, after: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _received(
+    resharding: Reshard, known: Iterable[State], states: LocalStates, after: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
     """Return the states of the tensors that this process holds afterwards, by path and name."""
     found: dict[str, dict[str, Tensor]] = {}
-    for state in all_states(resharding.source, states):
+    for state in known:
         path = state.spec.path
         target = evolve(resharding.target.tree[path], dtype=state.spec.dtype)
         if state.spec.orig_shape != target.orig_shape:

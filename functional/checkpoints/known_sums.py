@@ -46,10 +46,21 @@ def known_sums(tree: SpecTree) -> dict[Stored, Known]:
     return {key: known for key, parts in sorted(found.items()) if (known := _known(list(parts.values())))}
 
 
-def differing(known: Mapping[Stored, Known], sums: Mapping[Stored, int]) -> Iterator[Problem]:
-    """Iterate over the stored tensors whose sums are not those that were written down."""
+def differing(known: Mapping[Stored, Known], sums: Mapping[Stored, int], now: Mapping[Stored, int]) -> Iterator[Problem]:
+    """Iterate over the stored tensors whose sums are not those that were written down.
+
+    Args:
+        known: What was written down when the plan was made.
+        sums: What was read.
+        now: What is written down by now.
+    """
     for (file, key), one in known.items():
-        if sums[file, key] != one.sum:
+        if sums[file, key] == one.sum:
+            continue
+        if now.get((file, key)) == sums[file, key]:
+            cause = f"{file} was saved again after the plan was made: it has other values than were planned"
+            yield Problem(key, cause, "Plan again")
+        else:
             cause = f"what is read of {file} has the sum {sums[file, key]:016x}, and {one.sum:016x} was saved: it is damaged"
             yield Problem(key, cause, "Copy or download the file again, or go back to the checkpoint before")
 

@@ -74,11 +74,11 @@ def read_own_file(folder: str, rank: int, plan: str) -> tuple[OwnFile, StoredFil
     with (Path(folder) / name).open("rb") as handle:
         found = parse_object(header_bytes(handle, file.num_bytes)).get("__metadata__", {})
     try:
-        sums = {path: int(digits, 16) for path, digits in json.loads(found["sums"]).items()}
+        sums = {path: int(digits, 16) for path, digits in parse_object(found["sums"].encode()).items()}
         loaded = {(path, number): int(digits, 16) for path, number, digits in json.loads(found["loaded"])}
         own = OwnFile(found["plan"], int(found["rank"]), sums, loaded)
         is_ours = found["format"] == _MARK and sums.keys() == tensors.keys()
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         own, is_ours = OwnFile("", -1, {}, {}), False
     if not is_ours:
         raise PlanError([Problem(name, "it does not say for which plan and rank its tensors are", fix)])

@@ -48,11 +48,11 @@ Exit codes: 0 written, 2 something is wrong with what was given.
 def command(plan: Path, *, ranks: tuple[range, ...], output: Path, factory: str | None, as_json: bool) -> None:
     """Write what single ranks will hold, without a process group."""
     loaded = read_plan(plan)
-    wanted = list(dict.fromkeys(rank for several in ranks for rank in several))
-    strange = [rank for rank in wanted if rank >= loaded.mesh.num_ranks]
-    if strange:
-        cause = f"there is no rank {strange[0]}: {loaded.mesh} has {loaded.mesh.num_ranks}"
+    last = max(several.stop - 1 for several in ranks)
+    if last >= loaded.mesh.num_ranks:
+        cause = f"there is no rank {last}: {loaded.mesh} has {loaded.mesh.num_ranks}"
         raise PlanError([Problem("--rank", cause, f"0 to {loaded.mesh.num_ranks - 1}")])
+    wanted = list(dict.fromkeys(rank for several in ranks for rank in several))
     from ..materialize import materialize
 
     model = _model(loaded, factory)

@@ -86,7 +86,7 @@ def give_whole_states(
     held: Mapping[str, Tensor],
     optimizer: Any,
     states: Mapping[str, Mapping[str, Tensor]],
-    groups: Sequence[Mapping[str, Any]],
+    settings: Sequence[Mapping[str, Any]],
 ) -> None:
     """Give ZeRO 1 or 2 its fragments of states.
 
@@ -94,12 +94,12 @@ def give_whole_states(
         held: The tensors that this rank holds, by path.
         optimizer: DeepSpeed's optimizer.
         states: By path and name, as large as the tensors on this rank.
-        groups: Settings of its groups, in their order.
+        settings: Those of its groups, in their order.
     """
     from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
 
     paths = {id(tensor): path for path, tensor in held.items()}
-    for number, (group, settings) in enumerate(zip(optimizer.optimizer.param_groups, groups, strict=True)):
+    for number, (group, given) in enumerate(zip(optimizer.optimizer.param_groups, settings, strict=True)):
         flat, tensors = optimizer.single_partition_of_fp32_groups[number], optimizer.bit16_groups[number]
         names: dict[str, None] = {}
         for tensor in tensors:
@@ -117,11 +117,20 @@ def give_whole_states(
             }
             if MASTER in pieces:
                 link.hp_fragment.data.copy_(pieces.pop(MASTER))
-            link.optim_fragment = pieces
+            if pieces:
+                link.optim_fragment = pieces
             names.update(dict.fromkeys(pieces))
-        map_to_flat_opt_states(flat, tensors, optimizer.optimizer.state, list(names))
-        group.update({name: tuple(v) if isinstance(group.get(name), tuple) else v for name, v in settings.items()})
-    optimizer._hp_optimizer_states_linked = True  # noqa: SLF001  as after a step
+        if names:  # else DeepSpeed makes the states at the first step, and links them then
+            map_to_flat_opt_states(flat, tensors, optimizer.optimizer.state, list(names))
+            optimizer._hp_optimizer_states_linked = True  # noqa: SLF001  as after a step
+        group.update({name: like_before(group.get(name), value) for name, value in given.items()})
+
+
+def like_before(before: Any, value: Any) -> Any:
+    """Return a setting as the kind of thing that it was: JSON has neither tuples nor tensors."""
+    if isinstance(before, Tensor):
+        return torch.full_like(before, value)
+    return tuple(value) if isinstance(before, tuple) else value
 
 
 def _names(optimizer: Any) -> tuple[list[str], dict[str, Tensor]]:

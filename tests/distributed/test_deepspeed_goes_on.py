@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 
 from shardplan.functional import create_schedule, execute, load_optimizer, plan_build, save_checkpoint
+from shardplan.functional.agreement import ExecutionError
 from shardplan.specs import Checkpoint, Mesh
 from tests.distributed.test_training_goes_on import ADAM, NUM_STEPS, ROWS, STOP, batch, loss, mean
 from tests.models import llama, split_llama
@@ -125,3 +126,38 @@ def test_a_universal_checkpoint_goes_on_on_another_mesh(universal, run):
     folder, wanted = universal
     found = mean(results(run_ranks(gone_on, run.mesh.num_ranks, run, folder, shared=from_folder)))
     torch.testing.assert_close(found, wanted[STOP:], rtol=2e-5, atol=0)
+
+
+def before_any_step(rank, plan, run, folder):
+    """Save and load before there are states; train, and save again."""
+    built = execute(plan, device="cpu")
+    save_checkpoint(plan, built.model, folder / "first", optimizer=built.optimizer)
+    load_optimizer(plan, built.model, built.optimizer, folder / "first")
+    losses = train(run, built, rank, range(2))
+    save_checkpoint(plan, built.model, folder / "second", optimizer=built.optimizer)
+    return losses
+
+
+def test_an_optimizer_without_states_is_saved_loaded_and_trained(tmp_path):
+    run = Run(Mesh(data=2))
+    losses = results(run_ranks(before_any_step, 2, run, tmp_path, shared=from_code))
+    assert mean(losses)[1] < mean(losses)[0]
+    assert "exp_avg" in (tmp_path / "second" / "manifest.json").read_text()
+
+
+def with_the_wrong_optimizer(rank, plan, run, folder):
+    built = execute(plan, device="cpu")
+    train(run, built, rank, range(1))
+    save_checkpoint(plan, built.model, folder / "saved", optimizer=built.optimizer)
+    with pytest.raises(ExecutionError) as caught:
+        load_optimizer(plan, built.model, built.optimizer if rank == 0 else built.model, folder / "saved")
+    return str(caught.value)
+
+
+def test_the_wrong_optimizer_on_one_rank_is_told_on_all(tmp_path):
+    first, second = results(run_ranks(with_the_wrong_optimizer, 2, Run(Mesh(data=2)), tmp_path, shared=from_code))
+    assert first == second
+    assert (
+        "rank 1: PlanError: 1 problem\n  optimizer: it is a DeepSpeedEngine, not an optimizer\n      Give engine.optim"
+        in first
+    )
