@@ -56,8 +56,11 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
             whole = torch.empty(spec.orig_shape, dtype=getattr(torch, spec.dtype)) if is_wanted else None
         except RuntimeError as no_room:
             is_wanted, error = False, no_room
-        collect(spec, tuple((0, size) for size in spec.orig_shape), held.get(spec.path), here, whole)
-        if whole is not None:
+        try:
+            collect(spec, tuple((0, size) for size in spec.orig_shape), held.get(spec.path), here, whole)
+        except Exception as failed:  # noqa: BLE001  the other ranks wait for what is still to come
+            is_wanted, error = False, error or failed
+        if whole is not None and is_wanted:
             try:
                 yield spec.path, whole
             except GeneratorExit:
@@ -84,13 +87,19 @@ def agreed(plan: Plan, model: Any) -> tuple[Mapping[str, Tensor], Coordinate]:
 def collect(spec: ParamSpec, box: Box, local: Tensor | None, here: Coordinate, whole: Tensor | None) -> None:
     """Fill a box of a tensor on rank 0; every rank calls it, those that hold nothing of it too.
 
+    A rank that cannot send a message sends zeros in its place, so that none waits for it, and raises at the end.
+
     Args:
         spec: The tensor.
         box: What of it.
         local: What this rank holds of it, padding included; None if it holds nothing.
         here: Where this rank stands.
         whole: On rank 0 what is filled, on the CPU, of the box's shape; None there if nothing is kept of what comes.
+
+    Raises:
+        Exception: What kept this rank from sending what it has.
     """
+    error: Exception | None = None
     with _given_whole(local):
         for rank, index in holders(spec, here.mesh):
             part = clip(index, box)
@@ -99,25 +108,44 @@ def collect(spec: ParamSpec, box: Box, local: Tensor | None, here: Coordinate, w
             for there, own in local_boxes(spec, here.mesh.coordinate(rank), part):
                 inside = tuple((start - low, stop - low) for (start, stop), (low, _) in zip(there, box, strict=True))
                 for row, mine in messages(inside, own, num_bytes(spec.dtype)):
-                    if here.rank == rank:
-                        assert local is not None, "who holds a part has the tensor"
-                        _give(narrowed(local.detach(), mine), None if whole is None else narrowed(whole, row), rank)
-                    else:
-                        _receive(row, spec.dtype, None if whole is None else narrowed(whole, row), rank)
+                    into = None if whole is None else narrowed(whole, row)
+                    if here.rank != rank:
+                        _receive(row, spec.dtype, into, rank)
+                        continue
+                    try:
+                        message = _message(spec, local, mine)
+                    except Exception as failed:  # noqa: BLE001  rank 0 waits for the message
+                        error, message = error or failed, torch.zeros(_num_bytes(row, spec.dtype), dtype=torch.uint8)
+                    if rank:
+                        dist.send(message.to(messages_on()), dst=0)
+                    elif into is not None:
+                        into.copy_(message.view(into.dtype).view(into.shape))
+    if error is not None:
+        raise error
 
 
-def _give(mine: Tensor, into: Tensor | None, rank: int) -> None:
-    """Send what this rank has to rank 0, which copies what it has itself."""
-    if rank:
-        dist.send(mine.to(messages_on()).contiguous().view(-1).view(torch.uint8), dst=0)
-    elif into is not None:
-        into.copy_(mine)
+def _message(spec: ParamSpec, local: Tensor | None, mine: Box) -> Tensor:
+    """Return the bytes of a box of what this rank holds, where messages are; on rank 0, which sends none, on the CPU."""
+    if local is None:
+        msg = f"{spec}: it is not there"
+        raise ValueError(msg)
+    part = narrowed(local.detach(), mine)
+    return (
+        part.to(messages_on() if dist.is_initialized() and dist.get_rank() else "cpu")
+        .contiguous()
+        .view(-1)
+        .view(torch.uint8)
+    )
+
+
+def _num_bytes(box: Box, dtype: str) -> int:
+    return prod(stop - start for start, stop in box) * num_bytes(dtype)
 
 
 def _receive(box: Box, dtype: str, into: Tensor | None, sender: int) -> None:
     """Take a message from its sender."""
     shape = tuple(stop - start for start, stop in box)
-    message = torch.empty(prod(shape) * num_bytes(dtype), dtype=torch.uint8, device=messages_on())
+    message = torch.empty(_num_bytes(box, dtype), dtype=torch.uint8, device=messages_on())
     dist.recv(message, src=sender)
     if into is not None:
         into.copy_(message.cpu().view(getattr(torch, dtype)).view(shape))

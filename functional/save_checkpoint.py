@@ -82,15 +82,26 @@ def save_checkpoint(
         found = all_states(plan, states)
         files += saving.attempt(_files_of_states, states, found, here) or []
         groups = all_groups(states)
+    saving.attempt(_check_names, files)
     saving.begin()
     saving.agree(plan)
     for file in files:
         saving.write(file)
+    saving.agree(plan)  # before the folder appears: a rank may have sent what it could not
     training = (
         None if groups is None else {"groups": [{"settings": group.settings, "paths": group.paths} for group in groups]}
     )
     saving.finish(partial(_describe, plan, index_of(written, plan.tree), whole), training)
     saving.agree(plan)
+
+
+def _check_names(files: Iterable[File]) -> None:
+    names = [file.name for file in files]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        cause = "weights were read from a file of this name, and the optimizer's states go to it"
+        raise PlanError(
+            [Problem(twice, cause, "Rename it in the folder that was read and in its index; or save without optimizer=")]
+        )
 
 
 def _files_of_weights(plan: Plan, written: Iterable[Written], held: Mapping[str, Tensor], here: Coordinate) -> list[File]:
@@ -131,8 +142,16 @@ def _files_of_states(local: LocalStates, states: Iterable[State], here: Coordina
         raise PlanError(problems)
 
     def bring(key: str, whole: Tensor | None) -> None:
-        spec = by_key[key]
-        collect(spec, tuple((0, size) for size in spec.orig_shape), local.tensors.get(key), here, whole)
+        spec, state, error = by_key[key], None, None
+        try:
+            state = local.tensors.get(key)
+        except Exception as failed:  # noqa: BLE001  rank 0 waits for what this rank has
+            error = failed
+        try:
+            collect(spec, tuple((0, size) for size in spec.orig_shape), state, here, whole)
+        finally:
+            if error is not None:
+                raise error
 
     types = {key: (spec.dtype, spec.orig_shape) for key, spec in by_key.items()}
     return [File(OPTIMIZER, types, layout(types, {"format": "pt"}), bring)]

@@ -17,7 +17,7 @@ from .agreement import agree
 from .checkpoints.manifest_check import FORMAT, NAME
 from .checkpoints.safetensors_writer import Layout
 from .checkpoints.tensor_bytes import bytes_of, sum_of
-from .checkpoints.whole_folder import abandon, begin, finish
+from .checkpoints.whole_folder import abandon, begin, finish, partial_of
 from .messages import messages_on
 
 if TYPE_CHECKING:
@@ -94,7 +94,10 @@ class Saving:
         for key in file.where.starts:
             dtype, shape = file.types[key]
             whole = None if stream is None else self.attempt(torch.empty, shape, dtype=getattr(torch, dtype))
-            file.bring(key, whole)
+            try:
+                file.bring(key, whole)
+            except Exception as error:  # noqa: BLE001  the other ranks wait for what is still to come
+                self.error = self.error or error
             if stream is not None and whole is not None:
                 self.attempt(self._put, stream, file.name, key, whole)
             del whole
@@ -111,13 +114,13 @@ class Saving:
             training: What the manifest notes of the training.
         """
         if self.is_writer:
-            self.attempt(describe, _partial(self.folder))
+            self.attempt(describe, partial_of(self.folder))
             self.attempt(self._write_manifest, training)
             self.attempt(finish, self.folder)
 
     def _opened(self, file: File) -> IO[bytes]:
         self.sums[file.name], self.sizes[file.name] = {}, file.where.num_bytes
-        stream = (_partial(self.folder) / file.name).open("wb")
+        stream = (partial_of(self.folder) / file.name).open("wb")
         stream.write(file.where.header)
         return stream
 
@@ -129,8 +132,4 @@ class Saving:
         manifest: dict[str, Any] = {"format": FORMAT, "files": self.sizes, "tensors": self.sums}
         if training is not None:
             manifest["training"] = training
-        (_partial(self.folder) / NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
+        (partial_of(self.folder) / NAME).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -23,7 +23,7 @@ from ..gather import agreed
 from ..holders import held_first, local_boxes
 from ..messages import messages_on
 from ..training_state import LocalStates, local_states
-from .whole_folder import abandon, absolute, begin, finish
+from .whole_folder import abandon, absolute, begin, finish, partial_of
 
 if TYPE_CHECKING:
     from ...specs.mesh import Coordinate
@@ -43,7 +43,7 @@ def write_dcp(plan: Plan, model: Any, folder: str | Path, *, optimizer: Any = No
         torch.distributed.checkpoint.load(state, checkpoint_id=folder)
 
     Each element is written once, by the first rank that holds it, padding by none; a rank holds one box at a time besides
-    what it has. Keys are those of the model's state dict, tied names too. The folder appears whole or not at all.
+    what it has; of DeepSpeed's states, which lie in flat pieces, all of its own. Keys are those of the model's state dict, tied names too. The folder appears whole or not at all.
 
     Args:
         plan: What was executed.
@@ -69,7 +69,7 @@ def write_dcp(plan: Plan, model: Any, folder: str | Path, *, optimizer: Any = No
         error = wrong
     agree(plan, error, messages_on())
     try:
-        _save(boxes, folder.with_name(f".{folder.name}.partial"))
+        _save(boxes, partial_of(folder))
         if here.rank == 0:
             finish(folder)
     except Exception as wrong:  # noqa: BLE001  the other ranks wait for the agreement

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...specs.errors import PlanError, Problem
-from .manifest_check import NAME
+from .hugging_face import INDEX
+from .manifest_check import NAME, read_manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -25,10 +26,13 @@ def begin(folder: Path) -> Path:
         OSError: If it cannot be written.
     """
     folder = absolute(folder)
+    if Path.cwd().is_relative_to(folder):
+        cause = "it is the folder in which this process runs, or holds that, and would be exchanged for another"
+        raise PlanError([Problem(str(folder), cause, 'Save to a folder in it: "last"')])
     folder.parent.mkdir(parents=True, exist_ok=True)
     if _is_ours(folder):
         _check_exchange(folder)
-    partial = _partial(folder)
+    partial = partial_of(folder)
     _remove(partial)  # of a process that was killed
     partial.mkdir()
     return partial
@@ -44,9 +48,12 @@ def finish(folder: Path) -> None:
         OSError: If it cannot be done; then nothing has changed.
     """
     folder = absolute(folder)
-    partial = _partial(folder)
+    partial = partial_of(folder)
+    is_there = _is_ours(folder)
+    if is_there:
+        _carry_over(folder, partial)
     _sync(partial)
-    if _is_ours(folder):
+    if is_there:
         _exchange(partial, folder)
     else:
         partial.rename(folder)
@@ -56,7 +63,7 @@ def finish(folder: Path) -> None:
 
 def abandon(folder: Path) -> None:
     """Remove what was written."""
-    _remove(_partial(absolute(folder)))
+    _remove(partial_of(absolute(folder)))
 
 
 def absolute(folder: Path) -> Path:
@@ -64,7 +71,8 @@ def absolute(folder: Path) -> Path:
     return Path(os.path.abspath(folder))  # noqa: PTH100  resolve would follow links
 
 
-def _partial(folder: Path) -> Path:
+def partial_of(folder: Path) -> Path:
+    """Return where a folder is written before it is whole."""
     return folder.with_name(f".{folder.name}.partial")
 
 
@@ -81,15 +89,35 @@ def _is_ours(folder: Path) -> bool:
     Raises:
         PlanError: If something else is there.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    if folder.is_symlink():
+        raise PlanError(
+            [Problem(str(folder), f"it is a link to {folder.readlink()}", "Save under another name, or to what it leads to")]
+        )
+    if folder.exists() and not folder.is_dir():
         raise PlanError([Problem(str(folder), "it is there, and is no folder", "Save under another name")])
     if not folder.exists() or not any(folder.iterdir()):
         return False
-    if not (folder / NAME).exists():
-        some = ", ".join(sorted(file.name for file in folder.iterdir())[:3])
-        cause = f"it is there with other things in it ({some}), which nobody wrote here: it has no {NAME}"
-        raise PlanError([Problem(str(folder), cause, "Save under another name")])
-    return True
+    if (folder / NAME).exists():
+        try:
+            return read_manifest(str(folder)) is not None
+        except PlanError:
+            pass  # a manifest of something else
+    some = ", ".join(sorted(file.name for file in folder.iterdir())[:3])
+    cause = f"it is there with other things in it ({some}), which nobody wrote here: it has no {NAME} of ours"
+    raise PlanError([Problem(str(folder), cause, "Save under another name")])
+
+
+def _carry_over(folder: Path, partial: Path) -> None:
+    """Copy what somebody has put beside what was saved, such as a tokenizer, to what takes its place."""
+    manifest = read_manifest(str(folder))
+    saved = {NAME, INDEX, *(manifest.files if manifest else ())}
+    for path in folder.iterdir():
+        if path.name in saved or (partial / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, partial / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, partial / path.name, follow_symlinks=False)
 
 
 def _check_exchange(folder: Path) -> None:
@@ -119,8 +147,13 @@ def _exchange(first: Path, second: Path) -> None:
 def _sync(folder: Path) -> None:
     """Wait until everything in a folder is on the disk."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            _sync(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     _sync_folder(folder)
 
 

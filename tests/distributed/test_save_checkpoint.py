@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from shardplan.functional import create_schedule, execute, gather, plan_build, save_checkpoint
 from shardplan.functional import messages as travelling
+from shardplan.functional.agreement import ExecutionError
 from shardplan.functional.checkpoints.contents import read_contents
 from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
 from shardplan.specs import Mesh
@@ -423,3 +424,34 @@ def test_killed_before_each_change_of_a_file_the_folder_is_the_old_or_the_new_on
     assert len(seen) > 20
     assert seen == sorted(seen)  # the old one up to some moment, the new one from then on
     assert 2 <= sum(seen) < len(seen) - 5
+
+
+class Unsendable(torch.Tensor):
+    """A part whose rank has no memory left to send it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.contiguous:
+            msg = "no memory left"
+            raise RuntimeError(msg)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def failing_sender(rank, folder):
+    plan = plan_build(split_llama(llama(num_key_value_heads=4), Mesh(tensor=2)))
+    model = execute(plan, device="cpu").model
+    if rank == 1:
+        layer = model.model.layers[1].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Unsendable))
+    told = []
+    for action in (lambda: save_checkpoint(plan, model, folder / "last"), lambda: list(gather(plan, model))):
+        with pytest.raises(ExecutionError) as caught:
+            action()
+        told.append(str(caught.value))
+    return told
+
+
+def test_a_rank_that_cannot_send_is_told_on_all_and_nothing_is_left(tmp_path):
+    first, second = results(run_ranks(failing_sender, 2, tmp_path, timeout=60))
+    assert first == second == ["rank 1: RuntimeError: no memory left"] * 2
+    assert list(tmp_path.iterdir()) == []

@@ -136,7 +136,7 @@ def test_what_is_read_whole_is_checked_and_counts_once():
 
 def test_a_sum_that_differs_is_told_with_file_and_tensor():
     known = {("f", "a"): Known(7, frozenset()), ("f", "b"): Known(2**64 - 1, frozenset())}
-    (problem,) = differing(known, {("f", "a"): 7, ("f", "b"): 1})
+    (problem,) = differing(known, {("f", "a"): 7, ("f", "b"): 1}, {})
     assert str(problem).startswith(
         "  b: what is read of f has the sum 0000000000000001, and ffffffffffffffff was saved: it is damaged\n"
     )

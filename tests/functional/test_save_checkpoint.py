@@ -152,12 +152,12 @@ def test_a_folder_that_was_saved_is_replaced_and_an_empty_one_filled(small, tmp_
     plan, result = small
     (tmp_path / "ours").mkdir()
     save_checkpoint(plan, result.model, tmp_path / "ours")
-    (tmp_path / "ours" / "left.txt").write_text("of the one before")
+    (tmp_path / "ours" / "beside.txt").write_text("somebody's")
     with torch.no_grad():
         result.module.weight.fill_(7.0)
     save_checkpoint(plan, result.model, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-    assert not (tmp_path / "ours" / "left.txt").exists()
+    assert (tmp_path / "ours" / "beside.txt").read_text() == "somebody's"
     assert (load_file(tmp_path / "ours" / "model.safetensors")["weight"] == 7).all()
 
 
@@ -190,7 +190,7 @@ def link(path):
         (fill, "it is there with other things in it (thesis.tex), which nobody wrote here: it has no manifest.json"),
         (hub, "it is there with other things in it (config.json, generation_config.json, model.safetensors), which nobody"),
         (Path.touch, "it is there, and is no folder"),
-        (link, "it is there, and is no folder"),
+        (link, "it is a link to other\n      Save under"),
     ],
 )
 def test_what_was_not_saved_here_is_never_replaced(small, tmp_path, put, cause):
@@ -352,3 +352,60 @@ def test_any_bit_that_flips_after_planning_is_told(saved):
                 execute(plan, device="cpu", progress=False)
         path.write_bytes(whole)
     execute(plan, device="cpu", progress=False)
+
+
+def tiny():
+    plan = plan_build(create_schedule(nn.Linear(2, 2, device="meta"), Mesh()))
+    return plan, execute(plan, device="cpu").model
+
+
+def test_a_folder_with_the_manifest_of_something_else_is_left_alone(tmp_path):
+    site = tmp_path / "site"
+    (site / "sub").mkdir(parents=True)
+    (site / "manifest.json").write_text('{"name": "a page"}')
+    (site / "sub" / "data").write_text("mine")
+    with pytest.raises(PlanError, match=r"which nobody wrote here: it has no manifest\.json of ours\n"):
+        save_checkpoint(*tiny(), site)
+    assert (site / "sub" / "data").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["site"]
+
+
+def test_what_somebody_put_beside_the_weights_stays(tmp_path):
+    plan, model = tiny()
+    folder = tmp_path / "last"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    save_checkpoint(plan, model, folder, optimizer=optimizer)
+    (folder / "tokenizer.json").write_text("words")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "one.txt").write_text("text")
+    (folder / "latest").symlink_to("samples")
+    save_checkpoint(plan, model, folder)
+    assert (folder / "tokenizer.json").read_text() == "words"
+    assert (folder / "latest" / "one.txt").read_text() == "text"
+    assert (folder / "latest").is_symlink()
+    assert not (folder / "optimizer.safetensors").exists()
+    assert read_contents(str(folder))
+
+
+def test_states_are_not_written_over_weights(tmp_path):
+    with torch.device("cpu"):
+        llama().to_empty(device="cpu").save_pretrained(tmp_path / "hub", max_shard_size="40KB")
+    index = tmp_path / "hub" / "model.safetensors.index.json"
+    first = min((tmp_path / "hub").glob("*.safetensors"))
+    first.rename(first.with_name("optimizer.safetensors"))
+    index.write_text(index.read_text().replace(first.name, "optimizer.safetensors"))
+    plan = plan_build(create_schedule(llama(), Mesh()), init_weights=Checkpoint(tmp_path / "hub"))
+    model = execute(plan, device="cpu").model
+    with pytest.raises(PlanError, match=r"optimizer\.safetensors: weights were read from a file of this name"):
+        save_checkpoint(plan, model, tmp_path / "last", optimizer=torch.optim.SGD(model.parameters()))
+    assert not (tmp_path / "last").exists()
+
+
+def test_the_folder_of_this_process_is_not_exchanged(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "here")
+    for folder in (".", "..", tmp_path / "runs"):
+        with pytest.raises(PlanError, match="it is the folder in which this process runs, or holds that"):
+            save_checkpoint(*tiny(), folder)
+    save_checkpoint(*tiny(), "last")
+    assert (tmp_path / "runs" / "here" / "last" / "manifest.json").exists()
