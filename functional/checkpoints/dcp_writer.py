@@ -43,8 +43,8 @@ def write_dcp(plan: Plan, model: Any, folder: str | Path, *, optimizer: Any = No
         torch.distributed.checkpoint.load(state, checkpoint_id=folder)
 
     Each element is written once, by the first rank that holds it, padding by none; a rank holds one box at a time besides
-    what it has; of DeepSpeed's states, which lie in flat pieces, all of its own. Keys are those of the model's state dict, tied
-    names too. The folder appears whole or not at all.
+    what it has; of DeepSpeed's states, which lie in flat pieces, all of its own. Keys are those of the model's state dict,
+    tied names too. The folder appears whole or not at all.
 
     Args:
         plan: What was executed.
