@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from ..specs.distinct import Distinct
+from ..specs.distinct_ranks import Distinct
 from ..specs.errors import PlanError
+from ..specs.file_reads import FileRead
 from ..specs.finding import silenced
 from ..specs.plan import Plan
-from ..specs.reads import FileRead
 from ..specs.report import Report
 from ..specs.traffic import Boundary
 from .findings import find

@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
 from ..specs.errors import PlanError, Problem
+from ..specs.json_values import thawed
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
-from ..specs.plain import thawed
 from ..specs.steps import Sync, SyncOp
 from .callables import find
 from .generators import own_generators

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..specs.plain import from_plain
+from ..specs.json_values import from_plain
 from ..specs.program import Constant
 
 

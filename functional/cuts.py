@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..specs.errors import PlanError, Problem
+from ..specs.json_values import thawed
 from ..specs.pipeline import TensorInput
-from ..specs.plain import thawed
 from .local_copy import following, local_copy
 from .skeleton import named_tensors
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..specs.diff import Change, Messages, PlanDiff, RankChange, Spread, SpreadChange, TrafficChange
-from ..specs.distinct import Distinct
+from ..specs.distinct_ranks import Distinct
 from ..specs.listing import layout_words, source_words
 from ..specs.plan import Plan
+from ..specs.plan_diff import Change, Messages, PlanDiff, RankChange, Spread, SpreadChange, TrafficChange
 from .audit import audit
 from .moves import moves
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..specs.errors import PlanError
 from ..specs.index import index_shape, whole_index
+from ..specs.ownership import held_first
 from ..specs.program import InitProgram
 from ..specs.source import Materialised, ModuleCall, ModuleValues, OwnValues
 from ..specs.stored import Folder, Part
@@ -33,7 +34,6 @@ from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
 from .evaluate import Job, evaluate
 from .generators import derive_seed, own_generators
-from .holders import held_first
 from .init_calls import run_call
 from .layout import Local, apply_layout
 from .ledger import Ledger

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..specs.dtypes import num_bytes
 from ..specs.index import index_shape
+from ..specs.ownership import clip, holders, local_boxes
 from ..specs.plan import Plan
 from .agreement import agree
 from .held_tensors import held_tensors
-from .holders import clip, holders, local_boxes
 from .messages import messages, messages_on, narrowed
 from .standing import stand
 

@@ -13,7 +13,7 @@ from .training.schedules import in_flight
 from .training.state import heaviest_of, state_of
 
 if TYPE_CHECKING:
-    from ..specs.distinct import Distinct
+    from ..specs.distinct_ranks import Distinct
     from ..specs.mesh import Coordinate
     from ..specs.plan import Plan
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from ..specs.diff import Move
 from ..specs.dtypes import num_bytes
-from ..specs.fold import fold
+from ..specs.fold_layers import fold
 from ..specs.index import whole_index
+from ..specs.plan_diff import Move
 
 if TYPE_CHECKING:
     from ..specs.index import Index

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..specs.dtypes import is_known
 from ..specs.errors import Problem
+from ..specs.json_values import is_plain
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
-from ..specs.plain import is_plain
 from ..specs.steps import ForkRng, LayoutStep, SumTied
 from .capture import Subject
 from .chain import chain, is_sequence, slices

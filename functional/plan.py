@@ -13,9 +13,9 @@ from torch import nn
 
 from ..specs.checkpoint import Checkpoint
 from ..specs.errors import PlanError, Problem
+from ..specs.json_values import not_plain
 from ..specs.mesh import Mesh, MeshAxis
 from ..specs.param import ParamSpec
-from ..specs.plain import not_plain
 from ..specs.plan import Plan, misfits
 from ..specs.program import InitProgram
 from ..specs.source import Loaded, Made, ModuleValues, OwnValues, Uninitialised, Unknown

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..specs.plain import to_argument
+from ..specs.json_values import to_argument
 from ..specs.program import (
     Bernoulli,
     Cauchy,

@@ -13,7 +13,7 @@ from ..specs.steps import DispatchTokens, SumGradient, Sync
 from .once import not_once, num_once
 
 if TYPE_CHECKING:
-    from ..specs.distinct import Distinct
+    from ..specs.distinct_ranks import Distinct
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from ..specs.shard import Shard

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..specs.errors import PlanError, Problem
 from ..specs.index import index_shape
+from ..specs.ownership import local_boxes
 from ..specs.plan import Plan
-from ..specs.reshard import Reshard
+from ..specs.resharding import Reshard
 from .checkpoints.assembly import miscovered_by
-from .holders import local_boxes
 
 if TYPE_CHECKING:
     from ..specs.index import Index

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..specs.errors import PlanError, Problem
+from ..specs.ownership import held_first
 from .checkpoints.declared_names import is_pretrained
 from .checkpoints.hugging_face import INDEX
 from .checkpoints.safetensors_writer import layout
@@ -19,7 +20,6 @@ from .checkpoints.whole_folder import absolute
 from .checkpoints.written_files import index_of, written_files
 from .gather import agreed, collect
 from .held_tensors import modules_of
-from .holders import held_first
 from .messages import narrowed
 from .saving import File, Saving
 from .stage_module import StageModule

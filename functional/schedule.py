@@ -12,9 +12,9 @@ from torch import nn
 
 from ..specs.errors import Problem
 from ..specs.finding import Silence
+from ..specs.json_values import is_plain
 from ..specs.listing import declared
 from ..specs.mesh import Mesh, MeshAxis
-from ..specs.plain import is_plain
 from ..specs.plan import Runtime
 from ..specs.program import Fill, InitProgram, Operation
 from ..specs.shard import Split

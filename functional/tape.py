@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ..specs.dtypes import human_bytes
-from ..specs.plain import to_argument, to_plain
+from ..specs.json_values import to_argument, to_plain
 from ..specs.program import Constant, Node
 from .constants import compute
 from .pointwise import NotPointwiseError, operator_name

@@ -13,7 +13,7 @@ from .interpret import interpret, message_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..specs.distinct import Distinct
+    from ..specs.distinct_ranks import Distinct
     from ..specs.index import Index
     from ..specs.mesh import Coordinate, MeshAxis
     from ..specs.param import ParamSpec

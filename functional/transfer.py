@@ -13,18 +13,18 @@ from torch import Tensor
 from ..specs.dtypes import num_bytes
 from ..specs.errors import PlanError, Problem
 from ..specs.index import whole_index
-from ..specs.reshard import Transfer
+from ..specs.ownership import holders, local_boxes
+from ..specs.resharding import Transfer
 from .agreement import agree
 from .checkpoints.saved_states import settings_for
 from .held_tensors import held_tensors
-from .holders import holders, local_boxes
 from .messages import messages, messages_on, narrowed
 from .training_state import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states
 
 if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
-    from ..specs.reshard import Reshard
+    from ..specs.resharding import Reshard
 
 
 _BY_FILES = "Go by files: save_checkpoint, then init_weights=Checkpoint(folder) and load_optimizer"

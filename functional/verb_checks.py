@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..specs.errors import Problem
 from ..specs.finding import CODES, LOUD
+from ..specs.json_values import is_plain
 from ..specs.mesh import MeshAxis
 from ..specs.param import Origin, ParamSpec
 from ..specs.pattern import closest
-from ..specs.plain import is_plain
 from ..specs.shard import Shard, Split
 from ..specs.steps import SyncOp, When
 from .layout import first_argument

@@ -2,8 +2,7 @@
 
 from .checkpoint import Checkpoint
 from .codec import as_plain, dumps, loads
-from .diff import Change, PlanDiff
-from .distinct import Distinct
+from .distinct_ranks import Distinct
 from .errors import PlanError, Problem
 from .finding import Finding, Silence, Silenced
 from .index import Index
@@ -13,6 +12,7 @@ from .microbatch import Microbatch, Saved, SyncCall
 from .param import Kind, Origin, ParamSpec
 from .pipeline import Activation, ExampleInput, Pipeline, PlainInput, Stage, TensorInput, VariableSize
 from .plan import SCHEMA_VERSION, Plan, Runtime
+from .plan_diff import Change, PlanDiff
 from .program import Constant, InitProgram, Node, Operation
 from .proof import Failure, Proof
 from .receipt import Collective, Receipt

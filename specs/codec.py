@@ -13,9 +13,9 @@ from cattrs.v import format_exception
 from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
+from .json_values import thawed
 from .param import ParamSpec
 from .pipeline import ExampleInput
-from .plain import thawed
 from .plan import SCHEMA_VERSION, Plan
 from .program import Constant, What
 from .source import Call, Source

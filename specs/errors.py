@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from attrs import frozen
 
-from .fold import as_pattern, fold
+from .fold_layers import as_pattern, fold
 
 _HERE = "\0"  # stands for the path, which no path contains
 

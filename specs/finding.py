@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import Attribute, field, frozen
 
-from .fold import as_pattern, fold
+from .fold_layers import as_pattern, fold
 from .pattern import compile_pattern
 
 if TYPE_CHECKING:

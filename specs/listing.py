@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .dtypes import human_bytes, short_name
-from .fold import fold
+from .fold_layers import fold
 from .source import Loaded, Made
 from .steps import (
     AddBiasAfterSync,
@@ -19,7 +19,7 @@ from .steps import (
     Sync,
     VocabParallel,
 )
-from .table import table
+from .text_table import table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

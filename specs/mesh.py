@@ -8,7 +8,7 @@ from typing import Literal, get_args, overload
 from attrs import field, fields_dict, frozen
 from attrs.validators import ge
 
-from .plain import check_integer
+from .json_values import check_integer
 
 MeshAxis = Literal["pipe", "data", "expert_data", "expert", "tensor"]
 """A named dimension of the mesh. ``data`` is ``expert_data`` times ``expert``."""

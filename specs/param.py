@@ -11,8 +11,8 @@ from frozendict import deepfreeze, frozendict
 
 from .dtypes import is_known, num_bytes, short_name
 from .index import Index, whole_index
+from .json_values import check_integer, check_plain
 from .mesh import MeshAxis
-from .plain import check_integer, check_plain
 from .shard import Shard
 from .source import Source, Unknown
 

@@ -10,7 +10,7 @@ from attrs import field, frozen
 from frozendict import deepfreeze
 
 from .dtypes import short_name
-from .plain import check_plain
+from .json_values import check_plain
 
 Size = int | str
 """A size of a tensor's axis: a number, or the name of one that may differ from batch to batch, or a formula of names."""

@@ -12,10 +12,10 @@ from frozendict import deepfreeze, frozendict
 
 from .errors import PlanError, Problem
 from .finding import Silence
+from .json_values import check_plain
 from .mesh import Mesh
 from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
-from .plain import check_plain
 from .program import RANDOM_SCHEME
 from .source import Loaded, ModuleCall, TensorCall
 from .steps import (

@@ -14,7 +14,7 @@ from attrs.validators import ge, gt
 from frozendict import deepfreeze, frozendict
 
 from .dtypes import num_bytes
-from .plain import check_plain, from_plain, is_plain, to_plain
+from .json_values import check_plain, from_plain, is_plain, to_plain
 
 if TYPE_CHECKING:
     from attrs import Attribute

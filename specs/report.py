@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from .distinct import Distinct
+from .distinct_ranks import Distinct
 from .dtypes import human_bytes
+from .file_reads import FileRead, rows, total_bytes
 from .finding import Finding, Silenced, folded
-from .fold import fold
+from .fold_layers import fold
 from .memory import Memory, Share
 from .mesh import Mesh
 from .proof import Proof
-from .reads import FileRead, rows, total_bytes
 from .stored import Folder
-from .table import ranges, table
+from .text_table import ranges, table
 from .traffic import Boundary, StepTraffic, Traffic
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from .dtypes import human_bytes
 from .mesh import Mesh
-from .table import table
+from .text_table import table
 
 
 @frozen

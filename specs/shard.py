@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from attrs import Attribute, evolve, field, frozen
 from attrs.validators import deep_iterable, ge, in_
 
+from .json_values import check_integer
 from .mesh import MeshAxis
-from .plain import check_integer
 
 if TYPE_CHECKING:
     from .mesh import Coordinate, Mesh

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from attrs import Factory, field, frozen
 from frozendict import deepfreeze, frozendict
 
+from .json_values import check_plain
 from .mesh import MeshAxis
-from .plain import check_plain
 from .source import Call
 
 When = Literal["forward_pre", "forward_post", "backward_pre", "backward_post"]

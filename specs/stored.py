@@ -7,7 +7,7 @@ from attrs.validators import deep_iterable, ge, optional
 
 from .dtypes import is_known, num_bytes
 from .index import Index, index_shape
-from .plain import check_integer
+from .json_values import check_integer
 from .shard import Interval
 
 Box = tuple[Interval, ...]

@@ -39,7 +39,7 @@ from shardplan.specs import (
     Uninitialised,
     VariableSize,
 )
-from shardplan.specs.plain import to_plain
+from shardplan.specs.json_values import to_plain
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,

@@ -12,7 +12,7 @@ from ...specs.codec import as_plain
 from ...specs.dtypes import human_bytes
 from ...specs.errors import PlanError, Problem
 from ...specs.memory import Memory
-from ...specs.table import table
+from ...specs.text_table import table
 from ..audit import audit
 from ..dry import predict
 from ..training.zero import Zero

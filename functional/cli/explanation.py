@@ -36,7 +36,7 @@ from ...specs.steps import (
     TakeShard,
     TakeWhole,
 )
-from ...specs.table import table
+from ...specs.text_table import table
 from ..audit import audit
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from attrs import frozen
 from frozendict import frozendict
 
 from ...specs.errors import Problem
+from ...specs.json_values import thawed
 from ...specs.mesh import Mesh, MeshAxis
-from ...specs.plain import thawed
 from .deepspeed_config import check_boundaries, check_config, check_layout
 from .deepspeed_pipeline import mend_buffers, to_pipeline_module
 from .handover import Handover, Wrapped, counted_parts

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...specs.errors import Problem
-from ...specs.plain import thawed
+from ...specs.json_values import thawed
 from ...specs.steps import SumGradient
 from ..training.wrong_numbers import wrong_numbers
 

@@ -10,7 +10,7 @@ from attrs import evolve
 from ...specs.dtypes import human_bytes
 from ...specs.finding import Finding
 from ...specs.mesh import Coordinate
-from ...specs.table import ranges
+from ...specs.text_table import ranges
 from .experts import experts_of
 from .vocabulary import is_undivided, is_vocabulary, split
 

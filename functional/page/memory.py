@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...specs.dtypes import human_bytes
-from ...specs.table import ranges
+from ...specs.text_table import ranges
 
 if TYPE_CHECKING:
     from ...specs.memory import Memory, Share

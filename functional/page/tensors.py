@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import asdict, frozen
 
 from ...specs.dtypes import human_bytes
-from ...specs.fold import fold
+from ...specs.fold_layers import fold
 from ...specs.listing import source_words
 from .strips import interval_words, strips
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...specs.dtypes import human_bytes
-from ...specs.table import ranges
+from ...specs.text_table import ranges
 
 if TYPE_CHECKING:
     from ...specs.mesh import MeshAxis

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...specs.finding import CODES, folded
-from ...specs.fold import fold
+from ...specs.fold_layers import fold
 from ...specs.proof import LAWS
 
 if TYPE_CHECKING:

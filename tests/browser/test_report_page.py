@@ -19,7 +19,7 @@ from shardplan.functional.html_report import html_report
 from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
 from shardplan.specs.dtypes import human_bytes
 from shardplan.specs.finding import Finding, Silenced
-from shardplan.specs.fold import fold
+from shardplan.specs.fold_layers import fold
 from tests.models import llama as llama_model
 from tests.models import split_llama
 

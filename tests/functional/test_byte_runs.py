@@ -19,9 +19,9 @@ from shardplan.functional.checkpoints import read_parts
 from shardplan.functional.checkpoints.assembly import Assembly, concatenated, narrowed, squeezed, stacked, transposed
 from shardplan.functional.checkpoints.byte_runs import STAGING_BYTES, take, take_all
 from shardplan.functional.checkpoints.read_parts import Files, read_part
-from shardplan.functional.holders import holders
 from shardplan.specs import Mesh, ParamSpec, PlanError, Shard
 from shardplan.specs.index import index_shape, whole_index
+from shardplan.specs.ownership import holders
 from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor
 from tests.strategies import law
 

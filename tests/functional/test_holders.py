@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.functional.holders import clip, held_first, holders, local_boxes
 from shardplan.specs import Mesh, ParamSpec, Shard
 from shardplan.specs.index import index_shape
+from shardplan.specs.ownership import clip, held_first, holders, local_boxes
 from tests.parts import picked
 from tests.strategies import meshes, param_specs
 

@@ -12,9 +12,9 @@ from shardplan.functional.checkpoints.assembly import Assembly, narrowed
 from shardplan.functional.checkpoints.byte_runs import take
 from shardplan.functional.checkpoints.known_sums import Known, differing, known_sums
 from shardplan.functional.checkpoints.position_sum import MODULUS, position_sum, sum_taken
-from shardplan.functional.holders import held_first
 from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree
 from shardplan.specs.index import whole_index
+from shardplan.specs.ownership import held_first
 from shardplan.specs.source import Loaded
 from shardplan.specs.stored import Part, StoredTensor
 from tests.strategies import law

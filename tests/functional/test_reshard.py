@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.functional import plan_build, reshard
-from shardplan.functional.holders import held_first, holders, local_boxes
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Shard, SpecTree
+from shardplan.specs.ownership import held_first, holders, local_boxes
 from shardplan.specs.plan import misfits
 from shardplan.specs.source import Unknown
 from tests.models import llama, split_llama

@@ -25,7 +25,7 @@ from shardplan.specs import (
     SpecTree,
     TensorCall,
 )
-from shardplan.specs.fold import fold
+from shardplan.specs.fold_layers import fold
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,

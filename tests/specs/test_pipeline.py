@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.specs import Activation, PlainInput, Stage
+from shardplan.specs.json_values import thawed
 from shardplan.specs.pipeline import size_in
-from shardplan.specs.plain import thawed
 from tests.strategies import json_values, law
 
 SIZES = {"batch": 4, "sequence": 12}

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
-from ..specs.index import Index, index_shape
-from ..specs.mesh import Coordinate
+from .index import Index, index_shape
+from .mesh import Coordinate
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Mesh
-    from ..specs.param import ParamSpec
-    from ..specs.shard import Interval
-    from ..specs.stored import Box
+    from .mesh import Mesh
+    from .param import ParamSpec
+    from .shard import Interval
+    from .stored import Box
 
 
 def holders(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, Index], ...]:

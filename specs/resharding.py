@@ -15,7 +15,7 @@ from .mesh import Coordinate, Mesh, MeshAxis
 from .param import ParamSpec
 from .plan import Plan
 from .shard import Interval, Shard
-from .table import ranges, table
+from .text_table import ranges, table
 
 _Tensor = tuple[tuple[int, ...], tuple[Shard, ...], tuple[int, ...], tuple[Shard, ...], tuple[int, ...]]
 """What decides how a tensor moves: its shape, and of source and target its shards and places along ``pipe``."""

@@ -9,10 +9,10 @@ from attrs import fields, frozen
 
 from .dtypes import human_bytes
 from .finding import Finding
-from .fold import fold
+from .fold_layers import fold
 from .memory import Memory
 from .mesh import Coordinate
-from .table import ranges, table
+from .text_table import ranges, table
 
 _MEMORY = (*(f.name for f in fields(Memory)), "training_bytes", "peak_bytes")
 
