@@ -11,8 +11,8 @@ from ..specs.steps import Agree, MakeGroups, MakeOptimizer, Wrap
 from .effects import TorchEffects
 from .execute import execute
 from .interpret import interpret
+from .model.read import named_tensors
 from .plan import plan_build
-from .skeleton import named_tensors
 from .standing import stand
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from ..specs.errors import PlanError, Problem
 from ..specs.json_values import thawed
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
 from ..specs.steps import Sync, SyncOp
-from .callables import find
-from .generators import own_generators
 from .local_copy import local_copy, quiet
 from .lost import noticing
+from .model.callables import find
+from .model.rng_state import own_generators
 from .opaque import LeafCall, Opaque, OpaqueCall, is_opaque
 from .repeats import Repeats
 from .written_out import write_out

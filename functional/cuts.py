@@ -16,7 +16,7 @@ from ..specs.errors import PlanError, Problem
 from ..specs.json_values import thawed
 from ..specs.pipeline import TensorInput
 from .local_copy import following, local_copy
-from .skeleton import named_tensors
+from .model.read import named_tensors
 
 if TYPE_CHECKING:
     from .capture import Subject

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .local_calls import call_locally
-from .module_copy import get_tensor, like, put_tensor, tied
+from .model.copy import get_tensor, like, put_tensor, tied
 from .placements import placements
 
 if TYPE_CHECKING:

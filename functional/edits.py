@@ -19,8 +19,8 @@ from .verb_checks import sharded
 if TYPE_CHECKING:
     from torch import nn
 
+    from .model.read import ModuleSpec
     from .schedule import Schedule
-    from .skeleton import ModuleSpec
 
 
 def selected_modules(sch: Schedule) -> tuple[ModuleSpec, ...]:

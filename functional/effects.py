@@ -33,11 +33,11 @@ from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
 from .evaluate import Job, evaluate
-from .generators import derive_seed, own_generators
 from .init_calls import run_call
 from .layout import Local, apply_layout
 from .ledger import Ledger
-from .module_copy import get_tensor, like, module_of, put_tensor, tied
+from .model.copy import get_tensor, like, module_of, put_tensor, tied
+from .model.rng_state import derive_seed, own_generators
 from .stages import make_stage
 from .sync import SyncGroup
 from .synchronise import group_name

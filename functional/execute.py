@@ -22,12 +22,12 @@ from ..specs.plan import Plan
 from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import AsDTensors
 from .audit import audit
-from .callables import find
-from .compare_model import differences
 from .dialects import find_dialect
 from .effects import TorchEffects
 from .interpret import Effects, interpret
-from .module_copy import copy_module, on_meta
+from .model.callables import find
+from .model.compare import differences
+from .model.copy import copy_module, on_meta
 from .placements import as_dtensors
 from .stages import planned_partition
 from .standing import stand

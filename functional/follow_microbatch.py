@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..specs.microbatch import Microbatch
 from ..specs.steps import DispatchTokens, SumGradient, Sync
-from .guesses import DependsOnValuesError
 from .kept import Kept
 from .local_copy import fake_inputs, following, local_copy
+from .model.fake_values import DependsOnValuesError
 from .shortcut import Shortcut
 from .sync_calls import SyncCalls
 

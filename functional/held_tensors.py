@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..specs.dtypes import short_name
 from ..specs.errors import PlanError, Problem
-from .module_copy import get_tensor
+from .model.copy import get_tensor
 from .stage_module import StageModule
 
 if TYPE_CHECKING:

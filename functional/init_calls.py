@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..specs.source import Call, ModuleCall, TensorCall
-from .callables import find
-from .module_copy import get_tensor
-from .skeleton import named_tensors
+from .model.callables import find
+from .model.copy import get_tensor
+from .model.read import named_tensors
 
 Owner = Literal["user", "transformers", "reset"]
 """Whose init code it is."""

@@ -23,15 +23,15 @@ from torch._subclasses.fake_tensor import (
 from ..specs.errors import Problem
 from ..specs.program import InitProgram
 from ..specs.source import ModuleCall, TensorCall
-from .alike import Likeness
 from .coverage import whole_view
-from .generators import own_generators, python_state
-from .guesses import DependsOnValuesError
 from .init_calls import run_call
-from .module_copy import copy_module, get_tensor, like, module_of, put_tensor, tied
+from .model.copy import copy_module, get_tensor, like, module_of, put_tensor, tied
+from .model.fake_values import DependsOnValuesError
+from .model.likeness import Likeness
+from .model.read import named_tensors, own_tensors
+from .model.rng_state import own_generators, python_state
+from .model.watched import watched
 from .recorder import Recorder, Touch
-from .skeleton import named_tensors, own_tensors
-from .watched import watched
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree

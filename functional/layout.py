@@ -25,9 +25,9 @@ from ..specs.steps import (
     SyncOp,
     VocabParallel,
 )
-from .callables import find
 from .fork_rng import OwnRng
-from .linears import linear_of, product
+from .model.callables import find
+from .model.linear import linear_of, product
 from .sync import SyncGroup, own_ids, sync_function
 from .synchronise import Dispatch, Mask, PassWeight, Synchronise
 

@@ -14,11 +14,11 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from ..specs.mesh import MeshAxis
-from .generators import own_generators
-from .guesses import AnswerZero
 from .layout import Local, apply_layout
-from .module_copy import copy_module
-from .skeleton import named_tensors
+from .model.copy import copy_module
+from .model.fake_values import AnswerZero
+from .model.read import named_tensors
+from .model.rng_state import own_generators
 from .sync import SyncGroup
 from .synchronise import group_name, needed_groups
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..specs.errors import Problem
-from .generators import python_state
+from .model.rng_state import python_state
 
 _LEAF = "Mark the module as a leaf, which runs as it is: sch.at[{path!r}].leaf()"
 

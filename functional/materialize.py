@@ -16,13 +16,13 @@ from ..specs.plan import Plan
 from ..specs.program import InitProgram
 from ..specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import Generate
-from .callables import find
 from .checkpoints.own_file import OwnFile, own_name
 from .checkpoints.safetensors_writer import layout
 from .checkpoints.tensor_bytes import bytes_of, sum_of
-from .compare_model import differences
 from .effects import TorchEffects
-from .module_copy import copy_module, on_meta
+from .model.callables import find
+from .model.compare import differences
+from .model.copy import copy_module, on_meta
 from .resolve import Make, Piece
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from .edits import (
     with_syncs,
     wrong,
 )
-from .linears import linear_of
+from .model.linear import linear_of
 from .selection import join
 from .verb_checks import wrong_embedding
 

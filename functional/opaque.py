@@ -18,7 +18,7 @@ from torch.fx.node import base_types
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from .guesses import AnswerZero
+from .model.fake_values import AnswerZero
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -21,8 +21,8 @@ from ..specs.program import Box, Constant, InitProgram, Normal, Operation, Set, 
 from .boxes import box_of, box_shape
 from .constants import compute
 from .coverage import View, whole_view
-from .generators import Rewinds
-from .guesses import DependsOnValuesError, Guesses, asks_for_value
+from .model.fake_values import DependsOnValuesError, Guesses, asks_for_value
+from .model.rng_state import Rewinds
 from .pointwise import (
     NotPointwiseError,
     arguments,

@@ -21,7 +21,6 @@ from ..specs.shard import Split
 from ..specs.source import Made, TensorCall
 from ..specs.steps import ForkRng, LayoutStep, SetAttributes, SumGradient, Sync, SyncOp, When
 from . import module_verbs
-from .callables import register
 from .cuts import By, Even, wrong_even, wrong_handed
 from .edits import (
     edited,
@@ -36,8 +35,9 @@ from .edits import (
     with_layout,
     wrong,
 )
+from .model.callables import register
+from .model.read import ModuleSpec, read_modules, read_tensors
 from .selection import At, join
-from .skeleton import ModuleSpec, read_modules, read_tensors
 from .verb_checks import wrong_attribute, wrong_fill, wrong_silence, wrong_sync
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from attrs import Factory, define, frozen
 from torch import Tensor, fx, nn
 
 from .flow import Flow, is_size, module_path
-from .module_copy import module_of
+from .model.copy import module_of
 from .opaque import FunctionCall, LeafCall, is_opaque, tensors_of
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
 from ..specs.pipeline import holds
-from .callables import find
 from .flow import is_check
-from .module_copy import get_tensor
+from .model.callables import find
+from .model.copy import get_tensor
 from .stage_graph import FUNCTIONS
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from ..specs.steps import LayoutStep
 from .capture import Subject
 from .chain import chain
 from .layout import Local
+from .model.read import named_tensors
 from .partition import Partition, StageCode, partition
-from .skeleton import named_tensors
 from .stage_graph import FUNCTIONS
 from .stage_module import StageModule
 

@@ -18,7 +18,7 @@ from .layout import first_argument
 from .selection import join
 
 if TYPE_CHECKING:
-    from .skeleton import ModuleSpec
+    from .model.read import ModuleSpec
 
 
 _OPTIONS = "Options are blocks=(n, ...), interleaved=n, granule=n, replicate, uneven, allow_empty, pad_to_multiple=n"

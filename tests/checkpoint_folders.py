@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from shardplan.functional.checkpoints.sources import checkpoint_sources
-from shardplan.functional.skeleton import read_tensors
+from shardplan.functional.model.read import read_tensors
 from shardplan.specs import Checkpoint
 from shardplan.specs.source import Loaded
 

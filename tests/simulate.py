@@ -13,7 +13,7 @@ from shardplan.functional.effects import TorchEffects, _bytes
 from shardplan.functional.evaluate import Job, evaluate
 from shardplan.functional.interpret import interpret
 from shardplan.functional.layout import Local
-from shardplan.functional.module_copy import copy_module, get_tensor
+from shardplan.functional.model.copy import copy_module, get_tensor
 from shardplan.functional.sync import SyncGroup
 from shardplan.functional.synchronise import group_name
 from shardplan.specs import InitProgram, ModuleValues

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from ...specs.errors import PlanError, Problem
 from ...specs.stored import Part, StoredTensor
-from ..skeleton import named_tensors
+from ..model.read import named_tensors
 from .assembly import Assembly
 from .transforms import converted
 

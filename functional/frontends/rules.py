@@ -13,7 +13,7 @@ from torch import nn
 
 from ...specs.errors import Problem
 from ...specs.pattern import closest, compile_pattern
-from ..linears import linear_of
+from ..model.linear import linear_of
 from ..schedule import create_schedule
 
 if TYPE_CHECKING:

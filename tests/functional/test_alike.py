@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from shardplan.functional import create_schedule, plan_build
-from shardplan.functional.alike import Likeness
 from shardplan.functional.init_trace import Tracer
-from shardplan.functional.skeleton import read_tensors
+from shardplan.functional.model.likeness import Likeness
+from shardplan.functional.model.read import read_tensors
 from shardplan.specs import Mesh
 
 

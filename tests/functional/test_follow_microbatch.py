@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardplan.functional import create_schedule, kept, plan_build
-from shardplan.functional.families import Families
 from shardplan.functional.follow_microbatch import follow_microbatch
 from shardplan.functional.kept import blocks
+from shardplan.functional.model.repeated_layers import Families
 from shardplan.specs import Mesh, Microbatch, Saved, dumps, loads
 from tests import families
 from tests.families import MAKERS, family, inputs, schedule_of

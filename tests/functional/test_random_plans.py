@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shardplan.functional import audit, create_schedule, plan_build, predict, route
-from shardplan.functional.module_copy import get_tensor
+from shardplan.functional.model.copy import get_tensor
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.parts import picked, without_padding
 from tests.simulate import simulate, whole_tensors

@@ -24,8 +24,10 @@ MODES = 2
 @pytest.fixture(autouse=True)
 def _layers_of_these_tests_are_known(monkeypatch):
     """What is repeated are layers of libraries; those of these tests count as such."""
-    import_module("shardplan.functional.families")
-    monkeypatch.setattr(sys.modules["shardplan.functional.families"], "_LIBRARIES", ("torch", "transformers", "tests"))
+    import_module("shardplan.functional.model.repeated_layers")
+    monkeypatch.setattr(
+        sys.modules["shardplan.functional.model.repeated_layers"], "_LIBRARIES", ("torch", "transformers", "tests")
+    )
 
 
 @pytest.fixture

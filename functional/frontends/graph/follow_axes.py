@@ -11,7 +11,7 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from ...linears import has_forward_of_its_own, linear_of
+from ...model.linear import has_forward_of_its_own, linear_of
 from ...selection import join
 from .axis_rules import Axes, Call, Met, follow_call, linear
 from .factors import Factor, block, whole

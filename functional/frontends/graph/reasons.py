@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ...linears import has_forward_of_its_own, linear_of
+from ...model.linear import has_forward_of_its_own, linear_of
 from .factors import Axis, Factor, find, segments, spell
 from .regions import Refused, Region
 

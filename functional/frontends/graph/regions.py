@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
 
-from ...linears import linear_of
+from ...model.linear import linear_of
 from .factors import Axis, Factor, count, find, segments, size_of, spell
 
 if TYPE_CHECKING:

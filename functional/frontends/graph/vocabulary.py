@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from torch import nn
 
-from ...linears import has_forward_of_its_own, linear_of
+from ...model.linear import has_forward_of_its_own, linear_of
 from ...verb_checks import wrong_embedding
 
 if TYPE_CHECKING:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..specs.errors import Problem
-from ..specs.program import InitProgram
-from ..specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised
-from .skeleton import read_tensors
+from ...specs.errors import Problem
+from ...specs.program import InitProgram
+from ...specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised
+from .read import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-    from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
+    from ...specs.param import ParamSpec
+    from ...specs.plan import Plan
 
 _LOST = "init code is planned to make it, and the model has values that would be lost"
 _COMPARED = ("path", "orig_shape", "dtype", "kind", "tie", "requires_grad")

@@ -8,7 +8,7 @@ from typing import Any
 
 from frozendict import frozendict
 
-from ..specs.errors import PlanError, Problem
+from ...specs.errors import PlanError, Problem
 
 
 def register(callables: Mapping[str, Any], function: Callable[..., Any]) -> tuple[str, frozendict[str, Any]]:

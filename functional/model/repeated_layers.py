@@ -16,12 +16,12 @@ from attrs import Factory, define, evolve, frozen
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from .alike import Likeness
-from .reading import own_attributes, reading, unwatched
+from .attribute_reads import own_attributes, reading, unwatched
+from .likeness import Likeness
 
 if TYPE_CHECKING:
-    from ..specs.steps import LayoutStep
-    from ..specs.tree import SpecTree
+    from ...specs.steps import LayoutStep
+    from ...specs.tree import SpecTree
 
 _FEW = 3
 """Fewer members of a family are not worth it."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..specs.errors import PlanError, Problem
-from .skeleton import named_tensors, tensors_in
+from ...specs.errors import PlanError, Problem
+from .read import named_tensors, tensors_in
 
 _VALUES = frozenset([int, float, bool, complex, str, bytes, type(None), torch.dtype])
 _ATOMS = _VALUES | {type, FunctionType}  # what a copy shares with the original

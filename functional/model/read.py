@@ -10,11 +10,11 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..specs.dtypes import is_known
-from ..specs.errors import Problem
-from ..specs.param import Kind, ParamSpec
-from ..specs.source import ModuleValues, Unknown
-from ..specs.tree import SpecTree
+from ...specs.dtypes import is_known
+from ...specs.errors import Problem
+from ...specs.param import Kind, ParamSpec
+from ...specs.source import ModuleValues, Unknown
+from ...specs.tree import SpecTree
 
 
 @frozen

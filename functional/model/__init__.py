@@ -1,0 +1,1 @@
+"""The user's module, read and copied; no plan in sight."""
