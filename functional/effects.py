@@ -27,13 +27,13 @@ from .checkpoints.manifest_check import read_manifest
 from .checkpoints.own_file import damaged, read_own_file, wrong_tensors
 from .checkpoints.position_sum import MODULUS
 from .checkpoints.read_parts import Files, Reading, read_all
-from .constants import one_thread
 from .device_mesh import of_groups
 from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
-from .evaluate import Job, evaluate
-from .init_calls import run_call
+from .init.calls import run_call
+from .init.constants import one_thread
+from .init.evaluate import Job, evaluate
 from .layout import Local, apply_layout
 from .ledger import Ledger
 from .model.copy import get_tensor, like, module_of, put_tensor, tied

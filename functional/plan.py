@@ -47,8 +47,8 @@ from ..specs.steps import (
 from .check_forward import check_forward
 from .dialects import find_dialect
 from .follow_microbatch import follow_microbatch
-from .init_calls import wrong_signature
-from .init_code import Unit, find_units
+from .init.calls import wrong_signature
+from .init.units import Unit, find_units
 from .model.callables import register
 from .model.linear import has_forward_of_its_own, linear_of
 from .pipeline import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages

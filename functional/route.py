@@ -29,7 +29,7 @@ from ..specs.steps import (
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate, Mesh, MeshAxis
     from ..specs.param import ParamSpec
-    from .init_code import Unit
+    from .init.units import Unit
 
 Strategy = Literal["local", "scatter", "broadcast"]
 """How values get to the ranks that keep them: made there, or by one rank that sends them."""

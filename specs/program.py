@@ -1,7 +1,7 @@
 """Init programs: the few operations that give a tensor its values, element by element.
 
 Element i of a tensor needs its own index alone, so that any rank evaluates any part of it, in any layout, and gets what
-every other rank would get. How that is done is said in ``shardplan.functional.evaluate``.
+every other rank would get. How that is done is said in ``shardplan.functional.init.evaluate``.
 """
 
 from __future__ import annotations

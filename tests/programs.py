@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build
-from shardplan.functional.evaluate import Job, evaluate
+from shardplan.functional.init.evaluate import Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation
 from shardplan.specs.index import index_shape, whole_index
 

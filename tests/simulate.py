@@ -10,7 +10,7 @@ from attrs import Factory, define
 from shardplan.functional import execute
 from shardplan.functional.dry import AGREEMENT_BYTES
 from shardplan.functional.effects import TorchEffects, _bytes
-from shardplan.functional.evaluate import Job, evaluate
+from shardplan.functional.init.evaluate import Job, evaluate
 from shardplan.functional.interpret import interpret
 from shardplan.functional.layout import Local
 from shardplan.functional.model.copy import copy_module, get_tensor

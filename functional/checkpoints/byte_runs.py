@@ -17,7 +17,7 @@ from ...specs.index import Index, index_shape
 from ...specs.shard import Interval
 from ...specs.source import Loaded
 from ...specs.stored import Part, StoredTensor
-from ..boxes import row_major
+from ..init.strided_views import row_major
 
 if TYPE_CHECKING:
     from ...specs.param import ParamSpec

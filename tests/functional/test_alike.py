@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from shardplan.functional import create_schedule, plan_build
-from shardplan.functional.init_trace import Tracer
+from shardplan.functional.init.tracer import Tracer
 from shardplan.functional.model.likeness import Likeness
 from shardplan.functional.model.read import read_tensors
 from shardplan.specs import Mesh

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.functional import evaluate as module
-from shardplan.functional.evaluate import CHUNK_ELEMENTS, Job, evaluate
+from shardplan.functional.init import evaluate as module
+from shardplan.functional.init.evaluate import CHUNK_ELEMENTS, Job, evaluate
 from shardplan.specs import InitProgram, Mesh, Operation, Shard
 from shardplan.specs.index import index_shape
 from shardplan.specs.program import (
@@ -345,7 +345,7 @@ MEMORY = """
     import re
     import torch
     from pathlib import Path
-    from shardplan.functional.evaluate import Job, evaluate
+    from shardplan.functional.init.evaluate import Job, evaluate
     from shardplan.specs import InitProgram, Operation
     from shardplan.specs.program import Map, Normal, TruncatedNormal
     def peak():

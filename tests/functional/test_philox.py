@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.functional import philox
-from shardplan.functional.bits import _philox, draw_bits, draw_by_torch
-from shardplan.functional.distributions import sample
-from shardplan.functional.runs import elements, runs_of, stretches
+from shardplan.functional.init import philox_cpu as philox
+from shardplan.functional.init.distributions import sample
+from shardplan.functional.init.flat_runs import elements, runs_of, stretches
+from shardplan.functional.init.random_bits import _philox, draw_bits, draw_by_torch
 from shardplan.specs.program import Bernoulli, Cauchy, Exponential, Geometric, LogNormal, Normal, TruncatedNormal, Uniform
 from tests.parts import one_interval, picked
 from tests.programs import make, number_reference, philox_reference
@@ -188,8 +188,8 @@ def test_bits_are_uniform_and_fill_the_interval(dtype):
 TRITON = """
     import sys
     import numpy as np, torch
-    from shardplan.functional.bits import draw_by_torch
-    from shardplan.functional.philox_triton import draw
+    from shardplan.functional.init.random_bits import draw_by_torch
+    from shardplan.functional.init.philox_cuda import draw
     cases = 0
     random = np.random.default_rng(0)
     for double in (False, True):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.functional.boxes import box_of, box_shape, row_major
-from shardplan.functional.runs import elements, first_and_last, runs_of, stretches
+from shardplan.functional.init.flat_runs import elements, first_and_last, runs_of, stretches
+from shardplan.functional.init.strided_views import box_of, box_shape, row_major
 from tests.strategies import law
 
 KEY = 5, 6

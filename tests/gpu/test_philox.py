@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shardplan.functional import create_schedule, execute, plan_build
-from shardplan.functional.bits import draw_bits, draw_by_torch
-from shardplan.functional.evaluate import Job, evaluate
+from shardplan.functional.init.evaluate import Job, evaluate
+from shardplan.functional.init.random_bits import draw_bits, draw_by_torch
 from shardplan.specs import InitProgram, Mesh, Operation
 from shardplan.specs.index import index_shape
 from shardplan.specs.program import (

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import philox
-from .runs import KEY0, KEY1, LENGTH, NUM_RUNS, elements
+from . import philox_cpu as philox
+from .flat_runs import KEY0, KEY1, LENGTH, NUM_RUNS, elements
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def draw_bits(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool) -> None:
-    """Fill a tensor with the random numbers of some stretches (``functional/philox.py`` says which).
+    """Fill a tensor with the random numbers of some stretches (``functional/init/philox_cpu.py`` says which).
 
     On the CPU by numba, on CUDA by Triton, or by torch's integer operations where there is no Triton.
 
@@ -33,7 +33,7 @@ def draw_bits(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool
     if x.device.type == "cpu":
         philox.draw(x.numpy(), table, operation, unit=unit)
     elif x.device.type == "cuda" and _HAS_TRITON:
-        from .philox_triton import draw
+        from .philox_cuda import draw
 
         draw(x, table, operation, unit=unit)
     else:

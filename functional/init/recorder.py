@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ..specs.program import Box, Constant, InitProgram, Normal, Operation, Set, TruncatedNormal, Uniform
-from .boxes import box_of, box_shape
+from ...specs.program import Box, Constant, InitProgram, Normal, Operation, Set, TruncatedNormal, Uniform
+from ..model.fake_values import DependsOnValuesError, Guesses, asks_for_value
+from ..model.rng_state import Rewinds
+from .constant_tape import Tape
 from .constants import compute
 from .coverage import View, whole_view
-from .model.fake_values import DependsOnValuesError, Guesses, asks_for_value
-from .model.rng_state import Rewinds
-from .pointwise import (
+from .operators import (
     NotPointwiseError,
     arguments,
     is_random,
@@ -35,8 +35,8 @@ from .pointwise import (
     overwrites,
     written,
 )
-from .tape import Tape
-from .truncation import truncated_by_torch
+from .strided_views import box_of, box_shape
+from .truncated_normal import truncated_by_torch
 
 _MAX_OPERATIONS = 64
 _EXACT = frozenset([torch.float32, torch.float64])  # what programs are computed in

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from attrs import evolve, frozen
 
-from ..specs.dtypes import human_bytes
-from ..specs.errors import Problem
-from ..specs.program import InitProgram
-from ..specs.source import Call, Made, Source, TensorCall, Unknown
+from ...specs.dtypes import human_bytes
+from ...specs.errors import Problem
+from ...specs.program import InitProgram
+from ...specs.source import Call, Made, Source, TensorCall, Unknown
+from .calls import OWNERS, Owner, calls_of
+from .constant_tape import MAX_CONSTANT_BYTES
 from .coverage import num_covered
-from .init_calls import OWNERS, Owner, calls_of
-from .init_trace import Traced, Tracer
-from .tape import MAX_CONSTANT_BYTES
+from .tracer import Traced, Tracer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..specs.tree import SpecTree
+    from ...specs.tree import SpecTree
 
 
 @frozen

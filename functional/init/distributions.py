@@ -27,7 +27,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from ..specs.program import (
+from ...specs.program import (
     Bernoulli,
     Cauchy,
     Draw,

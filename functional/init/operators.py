@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..specs.json_values import to_argument
-from ..specs.program import (
+from ...specs.json_values import to_argument
+from ...specs.program import (
     Bernoulli,
     Cauchy,
     Constant,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..specs.json_values import from_plain
-from ..specs.program import Constant
+from ...specs.json_values import from_plain
+from ...specs.program import Constant
 
 
 def compute(constant: Constant, *, blank: int = 0) -> Tensor:

@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ..specs.dtypes import human_bytes
-from ..specs.json_values import to_argument, to_plain
-from ..specs.program import Constant, Node
+from ...specs.dtypes import human_bytes
+from ...specs.json_values import to_argument, to_plain
+from ...specs.program import Constant, Node
 from .constants import compute
-from .pointwise import NotPointwiseError, operator_name
+from .operators import NotPointwiseError, operator_name
 
 MAX_CONSTANT_BYTES = 32 * 2**20
 """Most bytes that computing one constant may take; each rank does it by itself."""

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 
-from .compiled import compiled
-from .runs import FIRST, KEY0, KEY1, LENGTH, N1, N2, NUM_RUNS, OUT, S1, S2, S3, START
+from .flat_runs import FIRST, KEY0, KEY1, LENGTH, N1, N2, NUM_RUNS, OUT, S1, S2, S3, START
+from .numba_cache import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +47,7 @@ def draw(out: NDArray[Any], table: NDArray[np.int64], operation: int, *, unit: b
 
     Args:
         out: float32 or float64, in one piece.
-        table: A row for each stretch (``functional/runs.py``).
+        table: A row for each stretch (``functional/init/flat_runs.py``).
         operation: Which draw of the program it is.
         unit: Numbers in (0, 1) rather than (−1, 1).
     """

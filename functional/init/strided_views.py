@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from ..specs.program import Box
+from ...specs.program import Box
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

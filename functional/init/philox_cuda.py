@@ -1,4 +1,4 @@
-"""Philox 4x32-10 on CUDA, as one Triton kernel for any number of stretches; the same numbers as ``functional/philox.py``."""
+"""Philox 4x32-10 on CUDA, as one Triton kernel for any number of stretches; the same numbers as ``functional/init/philox_cpu.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runs import LENGTH, NUM_RUNS
+from .flat_runs import LENGTH, NUM_RUNS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

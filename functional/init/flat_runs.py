@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import frozen
 
-from .boxes import row_major
+from .strided_views import row_major
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..specs.index import Index
-    from ..specs.shard import Interval
+    from ...specs.index import Index
+    from ...specs.shard import Interval
 
 _MAX_OUTER = 3
 

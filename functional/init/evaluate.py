@@ -3,7 +3,7 @@
 What is promised: the value of an element is a function of (seed, canonical path, flat index in the whole tensor, program)
 alone. No mesh, layout, order, number of threads or other tensor enters it.
 
-- Random *bits* (``functional/philox.py``) are the same on every device and machine, for one version of the random scheme;
+- Random *bits* (``functional/init/philox_cpu.py``) are the same on every device and machine, for one version of the random scheme;
   the plan names that version, and a plan of another one is refused.
 - *Values* are bit-identical over layouts and runs on one kind of machine with one build of torch. Between devices, CPUs
   of other kinds, or versions of torch they may differ in the last digits, as torch's own erfinv, log and tan do: they are
@@ -27,18 +27,18 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
-from ..specs.program import Box, Draw, Fill, InitProgram, Map, Set, What
-from .bits import draw_bits
-from .boxes import box_shape, row_major
+from ...specs.program import Box, Draw, Fill, InitProgram, Map, Set, What
 from .constants import compute, decode, operator
 from .distributions import sample
-from .philox import derive_key
-from .runs import elements, first_and_last, runs_of, stretches
+from .flat_runs import elements, first_and_last, runs_of, stretches
+from .philox_cpu import derive_key
+from .random_bits import draw_bits
+from .strided_views import box_shape, row_major
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..specs.index import Index
+    from ...specs.index import Index
 
 CHUNK_ELEMENTS: Mapping[str, int] = {"cpu": 32640, "cuda": 2**20}
 """Elements computed at a time: on the CPU what stays in its cache, and below what torch would cut among its own threads."""

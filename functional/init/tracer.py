@@ -20,21 +20,21 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from ..specs.errors import Problem
-from ..specs.program import InitProgram
-from ..specs.source import ModuleCall, TensorCall
+from ...specs.errors import Problem
+from ...specs.program import InitProgram
+from ...specs.source import ModuleCall, TensorCall
+from ..model.copy import copy_module, get_tensor, like, module_of, put_tensor, tied
+from ..model.fake_values import DependsOnValuesError
+from ..model.likeness import Likeness
+from ..model.read import named_tensors, own_tensors
+from ..model.rng_state import own_generators, python_state
+from ..model.watched import watched
+from .calls import run_call
 from .coverage import whole_view
-from .init_calls import run_call
-from .model.copy import copy_module, get_tensor, like, module_of, put_tensor, tied
-from .model.fake_values import DependsOnValuesError
-from .model.likeness import Likeness
-from .model.read import named_tensors, own_tensors
-from .model.rng_state import own_generators, python_state
-from .model.watched import watched
 from .recorder import Recorder, Touch
 
 if TYPE_CHECKING:
-    from ..specs.tree import SpecTree
+    from ...specs.tree import SpecTree
 
 _FAKE_ERRORS = (
     DataDependentOutputException,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import init
 
-from ..specs.program import TruncatedNormal
+from ...specs.program import TruncatedNormal
 
 if TYPE_CHECKING:
     from torch import Tensor

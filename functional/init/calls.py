@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..specs.source import Call, ModuleCall, TensorCall
-from .model.callables import find
-from .model.copy import get_tensor
-from .model.read import named_tensors
+from ...specs.source import Call, ModuleCall, TensorCall
+from ..model.callables import find
+from ..model.copy import get_tensor
+from ..model.read import named_tensors
 
 Owner = Literal["user", "transformers", "reset"]
 """Whose init code it is."""

@@ -1,0 +1,1 @@
+"""How values are made: from init code to init programs to numbers."""
