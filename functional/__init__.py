@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .build import build as build
     from .build import consolidate_model as consolidate_model
     from .build import init_target_engine as init_target_engine
-    from .device_mesh import from_device_mesh as from_device_mesh
-    from .device_mesh import to_device_mesh as to_device_mesh
     from .diff import diff as diff
     from .dry import DryRun as DryRun
     from .dry import predict as predict
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from .gather import gather as gather
     from .goldens import assert_plan_matches as assert_plan_matches
     from .html_report import html_report as html_report
+    from .layout.device_mesh import from_device_mesh as from_device_mesh
+    from .layout.device_mesh import to_device_mesh as to_device_mesh
     from .load_optimizer import load_optimizer as load_optimizer
     from .materialize import materialize as materialize
     from .nearest import nearest_meshes as nearest_meshes
@@ -86,7 +86,7 @@ _HOMES = {
     "create_schedule": "schedule",
     "diff": "diff",
     "execute": "execute",
-    "from_device_mesh": "device_mesh",
+    "from_device_mesh": "layout.device_mesh",
     "from_shards": "from_shards",
     "gather": "gather",
     "html_report": "html_report",
@@ -101,7 +101,7 @@ _HOMES = {
     "save_checkpoint": "save_checkpoint",
     "search": "search",
     "stage_modules": "stages",
-    "to_device_mesh": "device_mesh",
+    "to_device_mesh": "layout.device_mesh",
     "transfer": "transfer",
 }
 

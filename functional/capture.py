@@ -18,7 +18,7 @@ from ..specs.errors import PlanError, Problem
 from ..specs.json_values import thawed
 from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
 from ..specs.steps import Sync, SyncOp
-from .local_copy import local_copy, quiet
+from .layout.local_model import local_copy, quiet
 from .lost import noticing
 from .model.callables import find
 from .model.rng_state import own_generators

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..specs.errors import PlanError, Problem
 from ..specs.pipeline import Pipeline, PlainInput, Stage, TensorInput
-from .local_copy import following, local_copy
+from .layout.local_model import following, local_copy
 from .opaque import tensors_of
 from .partition import MODES, Partition, StageCode, holders
 from .sizes import SizeNames

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..specs.errors import PlanError, Problem
 from ..specs.json_values import thawed
 from ..specs.pipeline import TensorInput
-from .local_copy import following, local_copy
+from .layout.local_model import following, local_copy
 from .model.read import named_tensors
 
 if TYPE_CHECKING:

@@ -27,20 +27,20 @@ from .checkpoints.manifest_check import read_manifest
 from .checkpoints.own_file import damaged, read_own_file, wrong_tensors
 from .checkpoints.position_sum import MODULUS
 from .checkpoints.read_parts import Files, Reading, read_all
-from .device_mesh import of_groups
 from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES
 from .init.calls import run_call
 from .init.constants import one_thread
 from .init.evaluate import Job, evaluate
-from .layout import Local, apply_layout
+from .layout.apply import Local, apply_layout
+from .layout.collectives import SyncGroup
+from .layout.device_mesh import of_groups
+from .layout.hooks import group_name
 from .ledger import Ledger
 from .model.copy import get_tensor, like, module_of, put_tensor, tied
 from .model.rng_state import derive_seed, own_generators
 from .stages import make_stage
-from .sync import SyncGroup
-from .synchronise import group_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,7 +290,7 @@ class TorchEffects:
         self.tied[work.spec.path] = work.between
 
     def distribute(self, work: Distribute) -> None:
-        from .dtensor import to_dtensors  # importing torch's DTensor takes a second
+        from .layout.dtensor import to_dtensors  # importing torch's DTensor takes a second
 
         groups = [self.groups[mesh_axis,] for mesh_axis in work.mesh_axes]
         self.device_mesh = of_groups(self.coordinate.mesh, work.mesh_axes, groups, self.device.type)

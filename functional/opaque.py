@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..specs.mesh import MeshAxis
-    from .sync import SyncGroup
+    from .layout.collectives import SyncGroup
 
 _RESULTS: dict[int, Sequence[Tensor]] = {}
 """What the placeholder that runs now will give, by its number."""

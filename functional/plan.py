@@ -44,11 +44,12 @@ from ..specs.steps import (
     VocabParallel,
     Wrap,
 )
-from .check_forward import check_forward
 from .dialects import find_dialect
-from .follow_microbatch import follow_microbatch
 from .init.calls import wrong_signature
 from .init.units import Unit, find_units
+from .layout.forward.check import check_forward
+from .layout.forward.microbatch import follow_microbatch
+from .layout.hooks import needed_groups
 from .model.callables import register
 from .model.linear import has_forward_of_its_own, linear_of
 from .pipeline import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
@@ -56,7 +57,6 @@ from .route import Strategy, born_sharded, from_files, local_only, route
 from .schedule import Schedule
 from .selection import join
 from .shared_gradients import shared_gradients
-from .synchronise import needed_groups
 
 if TYPE_CHECKING:
     from torch import Tensor

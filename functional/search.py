@@ -19,7 +19,7 @@ from ..specs.search import Candidate, Search
 from ..specs.traffic import StepTraffic
 from .audit import audit
 from .dialects import find_dialect
-from .local_copy import fake_inputs, following, local_copy
+from .layout.local_model import fake_inputs, following, local_copy
 from .memory import memory_at
 from .nearest import divisors
 from .pipeline import is_cut

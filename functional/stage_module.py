@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from ..specs.pipeline import Activation, Pipeline, VariableSize
-    from .layout import Local
+    from .layout.apply import Local
+    from .layout.collectives import SyncGroup
     from .partition import StageCode
     from .stage_graph import StageGraph
-    from .sync import SyncGroup
 
 
 @frozen(eq=False)

@@ -11,7 +11,7 @@ from ..specs.errors import PlanError, Problem
 from ..specs.steps import LayoutStep
 from .capture import Subject
 from .chain import chain
-from .layout import Local
+from .layout.apply import Local
 from .model.read import named_tensors
 from .partition import Partition, StageCode, partition
 from .stage_graph import FUNCTIONS

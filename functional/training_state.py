@@ -168,7 +168,7 @@ def _like(parameter: Tensor, name: str, state: Tensor) -> Tensor:
     """Return a state as what an optimizer makes of a parameter: of a DTensor one that is split as it is."""
     if own_part(parameter) is parameter or name == "step" or state.shape != own_part(parameter).shape:
         return state
-    from .local_calls import part_like  # importing torch's DTensor takes a second
+    from .layout.dtensor_hooks import part_like  # importing torch's DTensor takes a second
 
     return part_like(parameter, state)  # type: ignore[arg-type]  it has a local part
 

@@ -14,7 +14,7 @@ from ..specs.param import Origin, ParamSpec
 from ..specs.pattern import closest
 from ..specs.shard import Shard, Split
 from ..specs.steps import SyncOp, When
-from .layout import first_argument
+from .layout.apply import first_argument
 from .selection import join
 
 if TYPE_CHECKING:

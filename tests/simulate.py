@@ -12,10 +12,10 @@ from shardplan.functional.dry import AGREEMENT_BYTES
 from shardplan.functional.effects import TorchEffects, _bytes
 from shardplan.functional.init.evaluate import Job, evaluate
 from shardplan.functional.interpret import interpret
-from shardplan.functional.layout import Local
+from shardplan.functional.layout.apply import Local
+from shardplan.functional.layout.collectives import SyncGroup
+from shardplan.functional.layout.hooks import group_name
 from shardplan.functional.model.copy import copy_module, get_tensor
-from shardplan.functional.sync import SyncGroup
-from shardplan.functional.synchronise import group_name
 from shardplan.specs import InitProgram, ModuleValues
 from shardplan.specs.index import whole_index
 

@@ -31,9 +31,9 @@ OFFENCES = {
         "shardplan.functional.schedule -> shardplan.functional.effects",
     ),
     "only build stands on execute": (
-        "functional/device_mesh.py",
+        "functional/layout/device_mesh.py",
         "from .execute import execute",
-        "shardplan.functional.device_mesh -> shardplan.functional.execute",
+        "shardplan.functional.layout.device_mesh -> shardplan.functional.execute",
     ),
 }
 """For each contract a file, a line that breaks it, and the chain that is then reported."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...specs.mesh import Mesh
-from ..check_forward import check_forward
+from ..layout.forward.check import check_forward
 from ..schedule import create_schedule
 
 NUM_LAYERS = 6

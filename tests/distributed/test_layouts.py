@@ -133,7 +133,7 @@ def grouped(mesh):
 
 def join_padded(x, group):
     """Join the split outputs, padding and all."""
-    from shardplan.functional.sync import joined
+    from shardplan.functional.layout.collectives import joined
 
     return joined(x, -1 % x.dim(), group, None) if group.num_ranks > 1 else x
 

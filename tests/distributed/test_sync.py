@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardplan.functional import create_schedule, execute, plan_build, sync
+from shardplan.functional import create_schedule, execute, plan_build
+from shardplan.functional.layout import collectives as sync
 from shardplan.specs import Mesh
 from shardplan.specs.steps import SumGradient, Sync
 from tests.parts import picked

@@ -10,9 +10,10 @@ from attrs import evolve
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from shardplan.functional import create_schedule, kept, plan_build
-from shardplan.functional.follow_microbatch import follow_microbatch
-from shardplan.functional.kept import blocks
+from shardplan.functional import create_schedule, plan_build
+from shardplan.functional.layout.forward import saved_activations as kept
+from shardplan.functional.layout.forward.microbatch import follow_microbatch
+from shardplan.functional.layout.forward.saved_activations import blocks
 from shardplan.functional.model.repeated_layers import Families
 from shardplan.specs import Mesh, Microbatch, Saved, dumps, loads
 from tests import families

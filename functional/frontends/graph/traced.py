@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
-from ...local_copy import local_copy, quiet
+from ...layout.local_model import local_copy, quiet
 from ...model.rng_state import own_generators
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from .sync import average_gradient, gather_sum, joined, own_ids, reduce_scatter, sum_gradient
+from .collectives import average_gradient, gather_sum, joined, own_ids, reduce_scatter, sum_gradient
 
 if TYPE_CHECKING:
-    from ..specs.steps import DispatchTokens, SumGradient
-    from .sync import SyncGroup
+    from ...specs.steps import DispatchTokens, SumGradient
+    from .collectives import SyncGroup
 
 
 def group_name(mesh_axis: str, num_sharing: int) -> str:

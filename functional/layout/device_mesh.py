@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..specs.mesh import MESH_AXES, Mesh
+from ...specs.mesh import MESH_AXES, Mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from ..specs.mesh import MeshAxis
+    from ...specs.mesh import MeshAxis
 
 
 def to_device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:

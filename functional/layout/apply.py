@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from ..specs.steps import (
+from ...specs.steps import (
     AddBiasAfterSync,
     DispatchTokens,
     ForkRng,
@@ -25,14 +25,14 @@ from ..specs.steps import (
     SyncOp,
     VocabParallel,
 )
-from .fork_rng import OwnRng
-from .model.callables import find
-from .model.linear import linear_of, product
-from .sync import SyncGroup, own_ids, sync_function
-from .synchronise import Dispatch, Mask, PassWeight, Synchronise
+from ..model.callables import find
+from ..model.linear import linear_of, product
+from .collectives import SyncGroup, own_ids, sync_function
+from .hooks import Dispatch, Mask, PassWeight, Synchronise
+from .rng_hooks import OwnRng
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Coordinate
+    from ...specs.mesh import Coordinate
 
 
 @frozen

@@ -13,21 +13,21 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from ..specs.mesh import MeshAxis
-from .layout import Local, apply_layout
-from .model.copy import copy_module
-from .model.fake_values import AnswerZero
-from .model.read import named_tensors
-from .model.rng_state import own_generators
-from .sync import SyncGroup
-from .synchronise import group_name, needed_groups
+from ...specs.mesh import MeshAxis
+from ..model.copy import copy_module
+from ..model.fake_values import AnswerZero
+from ..model.read import named_tensors
+from ..model.rng_state import own_generators
+from .apply import Local, apply_layout
+from .collectives import SyncGroup
+from .hooks import group_name, needed_groups
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..specs.mesh import Coordinate
-    from ..specs.steps import LayoutStep
-    from ..specs.tree import SpecTree
+    from ...specs.mesh import Coordinate
+    from ...specs.steps import LayoutStep
+    from ...specs.tree import SpecTree
 
 
 def local_copy(

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..specs.microbatch import SyncCall
-from ..specs.steps import DispatchTokens, SumGradient, Sync
+from ....specs.microbatch import SyncCall
+from ....specs.steps import DispatchTokens, SumGradient, Sync
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..specs.mesh import MeshAxis
-    from ..specs.steps import LayoutStep
-    from ..specs.traffic import Cargo
+    from ....specs.mesh import MeshAxis
+    from ....specs.steps import LayoutStep
+    from ....specs.traffic import Cargo
 
 _Direction = Literal["forward", "backward"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._guards import detect_fake_mode
 
-from .model.rng_state import derive_seed
+from ..model.rng_state import derive_seed
 
 if TYPE_CHECKING:
     from torch import nn

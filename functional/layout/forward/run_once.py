@@ -9,7 +9,7 @@ from attrs import Factory, define
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from .model.repeated_layers import Call, Families, First
+from ...model.repeated_layers import Call, Families, First
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..specs.errors import Problem
+from ....specs.errors import Problem
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..specs.tree import SpecTree
+    from ....specs.tree import SpecTree
 
 
 @frozen

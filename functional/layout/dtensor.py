@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .local_calls import call_locally
-from .model.copy import get_tensor, like, put_tensor, tied
-from .placements import placements
+from ..model.copy import get_tensor, like, put_tensor, tied
+from ..placements import placements
+from .dtensor_hooks import call_locally
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ..specs.mesh import Mesh, MeshAxis
-    from ..specs.param import ParamSpec
+    from ...specs.mesh import Mesh, MeshAxis
+    from ...specs.param import ParamSpec
 
 
 def to_dtensors(module: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh, device_mesh: DeviceMesh) -> None:

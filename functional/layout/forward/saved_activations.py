@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..specs.microbatch import Saved
+from ....specs.microbatch import Saved
 
 if TYPE_CHECKING:
     from types import TracebackType

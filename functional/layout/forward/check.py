@@ -11,20 +11,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..specs.errors import Problem
-from ..specs.steps import SetAttributes, SetToLocalSize, SumGradient
-from .local_copy import fake_inputs, following, local_copy
-from .parts import Parts
-from .selection import join
-from .shortcut import Shortcut
+from ....specs.errors import Problem
+from ....specs.steps import SetAttributes, SetToLocalSize, SumGradient
+from ...selection import join
+from ..local_model import fake_inputs, following, local_copy
+from .partial_gradients import Parts
+from .run_once import Shortcut
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..specs.mesh import Mesh
-    from ..specs.param import ParamSpec
-    from ..specs.steps import LayoutStep
-    from ..specs.tree import SpecTree
+    from ....specs.mesh import Mesh
+    from ....specs.param import ParamSpec
+    from ....specs.steps import LayoutStep
+    from ....specs.tree import SpecTree
 
 
 def check_forward(

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..specs.microbatch import Microbatch
-from ..specs.steps import DispatchTokens, SumGradient, Sync
-from .kept import Kept
-from .local_copy import fake_inputs, following, local_copy
-from .model.fake_values import DependsOnValuesError
-from .shortcut import Shortcut
-from .sync_calls import SyncCalls
+from ....specs.microbatch import Microbatch
+from ....specs.steps import DispatchTokens, SumGradient, Sync
+from ...model.fake_values import DependsOnValuesError
+from ..local_model import fake_inputs, following, local_copy
+from .collective_counts import SyncCalls
+from .run_once import Shortcut
+from .saved_activations import Kept
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Mesh
-    from ..specs.steps import LayoutStep
-    from ..specs.tree import SpecTree
+    from ....specs.mesh import Mesh
+    from ....specs.steps import LayoutStep
+    from ....specs.tree import SpecTree
 
 
 def follow_microbatch(

@@ -1,0 +1,1 @@
+"""How modules compute once they are split."""
