@@ -103,7 +103,7 @@ def reading_alone(job: Job) -> Loaded:
     import torch
     import torch.distributed as dist
 
-    from shardplan.functional.checkpoints.read_parts import Files, read_part
+    from shardplan.functional.checkpoints.reader import Files, read_part
 
     here, found = job.plan.mesh.coordinate(dist.get_rank()), dict[str, Any]()
     assert job.plan.folder is not None, "it reads files"

@@ -9,9 +9,9 @@ from attrs import Factory, define
 
 from ..specs.dtypes import num_bytes
 from ..specs.receipt import Receipt
-from .checkpoints.byte_runs import staging_bytes, stored_parts, take_all
-from .checkpoints.known_sums import known_sums
-from .checkpoints.own_file import own_name
+from .checkpoints.byte_ranges import staging_bytes, stored_parts, take_all
+from .checkpoints.expected_checksums import known_sums
+from .checkpoints.formats.rank_file import own_name
 from .interpret import interpret, message_bytes
 from .ledger import Ledger
 

@@ -21,12 +21,12 @@ from ..specs.program import InitProgram
 from ..specs.source import Materialised, ModuleCall, ModuleValues, OwnValues
 from ..specs.stored import Folder, Part
 from .agreement import agree
-from .checkpoints.byte_runs import staging_bytes, stored_parts, take, take_all
-from .checkpoints.known_sums import differing, known_sums
-from .checkpoints.manifest_check import read_manifest
-from .checkpoints.own_file import damaged, read_own_file, wrong_tensors
-from .checkpoints.position_sum import MODULUS
-from .checkpoints.read_parts import Files, Reading, read_all
+from .checkpoints.byte_ranges import staging_bytes, stored_parts, take, take_all
+from .checkpoints.checksum import MODULUS
+from .checkpoints.expected_checksums import differing, known_sums
+from .checkpoints.formats.manifest import read_manifest
+from .checkpoints.formats.rank_file import damaged, read_own_file, wrong_tensors
+from .checkpoints.reader import Files, Reading, read_all
 from .dialects import find_dialect
 from .dialects.handover import Handover, Wrapped
 from .dry import AGREEMENT_BYTES

@@ -19,8 +19,8 @@ from ..specs.stored import Part
 from ..specs.tree import SpecTree
 from .agreement import agree
 from .checkpoints.assembly import Assembly
-from .checkpoints.saved_states import Group, SavedStates, saved_states, settings_for
-from .checkpoints.universal import WEIGHTS
+from .checkpoints.formats.universal import WEIGHTS
+from .checkpoints.optimizer_states import Group, SavedStates, saved_states, settings_for
 from .effects import TorchEffects
 from .gather import agreed
 from .interpret import interpret

@@ -16,7 +16,7 @@ from ..specs.plan import Plan
 from ..specs.program import InitProgram
 from ..specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ..specs.steps import Generate
-from .checkpoints.own_file import OwnFile, own_name
+from .checkpoints.formats.rank_file import OwnFile, own_name
 from .checkpoints.safetensors_writer import layout
 from .checkpoints.tensor_bytes import bytes_of, sum_of
 from .effects import TorchEffects

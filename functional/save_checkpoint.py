@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..specs.errors import PlanError, Problem
 from ..specs.ownership import held_first
-from .checkpoints.declared_names import is_pretrained
-from .checkpoints.hugging_face import INDEX
+from .checkpoints.formats.hugging_face import INDEX
+from .checkpoints.key_mapping import is_pretrained
+from .checkpoints.optimizer_states import OPTIMIZER, Group
 from .checkpoints.safetensors_writer import layout
-from .checkpoints.saved_states import OPTIMIZER, Group
 from .checkpoints.whole_folder import absolute
 from .checkpoints.written_files import index_of, written_files
 from .gather import agreed, collect
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
     from ..specs.plan import Plan
     from ..specs.stored import Part
-    from .checkpoints.declared_names import Kept
+    from .checkpoints.key_mapping import Kept
     from .checkpoints.written_files import Written
 
 _CONFIGS = ("config.json", "generation_config.json")

@@ -14,7 +14,7 @@ from attrs import Factory, define, frozen
 from torch import Tensor
 
 from .agreement import agree
-from .checkpoints.manifest_check import FORMAT, NAME
+from .checkpoints.formats.manifest import FORMAT, NAME
 from .checkpoints.safetensors_writer import Layout
 from .checkpoints.tensor_bytes import bytes_of, sum_of
 from .checkpoints.whole_folder import abandon, begin, finish, partial_of

@@ -16,7 +16,7 @@ from ..specs.index import whole_index
 from ..specs.ownership import holders, local_boxes
 from ..specs.resharding import Transfer
 from .agreement import agree
-from .checkpoints.saved_states import settings_for
+from .checkpoints.optimizer_states import settings_for
 from .held_tensors import held_tensors
 from .messages import messages, messages_on, narrowed
 from .training_state import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states

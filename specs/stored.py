@@ -39,7 +39,7 @@ class StoredTensor:
         offset: Byte of the file at which its elements begin.
         shape: Its shape.
         dtype: torch's name of the element type.
-        sum: Position sum of its elements, as ``shardplan.functional.checkpoints.position_sum`` has it; None if nobody
+        sum: Position sum of its elements, as ``shardplan.functional.checkpoints.checksum`` has it; None if nobody
             wrote it down.
 
     Raises:

@@ -15,7 +15,7 @@ from frozendict import frozendict
 
 from ...specs.dtypes import num_bytes
 from ...specs.errors import PlanError, Problem
-from .safetensors_header import DTYPES
+from .formats.safetensors import DTYPES
 
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 _ORDER = (

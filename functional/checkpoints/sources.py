@@ -13,9 +13,9 @@ from ...specs.errors import PlanError, Problem
 from ...specs.pattern import closest, compile_pattern
 from ...specs.source import Loaded, Unknown
 from .assembly import Assembly, miscovered
-from .contents import Contents, read_contents
-from .declared_names import Served, family, may_be_missing, model_parts
-from .strict_json import read_object
+from .detect import Contents, read_contents
+from .formats.strict_json import read_object
+from .key_mapping import Served, family, may_be_missing, model_parts
 from .ties import differ
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .position_sum import position_sum
+from .checksum import position_sum
 
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64, 16: torch.uint64}
 

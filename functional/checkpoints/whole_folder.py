@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...specs.errors import PlanError, Problem
-from .hugging_face import INDEX
-from .manifest_check import NAME, read_manifest
+from .formats.hugging_face import INDEX
+from .formats.manifest import NAME, read_manifest
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 

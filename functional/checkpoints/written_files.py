@@ -12,8 +12,8 @@ from ...specs.dtypes import num_bytes
 from ...specs.errors import PlanError, Problem
 from ...specs.source import Loaded
 from ...specs.stored import Part, StoredTensor
-from .declared_names import Kept, is_pretrained, saved_tensors, stored_form
-from .hugging_face import SINGLE
+from .formats.hugging_face import SINGLE
+from .key_mapping import Kept, is_pretrained, saved_tensors, stored_form
 
 if TYPE_CHECKING:
     from torch import nn

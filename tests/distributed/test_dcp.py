@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from shardplan.functional import execute, plan_build, predict
-from shardplan.functional.checkpoints import dcp as reader
 from shardplan.functional.checkpoints.dcp_writer import _check, write_dcp
+from shardplan.functional.checkpoints.formats import dcp as reader
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.distributed.test_layouts import experts, repeated
 from tests.models import llama, schedule, split_llama

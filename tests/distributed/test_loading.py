@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from shardplan.functional import audit, create_schedule, execute, plan_build, predict
-from shardplan.functional.checkpoints.position_sum import position_sum
-from shardplan.functional.checkpoints.safetensors_header import read_header
+from shardplan.functional.checkpoints.checksum import position_sum
+from shardplan.functional.checkpoints.formats.safetensors import read_header
 from shardplan.specs import Checkpoint, Mesh, PlanError, dumps, loads
 from tests.models import llama, split_llama
 from tests.parts import picked, without_padding

@@ -15,10 +15,10 @@ from attrs import Factory, define, evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardplan.functional.checkpoints import read_parts
+from shardplan.functional.checkpoints import reader as read_parts
 from shardplan.functional.checkpoints.assembly import Assembly, concatenated, narrowed, squeezed, stacked, transposed
-from shardplan.functional.checkpoints.byte_runs import STAGING_BYTES, take, take_all
-from shardplan.functional.checkpoints.read_parts import Files, read_part
+from shardplan.functional.checkpoints.byte_ranges import STAGING_BYTES, take, take_all
+from shardplan.functional.checkpoints.reader import Files, read_part
 from shardplan.specs import Mesh, ParamSpec, PlanError, Shard
 from shardplan.specs.index import index_shape, whole_index
 from shardplan.specs.ownership import holders

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 
 from shardplan.functional import create_schedule, plan_build
-from shardplan.functional.checkpoints.declared_names import stored_form
+from shardplan.functional.checkpoints.key_mapping import stored_form
 from shardplan.functional.model.read import read_tensors
 from shardplan.specs import Checkpoint, Mesh
 from shardplan.specs.errors import PlanError

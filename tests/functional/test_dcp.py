@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from shardplan.functional import execute, plan_build
-from shardplan.functional.checkpoints.contents import read_contents
-from shardplan.functional.checkpoints.torch_zip import read_saved
+from shardplan.functional.checkpoints.detect import read_contents
+from shardplan.functional.checkpoints.formats.torch_save import read_saved
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.checkpoint_folders import put_together
 from tests.models import plain, schedule
@@ -302,6 +302,6 @@ def test_a_bit_flipped_in_what_describes_a_tensor_never_gives_other_bytes(folder
 
 def test_no_torch_is_needed(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
-    code = "import sys; from shardplan.functional.checkpoints.dcp import read; read(sys.argv[1])"
+    code = "import sys; from shardplan.functional.checkpoints.formats.dcp import read; read(sys.argv[1])"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "copy")], check=True, timeout=60)

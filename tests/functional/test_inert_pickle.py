@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import shardplan.functional
 import shardplan.specs
-from shardplan.functional.checkpoints.contents import read_contents
-from shardplan.functional.checkpoints.inert_pickle import Entries, Record, read_pickle
-from shardplan.functional.checkpoints.torch_zip import read_saved
+from shardplan.functional.checkpoints.detect import read_contents
+from shardplan.functional.checkpoints.formats.inert_pickle import Entries, Record, read_pickle
+from shardplan.functional.checkpoints.formats.torch_save import read_saved
 from shardplan.specs.errors import PlanError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, load_optimizer, plan_build, save_checkpoint
-from shardplan.functional.checkpoints.saved_states import Group, settings_for
+from shardplan.functional.checkpoints.optimizer_states import Group, settings_for
 from shardplan.specs import Mesh, PlanError
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.functional.checkpoints.assembly import Assembly, narrowed
-from shardplan.functional.checkpoints.byte_runs import take
-from shardplan.functional.checkpoints.known_sums import Known, differing, known_sums
-from shardplan.functional.checkpoints.position_sum import MODULUS, position_sum, sum_taken
+from shardplan.functional.checkpoints.byte_ranges import take
+from shardplan.functional.checkpoints.checksum import MODULUS, position_sum, sum_taken
+from shardplan.functional.checkpoints.expected_checksums import Known, differing, known_sums
 from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree
 from shardplan.specs.index import whole_index
 from shardplan.specs.ownership import held_first

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save, save_file
 
-from shardplan.functional.checkpoints.contents import read_contents
-from shardplan.functional.checkpoints.manifest_check import read_manifest
-from shardplan.functional.checkpoints.safetensors_header import DTYPES, read_header
+from shardplan.functional.checkpoints.detect import read_contents
+from shardplan.functional.checkpoints.formats.manifest import read_manifest
+from shardplan.functional.checkpoints.formats.safetensors import DTYPES, read_header
 from shardplan.specs.errors import PlanError
 from tests.checkpoint_folders import safetensors_bytes, write_index
 from tests.models import llama

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardplan.functional import create_schedule, execute, gather, plan_build, save_checkpoint
 from shardplan.functional.checkpoints import whole_folder, written_files
-from shardplan.functional.checkpoints.contents import read_contents
-from shardplan.functional.checkpoints.safetensors_header import DTYPES
+from shardplan.functional.checkpoints.detect import read_contents
+from shardplan.functional.checkpoints.formats.safetensors import DTYPES
 from shardplan.functional.checkpoints.safetensors_writer import layout
 from shardplan.functional.checkpoints.tensor_bytes import bytes_of
 from shardplan.specs import Checkpoint, Mesh, PlanError

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shardplan.functional import execute, plan_build
-from shardplan.functional.checkpoints.contents import read_contents
-from shardplan.functional.checkpoints.universal import read_states
+from shardplan.functional.checkpoints.detect import read_contents
+from shardplan.functional.checkpoints.formats.universal import read_states
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.models import schedule
 from tests.ranks import results, run_ranks

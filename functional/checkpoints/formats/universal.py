@@ -12,11 +12,11 @@ from pathlib import Path
 from attrs import frozen
 from frozendict import frozendict
 
-from ...specs.errors import PlanError, Problem
-from ...specs.stored import Folder, Part, StoredFile
-from .contents import Contents
+from ....specs.errors import PlanError, Problem
+from ....specs.stored import Folder, Part, StoredFile
+from ..detect import Contents
 from .inert_pickle import Entries, Record
-from .torch_zip import read_saved
+from .torch_save import read_saved
 
 WEIGHTS = "fp32"
 

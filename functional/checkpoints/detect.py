@@ -46,15 +46,15 @@ def read_contents(folder: str) -> Contents:
         case []:
             raise PlanError([_unknown(path)])
         case [".metadata"]:
-            from . import dcp
+            from .formats import dcp
 
             return dcp.read(folder)
         case ["zero"]:
-            from . import universal
+            from .formats import universal
 
             return universal.read(folder)
         case [_]:
-            from . import hugging_face
+            from .formats import hugging_face
 
             return hugging_face.read(folder)
         case _:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ...specs.index import Index
     from ...specs.shard import Interval
-    from .byte_runs import Taken
+    from .byte_ranges import Taken
 
 MODULUS = 2**64
 _WORD = 8

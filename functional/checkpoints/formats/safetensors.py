@@ -16,9 +16,9 @@ from typing import IO, Any
 
 from frozendict import frozendict
 
-from ...specs.dtypes import is_known, num_bytes
-from ...specs.errors import PlanError, Problem
-from ...specs.stored import StoredFile, StoredTensor
+from ....specs.dtypes import is_known, num_bytes
+from ....specs.errors import PlanError, Problem
+from ....specs.stored import StoredFile, StoredTensor
 from .strict_json import MAX_BYTES, parse_object
 
 DTYPES: Mapping[str, str] = frozendict(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from attrs import frozen
 
-from ...specs.dtypes import short_name
-from ...specs.errors import PlanError, Problem
-from ...specs.stored import StoredFile, StoredTensor
-from .safetensors_header import header_bytes, read_header
+from ....specs.dtypes import short_name
+from ....specs.errors import PlanError, Problem
+from ....specs.stored import StoredFile, StoredTensor
+from .safetensors import header_bytes, read_header
 from .strict_json import parse_object
 
 _MARK = "shardplan shard 1"

@@ -15,7 +15,7 @@ from typing import Any
 
 from attrs import Factory, define, frozen
 
-from ...specs.errors import PlanError, Problem
+from ....specs.errors import PlanError, Problem
 
 FIX = "Nothing was run. If the file is your own, save it as safetensors; if not, do not open it with torch.load either"
 

@@ -11,9 +11,9 @@ from frozendict import frozendict
 
 from ...specs.errors import PlanError, Problem
 from ...specs.stored import Folder, Part
-from .hugging_face import read_files
-from .manifest_check import read_manifest
-from .universal import WEIGHTS, read, read_states
+from .formats.hugging_face import read_files
+from .formats.manifest import read_manifest
+from .formats.universal import WEIGHTS, read, read_states
 
 OPTIMIZER = "optimizer.safetensors"
 """The file of the states, beside the weights."""

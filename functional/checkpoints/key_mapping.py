@@ -16,14 +16,14 @@ from ...specs.errors import PlanError, Problem
 from ...specs.stored import Part, StoredTensor
 from ..model.read import named_tensors
 from .assembly import Assembly
-from .transforms import converted
+from .key_transforms import converted
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ...specs.param import ParamSpec
     from ...specs.tree import SpecTree
-    from .contents import Contents
+    from .detect import Contents
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _FIX = "Load it with transformers once, and write it with save_pretrained(folder, save_original_format=False)"

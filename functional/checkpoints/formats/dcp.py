@@ -15,12 +15,12 @@ from typing import Any
 from attrs import frozen
 from frozendict import frozendict
 
-from ...specs.errors import PlanError, Problem
-from ...specs.stored import Folder, Part, StoredFile
-from .assembly import miscovered
-from .contents import Contents
+from ....specs.errors import PlanError, Problem
+from ....specs.stored import Folder, Part, StoredFile
+from ..assembly import miscovered
+from ..detect import Contents
 from .inert_pickle import Entries, Global, Record, read_pickle
-from .torch_zip import DTYPES, read_saved
+from .torch_save import DTYPES, read_saved
 
 METADATA = ".metadata"
 

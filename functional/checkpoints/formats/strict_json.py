@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...specs.errors import PlanError, Problem
+from ....specs.errors import PlanError, Problem
 
 MAX_BYTES = 100_000_000
 """More than this is not read: so much safetensors allows a header, and an index of a million tensors has less."""

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ...specs.errors import PlanError, Problem
 from ...specs.index import Index
-from .byte_runs import Taken, staging_bytes, take_all
-from .position_sum import MODULUS, sum_taken
-from .safetensors_header import header_bytes
+from .byte_ranges import Taken, staging_bytes, take_all
+from .checksum import MODULUS, sum_taken
+from .formats.safetensors import header_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

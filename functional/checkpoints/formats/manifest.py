@@ -10,8 +10,8 @@ from typing import Any
 from attrs import frozen
 from frozendict import frozendict
 
-from ...specs.errors import PlanError, Problem
-from ...specs.stored import StoredFile
+from ....specs.errors import PlanError, Problem
+from ....specs.stored import StoredFile
 from .strict_json import read_object
 
 NAME = "manifest.json"

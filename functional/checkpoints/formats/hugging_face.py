@@ -8,11 +8,11 @@ from pathlib import Path
 from attrs import evolve
 from frozendict import frozendict
 
-from ...specs.errors import PlanError, Problem
-from ...specs.stored import Folder, Part, StoredFile, StoredTensor
-from .contents import Contents
-from .manifest_check import Manifest, is_name, read_manifest, wrong_keys, wrong_lengths
-from .safetensors_header import read_header
+from ....specs.errors import PlanError, Problem
+from ....specs.stored import Folder, Part, StoredFile, StoredTensor
+from ..detect import Contents
+from .manifest import Manifest, is_name, read_manifest, wrong_keys, wrong_lengths
+from .safetensors import read_header
 from .strict_json import read_object
 
 SINGLE = "model.safetensors"

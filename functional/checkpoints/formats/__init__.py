@@ -1,0 +1,1 @@
+"""One file a format: what a folder of it holds, read from headers."""
