@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .load_optimizer import load_optimizer as load_optimizer
     from .materialize import materialize as materialize
     from .nearest import nearest_meshes as nearest_meshes
+    from .pipeline.build_stages import stage_modules as stage_modules
     from .placements import as_dtensors as as_dtensors
     from .plan import plan_build as plan_build
     from .reshard import reshard as reshard
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
     from .search import search as search
-    from .stages import stage_modules as stage_modules
     from .transfer import transfer as transfer
 
 __all__ = [
@@ -100,7 +100,7 @@ _HOMES = {
     "resolve": "resolve",
     "save_checkpoint": "save_checkpoint",
     "search": "search",
-    "stage_modules": "stages",
+    "stage_modules": "pipeline.build_stages",
     "to_device_mesh": "layout.device_mesh",
     "transfer": "transfer",
 }

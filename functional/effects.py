@@ -40,7 +40,7 @@ from .layout.hooks import group_name
 from .ledger import Ledger
 from .model.copy import get_tensor, like, module_of, put_tensor, tied
 from .model.rng_state import derive_seed, own_generators
-from .stages import make_stage
+from .pipeline.build_stages import make_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from ..specs.shard import Interval
     from ..specs.source import Call
     from ..specs.steps import LayoutStep
-    from .partition import Partition
+    from .pipeline.partition import Partition
     from .resolve import Alias, Distribute, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 Key = TypeVar("Key")

@@ -28,8 +28,8 @@ from .interpret import Effects, interpret
 from .model.callables import find
 from .model.compare import differences
 from .model.copy import copy_module, on_meta
+from .pipeline.build_stages import planned_partition
 from .placements import as_dtensors
-from .stages import planned_partition
 from .standing import stand
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..specs.finding import Finding
     from ..specs.receipt import Receipt
     from ..specs.steps import Step
-    from .partition import Partition
+    from .pipeline.partition import Partition
 
 _log = logging.getLogger("shardplan")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..specs.dtypes import short_name
 from ..specs.errors import PlanError, Problem
 from .model.copy import get_tensor
-from .stage_module import StageModule
+from .pipeline.stage_module import StageModule
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate

@@ -52,7 +52,7 @@ from .layout.forward.microbatch import follow_microbatch
 from .layout.hooks import needed_groups
 from .model.callables import register
 from .model.linear import has_forward_of_its_own, linear_of
-from .pipeline import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
+from .pipeline.plan_stages import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
 from .route import Strategy, born_sharded, from_files, local_only, route
 from .schedule import Schedule
 from .selection import join

@@ -21,8 +21,8 @@ from .checkpoints.written_files import index_of, written_files
 from .gather import agreed, collect
 from .held_tensors import modules_of
 from .messages import narrowed
+from .pipeline.stage_module import StageModule
 from .saving import File, Saving
-from .stage_module import StageModule
 from .training_state import LocalStates, State, all_groups, all_states, local_states
 
 if TYPE_CHECKING:

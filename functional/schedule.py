@@ -21,7 +21,6 @@ from ..specs.shard import Split
 from ..specs.source import Made, TensorCall
 from ..specs.steps import ForkRng, LayoutStep, SetAttributes, SumGradient, Sync, SyncOp, When
 from . import module_verbs
-from .cuts import By, Even, wrong_even, wrong_handed
 from .edits import (
     edited,
     module_of,
@@ -37,6 +36,7 @@ from .edits import (
 )
 from .model.callables import register
 from .model.read import ModuleSpec, read_modules, read_tensors
+from .pipeline.cuts import By, Even, wrong_even, wrong_handed
 from .selection import At, join
 from .verb_checks import wrong_attribute, wrong_fill, wrong_silence, wrong_sync
 

@@ -22,7 +22,7 @@ from .dialects import find_dialect
 from .layout.local_model import fake_inputs, following, local_copy
 from .memory import memory_at
 from .nearest import divisors
-from .pipeline import is_cut
+from .pipeline.plan_stages import is_cut
 from .plan import plan_build
 
 if TYPE_CHECKING:

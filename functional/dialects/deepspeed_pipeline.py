@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..stage_module import facts_of
+from ..pipeline.stage_module import facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..stage_module import check_inputs, facts_of
+from ..pipeline.stage_module import check_inputs, facts_of
 from .handover import split_experts
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardplan.functional import create_schedule, execute, plan_build, stage_modules
-from shardplan.functional.cuts import balance, longest_chain
 from shardplan.functional.dialects import find_dialect
+from shardplan.functional.pipeline.cuts import balance, longest_chain
 from shardplan.specs import Mesh, PlainInput, PlanError
 from shardplan.specs.pipeline import size_in
 from tests.models import Block

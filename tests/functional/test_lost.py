@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardplan.functional import create_schedule, plan_build, stage_modules
 from shardplan.functional.layout.apply import Local
-from shardplan.functional.stages import make_stage
+from shardplan.functional.pipeline.build_stages import make_stage
 from shardplan.specs import Mesh, PlanError
 from tests.models import llama
 

@@ -34,7 +34,7 @@ def _layers_of_these_tests_are_known(monkeypatch):
 def repeated(monkeypatch):
     """What was found to be repeated: pairs of a module and the one that stood for it, and whether it was written out."""
     found = []
-    module = sys.modules["shardplan.functional.capture"]
+    module = sys.modules["shardplan.functional.pipeline.export"]
     write_out = module.write_out
 
     def noted(graph, repeats, *args):
@@ -52,7 +52,7 @@ def each(monkeypatch):
 
     def call(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            repeats = sys.modules["shardplan.functional.repeats"].Repeats
+            repeats = sys.modules["shardplan.functional.pipeline.repeat_markers"].Repeats
             patch.setattr(repeats, "watch", lambda *_: None)
             return function(*args, **kwargs)
 

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..specs.errors import PlanError, Problem
-from ..specs.steps import LayoutStep
-from .capture import Subject
-from .chain import chain
-from .layout.apply import Local
-from .model.read import named_tensors
+from ...specs.errors import PlanError, Problem
+from ...specs.steps import LayoutStep
+from ..layout.apply import Local
+from ..model.read import named_tensors
+from .export import Subject
 from .partition import Partition, StageCode, partition
+from .sequential import chain
 from .stage_graph import FUNCTIONS
 from .stage_module import StageModule
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..specs.plan import Plan
+    from ...specs.plan import Plan
 
 
 def stage_modules(plan: Plan, model: nn.Module) -> tuple[StageModule, ...]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from .opaque import LeafCall, OpaqueCall, is_opaque
-from .repeats import marker, repeat
+from .opaque_calls import LeafCall, OpaqueCall, is_opaque
+from .repeat_markers import marker, repeat
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from ..specs.tree import SpecTree
-    from .repeats import Repeats
+    from ...specs.tree import SpecTree
+    from .repeat_markers import Repeats
 
 
 def write_out(graph: fx.Graph, repeats: Repeats, tree: SpecTree, calls: list[OpaqueCall]) -> bool:

@@ -13,16 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from ..specs.errors import PlanError, Problem
-from ..specs.pipeline import Pipeline, PlainInput, Stage, TensorInput
-from .layout.local_model import following, local_copy
-from .opaque import tensors_of
+from ...specs.errors import PlanError, Problem
+from ...specs.pipeline import Pipeline, PlainInput, Stage, TensorInput
+from ..layout.local_model import following, local_copy
+from .opaque_calls import tensors_of
 from .partition import MODES, Partition, StageCode, holders
-from .sizes import SizeNames
 from .stage_graph import StageGraph
+from .symbolic_sizes import SizeNames
 
 if TYPE_CHECKING:
-    from .capture import Subject
+    from .export import Subject
 
 
 def is_sequence(model: nn.Module, cuts: Sequence[str]) -> bool:

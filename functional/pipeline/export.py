@@ -14,24 +14,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
-from ..specs.errors import PlanError, Problem
-from ..specs.json_values import thawed
-from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
-from ..specs.steps import Sync, SyncOp
-from .layout.local_model import local_copy, quiet
-from .lost import noticing
-from .model.callables import find
-from .model.rng_state import own_generators
-from .opaque import LeafCall, Opaque, OpaqueCall, is_opaque
-from .repeats import Repeats
+from ...specs.errors import PlanError, Problem
+from ...specs.json_values import thawed
+from ...specs.pipeline import ExampleInput, PlainInput, TensorInput
+from ...specs.steps import Sync, SyncOp
+from ..layout.local_model import local_copy, quiet
+from ..model.callables import find
+from ..model.rng_state import own_generators
+from .export_hazards import noticing
+from .opaque_calls import LeafCall, Opaque, OpaqueCall, is_opaque
+from .repeat_markers import Repeats
 from .written_out import write_out
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from ..specs.mesh import Mesh
-    from ..specs.steps import LayoutStep
-    from ..specs.tree import SpecTree
+    from ...specs.mesh import Mesh
+    from ...specs.steps import LayoutStep
+    from ...specs.tree import SpecTree
 
 _STRANGE_OUTPUT = re.compile(r"Found <class '([^']+)'> in output")
 """How torch says that it cannot take apart what a model returns."""

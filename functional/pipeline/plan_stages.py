@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve
 from torch import Tensor
 
-from ..specs.dtypes import is_known
-from ..specs.errors import Problem
-from ..specs.json_values import is_plain
-from ..specs.pipeline import ExampleInput, PlainInput, TensorInput
-from ..specs.steps import ForkRng, LayoutStep, SumTied
-from .capture import Subject
-from .chain import chain, is_sequence, slices
+from ...specs.dtypes import is_known
+from ...specs.errors import Problem
+from ...specs.json_values import is_plain
+from ...specs.pipeline import ExampleInput, PlainInput, TensorInput
+from ...specs.steps import ForkRng, LayoutStep, SumTied
 from .cuts import even_cuts, wrong_cuts
+from .export import Subject
 from .partition import Partition, partition
+from .sequential import chain, is_sequence, slices
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Mesh
-    from ..specs.tree import SpecTree
-    from .schedule import Schedule
+    from ...specs.mesh import Mesh
+    from ...specs.tree import SpecTree
+    from ..schedule import Schedule
 
 
 def is_cut(sch: Schedule) -> bool:

@@ -10,12 +10,12 @@ import torch
 from attrs import Factory, define, frozen
 from torch import Tensor, fx, nn
 
-from .flow import Flow, is_size, module_path
-from .model.copy import module_of
-from .opaque import FunctionCall, LeafCall, is_opaque, tensors_of
+from ..model.copy import module_of
+from .dataflow import Flow, is_size, module_path
+from .opaque_calls import FunctionCall, LeafCall, is_opaque, tensors_of
 
 if TYPE_CHECKING:
-    from .capture import Captured
+    from .export import Captured
 
 CONSTANTS, FUNCTIONS = "_constants", "_functions"
 """Where a stage module keeps what is no module of the model."""

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import SymInt, Tensor
 
-from ..specs.pipeline import Activation, Size, VariableSize
+from ...specs.pipeline import Activation, Size, VariableSize
 
 
 class SizeNames:

@@ -12,14 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..specs.errors import PlanError, Problem
-from ..specs.json_values import thawed
-from ..specs.pipeline import TensorInput
-from .layout.local_model import following, local_copy
-from .model.read import named_tensors
+from ...specs.errors import PlanError, Problem
+from ...specs.json_values import thawed
+from ...specs.pipeline import TensorInput
+from ..layout.local_model import following, local_copy
+from ..model.read import named_tensors
 
 if TYPE_CHECKING:
-    from .capture import Subject
+    from .export import Subject
 
 By = Literal["parameters", "flops"]
 """What is balanced: elements of parameters, or floating-point operations of a forward pass."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..specs.errors import Problem
-from .model.rng_state import python_state
+from ...specs.errors import Problem
+from ..model.rng_state import python_state
 
 _LEAF = "Mark the module as a leaf, which runs as it is: sch.at[{path!r}].leaf()"
 

@@ -12,11 +12,11 @@ import torch
 from attrs import Factory, define, frozen
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
-from ..specs.errors import Problem
+from ...specs.errors import Problem
 
 if TYPE_CHECKING:
-    from ..specs.tree import SpecTree
-    from .capture import Captured
+    from ...specs.tree import SpecTree
+    from .export import Captured
 
 _NUMBERS = (int, float, bool, SymInt, SymFloat, SymBool)
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)

@@ -11,19 +11,19 @@ import networkx as nx
 from attrs import frozen
 from torch import fx
 
-from ..specs.errors import PlanError, Problem
-from ..specs.pipeline import Activation, Pipeline, Stage, VariableSize
-from .capture import Subject, capture
-from .crossing import crossing
-from .flow import Flow, module_path, read_flow
-from .lost import backward_hooks
-from .sizes import SizeNames
+from ...specs.errors import PlanError, Problem
+from ...specs.pipeline import Activation, Pipeline, Stage, VariableSize
+from .dataflow import Flow, module_path, read_flow
+from .export import Subject, capture
+from .export_hazards import backward_hooks
+from .min_cut import crossing
 from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
+from .symbolic_sizes import SizeNames
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from ..specs.tree import SpecTree
+    from ...specs.tree import SpecTree
 
 _SIZE_IN_GUARD = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 """How torch writes the size of an input."""

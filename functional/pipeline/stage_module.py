@@ -10,18 +10,18 @@ from attrs import frozen
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
-from ..specs.pipeline import holds
-from .flow import is_check
-from .model.callables import find
-from .model.copy import get_tensor
+from ...specs.pipeline import holds
+from ..model.callables import find
+from ..model.copy import get_tensor
+from .dataflow import is_check
 from .stage_graph import FUNCTIONS
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from ..specs.pipeline import Activation, Pipeline, VariableSize
-    from .layout.apply import Local
-    from .layout.collectives import SyncGroup
+    from ...specs.pipeline import Activation, Pipeline, VariableSize
+    from ..layout.apply import Local
+    from ..layout.collectives import SyncGroup
     from .partition import StageCode
     from .stage_graph import StageGraph
 

@@ -1,7 +1,7 @@
 """Repeated modules, exported once: a module that is like one before, and is called alike, does what that one did.
 
 While the model is exported, the first of a family runs between two markers. For the next ones one placeholder stands in the
-graph; ``functional/written_out.py`` puts the first one's operations in the place of each.
+graph; ``functional/pipeline/written_out.py`` puts the first one's operations in the place of each.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from attrs import Factory, define
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from .model.repeated_layers import Call, Families, First
-from .opaque import stand_ins
+from ..model.repeated_layers import Call, Families, First
+from .opaque_calls import stand_ins
 
 
 @torch.library.custom_op("shardplan::marker", mutates_args=())

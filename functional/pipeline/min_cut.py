@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import networkx as nx
 
-from .flow import is_sendable, is_size
-from .sizes import example_bytes
+from .dataflow import is_sendable, is_size
+from .symbolic_sizes import example_bytes
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from .flow import Flow
+    from .dataflow import Flow
 
 _START, _END = "start", "end"
 

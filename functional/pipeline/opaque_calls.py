@@ -1,6 +1,6 @@
 """Calls that an export does not follow: one operation of the graph stands for a module, or for a function of the user's.
 
-The operation is a placeholder that never runs. ``functional/stage_module.py`` puts the call itself in its place.
+The operation is a placeholder that never runs. ``functional/pipeline/stage_module.py`` puts the call itself in its place.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.fx.node import base_types
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from .model.fake_values import AnswerZero
+from ..model.fake_values import AnswerZero
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ..specs.mesh import MeshAxis
-    from .layout.collectives import SyncGroup
+    from ...specs.mesh import MeshAxis
+    from ..layout.collectives import SyncGroup
 
 _RESULTS: dict[int, Sequence[Tensor]] = {}
 """What the placeholder that runs now will give, by its number."""

@@ -1,0 +1,1 @@
+"""A model exported and cut into stages."""
