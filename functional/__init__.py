@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .dry import predict as predict
     from .execute import Built as Built
     from .execute import execute as execute
-    from .from_shards import from_shards as from_shards
     from .gather import gather as gather
     from .goldens import assert_plan_matches as assert_plan_matches
     from .html_report import html_report as html_report
@@ -31,9 +30,10 @@ if TYPE_CHECKING:
     from .materialize import materialize as materialize
     from .nearest import nearest_meshes as nearest_meshes
     from .pipeline.build_stages import stage_modules as stage_modules
-    from .placements import as_dtensors as as_dtensors
     from .plan import plan_build as plan_build
-    from .reshard import reshard as reshard
+    from .planning.dtensor_steps import as_dtensors as as_dtensors
+    from .planning.from_shards import from_shards as from_shards
+    from .planning.reshard import reshard as reshard
     from .resolve import resolve as resolve
     from .save_checkpoint import save_checkpoint as save_checkpoint
     from .schedule import Schedule as Schedule
@@ -78,7 +78,7 @@ _HOMES = {
     "DryRun": "dry",
     "ExecutionError": "agreement",
     "Schedule": "schedule",
-    "as_dtensors": "placements",
+    "as_dtensors": "planning.dtensor_steps",
     "assert_plan_matches": "goldens",
     "audit": "audit",
     "build": "build",
@@ -87,7 +87,7 @@ _HOMES = {
     "diff": "diff",
     "execute": "execute",
     "from_device_mesh": "layout.device_mesh",
-    "from_shards": "from_shards",
+    "from_shards": "planning.from_shards",
     "gather": "gather",
     "html_report": "html_report",
     "init_target_engine": "build",
@@ -96,7 +96,7 @@ _HOMES = {
     "nearest_meshes": "nearest",
     "plan_build": "plan",
     "predict": "dry",
-    "reshard": "reshard",
+    "reshard": "planning.reshard",
     "resolve": "resolve",
     "save_checkpoint": "save_checkpoint",
     "search": "search",

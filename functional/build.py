@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .route import Strategy
+    from .planning.value_steps import Strategy
     from .schedule import Schedule
 
 

@@ -29,7 +29,7 @@ from .model.callables import find
 from .model.compare import differences
 from .model.copy import copy_module, on_meta
 from .pipeline.build_stages import planned_partition
-from .placements import as_dtensors
+from .planning.dtensor_steps import as_dtensors
 from .standing import stand
 
 if TYPE_CHECKING:

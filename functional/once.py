@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..specs.proof import Failure
 from ..specs.steps import MakeOptimizer, SumGradient, SumTied, TakeStages, Wrap
-from .shared_gradients import shared_gradients
+from .planning.shared_gradients import shared_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

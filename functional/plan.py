@@ -53,10 +53,10 @@ from .layout.hooks import needed_groups
 from .model.callables import register
 from .model.linear import has_forward_of_its_own, linear_of
 from .pipeline.plan_stages import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
-from .route import Strategy, born_sharded, from_files, local_only, route
+from .planning.shared_gradients import shared_gradients
+from .planning.value_steps import Strategy, born_sharded, from_files, local_only, route
 from .schedule import Schedule
 from .selection import join
-from .shared_gradients import shared_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor

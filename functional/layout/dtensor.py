@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..model.copy import get_tensor, like, put_tensor, tied
-from ..placements import placements
+from ..planning.dtensor_steps import placements
 from .dtensor_hooks import call_locally
 
 if TYPE_CHECKING:

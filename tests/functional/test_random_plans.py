@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from shardplan.functional import audit, create_schedule, plan_build, predict, route
+from shardplan.functional import audit, create_schedule, plan_build, predict
 from shardplan.functional.model.copy import get_tensor
+from shardplan.functional.planning import value_steps as route
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.parts import picked, without_padding
 from tests.simulate import simulate, whole_tensors

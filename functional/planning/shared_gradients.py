@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..specs.steps import SumGradient
+from ...specs.steps import SumGradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..specs.mesh import Mesh
-    from ..specs.tree import SpecTree
+    from ...specs.mesh import Mesh
+    from ...specs.tree import SpecTree
 
 
 def shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:

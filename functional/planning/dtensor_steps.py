@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, get_args
 
 from attrs import evolve
 
-from ..specs.errors import PlanError, Problem
-from ..specs.mesh import MeshAxis
-from ..specs.steps import Agree, AsDTensors, MakeGroups, MakeOptimizer, Step, Wrap
+from ...specs.errors import PlanError, Problem
+from ...specs.mesh import MeshAxis
+from ...specs.steps import Agree, AsDTensors, MakeGroups, MakeOptimizer, Step, Wrap
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Mesh
-    from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
-    from ..specs.shard import Interval, Shard
+    from ...specs.mesh import Mesh
+    from ...specs.param import ParamSpec
+    from ...specs.plan import Plan
+    from ...specs.shard import Interval, Shard
 
 _LOCAL = 'execute(plan, layout="local")'
 _AFTER = (MakeOptimizer, Wrap)  # what takes the module as it is

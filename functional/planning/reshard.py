@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..specs.errors import PlanError, Problem
-from ..specs.index import index_shape
-from ..specs.ownership import local_boxes
-from ..specs.plan import Plan
-from ..specs.resharding import Reshard
-from .checkpoints.assembly import miscovered_by
+from ...specs.errors import PlanError, Problem
+from ...specs.index import index_shape
+from ...specs.ownership import local_boxes
+from ...specs.plan import Plan
+from ...specs.resharding import Reshard
+from ..checkpoints.assembly import miscovered_by
 
 if TYPE_CHECKING:
-    from ..specs.index import Index
-    from ..specs.mesh import Coordinate
-    from ..specs.param import ParamSpec
+    from ...specs.index import Index
+    from ...specs.mesh import Coordinate
+    from ...specs.param import ParamSpec
 
 
 def reshard(source: Plan, target: Plan) -> Reshard:

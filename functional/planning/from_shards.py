@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from ..specs.errors import PlanError, Problem
-from ..specs.plan import Plan
-from ..specs.source import Loaded, Materialised, Uninitialised
-from ..specs.steps import (
+from ...specs.errors import PlanError, Problem
+from ...specs.plan import Plan
+from ...specs.source import Loaded, Materialised, Uninitialised
+from ...specs.steps import (
     Allocate,
     Broadcast,
     EvaluateShard,
@@ -27,11 +27,11 @@ from ..specs.steps import (
     TakeShard,
     TakeWhole,
 )
-from ..specs.stored import Folder
+from ...specs.stored import Folder
 
 if TYPE_CHECKING:
-    from ..specs.param import ParamSpec
-    from ..specs.tree import SpecTree
+    from ...specs.param import ParamSpec
+    from ...specs.tree import SpecTree
 
 _MOVES = (
     *(Allocate, Broadcast, EvaluateShard, EvaluateWhole, Generate, LoadOwn, LoadShard, Place),

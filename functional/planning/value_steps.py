@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, define
 
-from ..specs.program import InitProgram
-from ..specs.source import Loaded, Made, ModuleValues, OwnValues
-from ..specs.steps import (
+from ...specs.program import InitProgram
+from ...specs.source import Loaded, Made, ModuleValues, OwnValues
+from ...specs.steps import (
     Allocate,
     Broadcast,
     EvaluateShard,
@@ -27,9 +27,9 @@ from ..specs.steps import (
 )
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Coordinate, Mesh, MeshAxis
-    from ..specs.param import ParamSpec
-    from .init.units import Unit
+    from ...specs.mesh import Coordinate, Mesh, MeshAxis
+    from ...specs.param import ParamSpec
+    from ..init.units import Unit
 
 Strategy = Literal["local", "scatter", "broadcast"]
 """How values get to the ranks that keep them: made there, or by one rank that sends them."""

@@ -1,0 +1,1 @@
+"""From a declared tree to the list of steps: pure."""
