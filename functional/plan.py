@@ -56,7 +56,7 @@ from .pipeline.plan_stages import cut, is_cut, place, tied_across, wrong_for_sta
 from .planning.shared_gradients import shared_gradients
 from .planning.value_steps import Strategy, born_sharded, from_files, local_only, route
 from .schedule import Schedule
-from .selection import join
+from .verbs.selection import join
 
 if TYPE_CHECKING:
     from torch import Tensor

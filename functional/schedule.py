@@ -20,8 +20,12 @@ from ..specs.program import Fill, InitProgram, Operation
 from ..specs.shard import Split
 from ..specs.source import Made, TensorCall
 from ..specs.steps import ForkRng, LayoutStep, SetAttributes, SumGradient, Sync, SyncOp, When
-from . import module_verbs
-from .edits import (
+from .model.callables import register
+from .model.read import ModuleSpec, read_modules, read_tensors
+from .pipeline.cuts import By, Even, wrong_even, wrong_handed
+from .verbs import modules as module_verbs
+from .verbs.checks import wrong_attribute, wrong_fill, wrong_silence, wrong_sync
+from .verbs.edits import (
     edited,
     module_of,
     or_unmatched,
@@ -34,11 +38,7 @@ from .edits import (
     with_layout,
     wrong,
 )
-from .model.callables import register
-from .model.read import ModuleSpec, read_modules, read_tensors
-from .pipeline.cuts import By, Even, wrong_even, wrong_handed
-from .selection import At, join
-from .verb_checks import wrong_attribute, wrong_fill, wrong_silence, wrong_sync
+from .verbs.selection import At, join
 
 if TYPE_CHECKING:
     from ..specs.tree import SpecTree

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ...model.linear import has_forward_of_its_own, linear_of
-from ...selection import join
+from ...verbs.selection import join
 from .axis_rules import Axes, Call, Met, follow_call, linear
 from .factors import Factor, block, whole
 from .traced import Traced, module_path, name_of, regions

@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import nn
 
 from ...model.linear import has_forward_of_its_own, linear_of
-from ...verb_checks import wrong_embedding
+from ...verbs.checks import wrong_embedding
 
 if TYPE_CHECKING:
     from ....specs.param import ParamSpec

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Unpack
 
 from torch import nn
 
-from ..specs.errors import Problem
-from ..specs.shard import Split
-from ..specs.steps import DispatchTokens, MaskPadding, SetAttributes, VocabParallel
+from ...specs.errors import Problem
+from ...specs.shard import Split
+from ...specs.steps import DispatchTokens, MaskPadding, SetAttributes, VocabParallel
+from ..model.linear import linear_of
+from .checks import wrong_embedding
 from .edits import (
     joined_sizes,
     module_of,
@@ -23,12 +25,10 @@ from .edits import (
     with_syncs,
     wrong,
 )
-from .model.linear import linear_of
 from .selection import join
-from .verb_checks import wrong_embedding
 
 if TYPE_CHECKING:
-    from .schedule import Schedule
+    from ..schedule import Schedule
 
 _LINEAR = "nn.Linear and transformers' Conv1D"
 _SPELLED = '.shard("weight", axis=...) and .sync(...)'

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Unpack
 
 from attrs import evolve
 
-from ..specs.errors import Problem
-from ..specs.mesh import MeshAxis
-from ..specs.param import Origin, ParamSpec
-from ..specs.pattern import closest, compile_pattern
-from ..specs.shard import Shard, Split
-from ..specs.steps import LayoutStep, SetAttributes, SetToLocalSize, Sync, SyncOp, When
+from ...specs.errors import Problem
+from ...specs.mesh import MeshAxis
+from ...specs.param import Origin, ParamSpec
+from ...specs.pattern import closest, compile_pattern
+from ...specs.shard import Shard, Split
+from ...specs.steps import LayoutStep, SetAttributes, SetToLocalSize, Sync, SyncOp, When
+from .checks import sharded
 from .selection import caller, join
-from .verb_checks import sharded
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .model.read import ModuleSpec
-    from .schedule import Schedule
+    from ..model.read import ModuleSpec
+    from ..schedule import Schedule
 
 
 def selected_modules(sch: Schedule) -> tuple[ModuleSpec, ...]:

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, TypeGuard, get_args
 
 from torch import Tensor, nn
 
-from ..specs.errors import Problem
-from ..specs.finding import CODES, LOUD
-from ..specs.json_values import is_plain
-from ..specs.mesh import MeshAxis
-from ..specs.param import Origin, ParamSpec
-from ..specs.pattern import closest
-from ..specs.shard import Shard, Split
-from ..specs.steps import SyncOp, When
-from .layout.apply import first_argument
+from ...specs.errors import Problem
+from ...specs.finding import CODES, LOUD
+from ...specs.json_values import is_plain
+from ...specs.mesh import MeshAxis
+from ...specs.param import Origin, ParamSpec
+from ...specs.pattern import closest
+from ...specs.shard import Shard, Split
+from ...specs.steps import SyncOp, When
+from ..layout.apply import first_argument
 from .selection import join
 
 if TYPE_CHECKING:
-    from .model.read import ModuleSpec
+    from ..model.read import ModuleSpec
 
 
 _OPTIONS = "Options are blocks=(n, ...), interleaved=n, granule=n, replicate, uneven, allow_empty, pad_to_multiple=n"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
-from ..specs.errors import Problem
-from ..specs.pattern import compile_pattern
+from ...specs.errors import Problem
+from ...specs.pattern import compile_pattern
 
 if TYPE_CHECKING:
-    from .schedule import Schedule
+    from ..schedule import Schedule
 
 _PACKAGE = str(Path(__file__).parent)
 

@@ -1,0 +1,1 @@
+"""What the verbs of a schedule are made of: pure."""
