@@ -11,19 +11,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agreement import ExecutionError as ExecutionError
     from .audit import audit as audit
     from .build import build as build
     from .build import consolidate_model as consolidate_model
     from .build import init_target_engine as init_target_engine
     from .diff import diff as diff
-    from .dry import DryRun as DryRun
-    from .dry import predict as predict
     from .execute import Built as Built
     from .execute import execute as execute
     from .gather import gather as gather
     from .goldens import assert_plan_matches as assert_plan_matches
     from .html_report import html_report as html_report
+    from .interpreter.dry_run import DryRun as DryRun
+    from .interpreter.dry_run import predict as predict
+    from .interpreter.resolve import resolve as resolve
+    from .interpreter.world import ExecutionError as ExecutionError
     from .layout.device_mesh import from_device_mesh as from_device_mesh
     from .layout.device_mesh import to_device_mesh as to_device_mesh
     from .load_optimizer import load_optimizer as load_optimizer
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .planning.dtensor_steps import as_dtensors as as_dtensors
     from .planning.from_shards import from_shards as from_shards
     from .planning.reshard import reshard as reshard
-    from .resolve import resolve as resolve
     from .save_checkpoint import save_checkpoint as save_checkpoint
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
@@ -75,8 +75,8 @@ __all__ = [
 
 _HOMES = {
     "Built": "execute",
-    "DryRun": "dry",
-    "ExecutionError": "agreement",
+    "DryRun": "interpreter.dry_run",
+    "ExecutionError": "interpreter.world",
     "Schedule": "schedule",
     "as_dtensors": "planning.dtensor_steps",
     "assert_plan_matches": "goldens",
@@ -95,9 +95,9 @@ _HOMES = {
     "materialize": "materialize",
     "nearest_meshes": "nearest",
     "plan_build": "plan",
-    "predict": "dry",
+    "predict": "interpreter.dry_run",
     "reshard": "planning.reshard",
-    "resolve": "resolve",
+    "resolve": "interpreter.resolve",
     "save_checkpoint": "save_checkpoint",
     "search": "search",
     "stage_modules": "pipeline.build_stages",

@@ -8,12 +8,12 @@ import torch
 from attrs import evolve
 
 from ..specs.steps import Agree, MakeGroups, MakeOptimizer, Wrap
-from .effects import TorchEffects
 from .execute import execute
-from .interpret import interpret
+from .interpreter.interpret import interpret
+from .interpreter.standing import stand
+from .interpreter.torch_effects import TorchEffects
 from .model.read import named_tensors
 from .plan import plan_build
-from .standing import stand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

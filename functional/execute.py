@@ -23,14 +23,14 @@ from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import AsDTensors
 from .audit import audit
 from .dialects import find_dialect
-from .effects import TorchEffects
-from .interpret import Effects, interpret
+from .interpreter.interpret import Effects, interpret
+from .interpreter.standing import stand
+from .interpreter.torch_effects import TorchEffects
 from .model.callables import find
 from .model.compare import differences
 from .model.copy import copy_module, on_meta
 from .pipeline.build_stages import planned_partition
 from .planning.dtensor_steps import as_dtensors
-from .standing import stand
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

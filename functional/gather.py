@@ -15,10 +15,10 @@ from ..specs.dtypes import num_bytes
 from ..specs.index import index_shape
 from ..specs.ownership import clip, holders, local_boxes
 from ..specs.plan import Plan
-from .agreement import agree
 from .held_tensors import held_tensors
+from .interpreter.standing import stand
+from .interpreter.world import agree
 from .messages import messages, messages_on, narrowed
-from .standing import stand
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate

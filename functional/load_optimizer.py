@@ -17,13 +17,13 @@ from ..specs.source import Loaded
 from ..specs.steps import Agree, CheckLoaded, LoadShard
 from ..specs.stored import Part
 from ..specs.tree import SpecTree
-from .agreement import agree
 from .checkpoints.assembly import Assembly
 from .checkpoints.formats.universal import WEIGHTS
 from .checkpoints.optimizer_states import Group, SavedStates, saved_states, settings_for
-from .effects import TorchEffects
 from .gather import agreed
-from .interpret import interpret
+from .interpreter.interpret import interpret
+from .interpreter.torch_effects import TorchEffects
+from .interpreter.world import agree
 from .messages import messages_on
 from .training_state import give_states, groups_of
 

@@ -19,11 +19,11 @@ from ..specs.steps import Generate
 from .checkpoints.formats.rank_file import OwnFile, own_name
 from .checkpoints.safetensors_writer import layout
 from .checkpoints.tensor_bytes import bytes_of, sum_of
-from .effects import TorchEffects
+from .interpreter.resolve import Make, Piece
+from .interpreter.torch_effects import TorchEffects
 from .model.callables import find
 from .model.compare import differences
 from .model.copy import copy_module, on_meta
-from .resolve import Make, Piece
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate

@@ -13,11 +13,11 @@ import torch
 from attrs import Factory, define, frozen
 from torch import Tensor
 
-from .agreement import agree
 from .checkpoints.formats.manifest import FORMAT, NAME
 from .checkpoints.safetensors_writer import Layout
 from .checkpoints.tensor_bytes import bytes_of, sum_of
 from .checkpoints.whole_folder import abandon, begin, finish, partial_of
+from .interpreter.world import agree
 from .messages import messages_on
 
 if TYPE_CHECKING:

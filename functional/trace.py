@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from attrs import Factory, define, frozen
 
 from ..specs.source import ModuleValues
-from .dry import DryRun
-from .interpret import interpret, message_bytes
+from .interpreter.dry_run import DryRun
+from .interpreter.interpret import interpret, message_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..specs.plan import Plan
     from ..specs.steps import LayoutStep, Step
     from ..specs.stored import Folder
-    from .resolve import Alias, Exchange, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
+    from .interpreter.resolve import Alias, Exchange, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 Origin = Literal["program", "code", "file", "module", "own", "nothing", "sent"]
 """How values came to a rank: its own evaluation of an init program, init code, a file, the module's values of the first

@@ -15,9 +15,9 @@ from ..specs.errors import PlanError, Problem
 from ..specs.index import whole_index
 from ..specs.ownership import holders, local_boxes
 from ..specs.resharding import Transfer
-from .agreement import agree
 from .checkpoints.optimizer_states import settings_for
 from .held_tensors import held_tensors
+from .interpreter.world import agree
 from .messages import messages, messages_on, narrowed
 from .training_state import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states
 

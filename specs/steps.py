@@ -1,7 +1,7 @@
 """The instructions of a plan: one list for all ranks.
 
 A step names stages, mesh axes and paths, never ranks, groups or intervals. What it asks of one rank is computed by
-``shardplan.functional.resolve``. Its ``stage`` is the place along ``pipe`` of the ranks that it is for: where each place has
+``shardplan.functional.interpreter.resolve``. Its ``stage`` is the place along ``pipe`` of the ranks that it is for: where each place has
 one stage, the stage.
 """
 

@@ -8,10 +8,10 @@ import torch
 from attrs import Factory, define
 
 from shardplan.functional import execute
-from shardplan.functional.dry import AGREEMENT_BYTES
-from shardplan.functional.effects import TorchEffects, _bytes
 from shardplan.functional.init.evaluate import Job, evaluate
-from shardplan.functional.interpret import interpret
+from shardplan.functional.interpreter.dry_run import AGREEMENT_BYTES
+from shardplan.functional.interpreter.interpret import interpret
+from shardplan.functional.interpreter.torch_effects import TorchEffects, _bytes
 from shardplan.functional.layout.apply import Local
 from shardplan.functional.layout.collectives import SyncGroup
 from shardplan.functional.layout.hooks import group_name

@@ -24,11 +24,15 @@ CONTRACTS = [
 ]
 OFFENCES = {
     "specs know nothing of how": ("specs/__init__.py", "import numpy", "shardplan.specs -> numpy"),
-    "audit and interpreter need no torch": ("functional/dry.py", "import torch", "shardplan.functional.dry -> torch"),
+    "audit and interpreter need no torch": (
+        "functional/interpreter/dry_run.py",
+        "import torch",
+        "shardplan.functional.interpreter.dry_run -> torch",
+    ),
     "planning has no way to an effect": (
         "functional/schedule.py",
         "from . import effects",
-        "shardplan.functional.schedule -> shardplan.functional.effects",
+        "shardplan.functional.schedule -> shardplan.functional.interpreter.torch_effects",
     ),
     "only build stands on execute": (
         "functional/layout/device_mesh.py",

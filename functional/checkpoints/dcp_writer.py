@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...specs.errors import PlanError, Problem
 from ...specs.ownership import held_first, local_boxes
-from ..agreement import agree
 from ..gather import agreed
+from ..interpreter.world import agree
 from ..messages import messages_on
 from ..training_state import LocalStates, local_states
 from .whole_folder import abandon, absolute, begin, finish, partial_of

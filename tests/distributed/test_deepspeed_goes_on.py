@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 
 from shardplan.functional import create_schedule, execute, load_optimizer, plan_build, save_checkpoint
-from shardplan.functional.agreement import ExecutionError
+from shardplan.functional.interpreter.world import ExecutionError
 from shardplan.specs import Checkpoint, Mesh
 from tests.distributed.test_training_goes_on import ADAM, NUM_STEPS, ROWS, STOP, batch, loss, mean
 from tests.models import llama, split_llama

@@ -71,7 +71,7 @@ def test_init_code_that_raises_in_one_process_raises_itself():
 
 def failing_evaluation(rank, failing_ranks, strategy):
     """No room for a part that a rank evaluates by itself."""
-    from shardplan.functional import effects
+    from shardplan.functional.interpreter import torch_effects as effects
 
     def evaluate(jobs, seed):
         msg = "no room for a chunk"

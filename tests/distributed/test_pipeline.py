@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
-from shardplan.functional.resolve import Exchange
+from shardplan.functional.interpreter.resolve import Exchange
 from shardplan.specs import Mesh, dumps, loads
 from tests.models import llama, schedule, split_llama, split_t5, t5
 from tests.parts import picked

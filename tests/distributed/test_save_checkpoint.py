@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from shardplan.functional import create_schedule, execute, gather, plan_build, save_checkpoint
 from shardplan.functional import messages as travelling
-from shardplan.functional.agreement import ExecutionError
 from shardplan.functional.checkpoints.detect import read_contents
 from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
+from shardplan.functional.interpreter.world import ExecutionError
 from shardplan.specs import Mesh
 from tests.families import MAKERS
 from tests.models import llama, split_llama

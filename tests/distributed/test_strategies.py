@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
-from shardplan.functional.resolve import Exchange
+from shardplan.functional.interpreter.resolve import Exchange
 from shardplan.specs import Mesh
 from shardplan.specs.steps import Broadcast, EvaluateWhole, Generate, Scatter, TakeWhole
 from tests.models import Plain, schedule

@@ -14,7 +14,7 @@ from attrs import evolve
 from torch import nn
 
 from shardplan.functional import build, consolidate_model, create_schedule, execute, plan_build, predict
-from shardplan.functional.dry import DryRun
+from shardplan.functional.interpreter.dry_run import DryRun
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.models import llama, plain, schedule
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from attrs import Factory, define
 
-from ..specs.receipt import Collective, Receipt
+from ...specs.receipt import Collective, Receipt
 
 if TYPE_CHECKING:
-    from ..specs.mesh import MeshAxis
+    from ...specs.mesh import MeshAxis
 
 
 @define

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from ..specs.errors import PlanError, Problem
-from ..specs.steps import MakeGroups
+from ...specs.errors import PlanError, Problem
+from ...specs.steps import MakeGroups
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Coordinate
-    from ..specs.plan import Plan
+    from ...specs.mesh import Coordinate
+    from ...specs.plan import Plan
 
 
 def stand(plan: Plan) -> tuple[Coordinate, BaseException | None]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ..specs.mesh import MESH_AXES, Mesh, MeshAxis
-from .dry import AGREEMENT_BYTES
+from ...specs.mesh import MESH_AXES, Mesh, MeshAxis
+from .dry_run import AGREEMENT_BYTES
 
 if TYPE_CHECKING:
-    from ..specs.plan import Plan
+    from ...specs.plan import Plan
 
 _NUM_WORDS = AGREEMENT_BYTES // 8
 _TEXT_BYTES = 8192

@@ -1,6 +1,6 @@
 """The interpreter's loop: the steps of a plan, for one rank, over any effects.
 
-With real effects it fills a module; with dry ones (``functional/dry.py``) it predicts the receipt. It is the same code,
+With real effects it fills a module; with dry ones (``functional/interpreter/dry_run.py``) it predicts the receipt. It is the same code,
 so that the prediction cannot drift from what happens.
 """
 
@@ -12,9 +12,9 @@ from typing import ParamSpec as Arguments
 
 from attrs import Factory, define
 
-from ..specs.dtypes import num_bytes
-from ..specs.errors import PlanError
-from ..specs.steps import Agree, CheckLoaded, LayoutStep, MakeOptimizer
+from ...specs.dtypes import num_bytes
+from ...specs.errors import PlanError
+from ...specs.steps import Agree, CheckLoaded, LayoutStep, MakeOptimizer
 from .resolve import (
     Alias,
     Change,
@@ -40,11 +40,11 @@ from .resolve import (
 )
 
 if TYPE_CHECKING:
-    from ..specs.mesh import Coordinate
-    from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
-    from ..specs.steps import Step
-    from ..specs.stored import Folder
+    from ...specs.mesh import Coordinate
+    from ...specs.param import ParamSpec
+    from ...specs.plan import Plan
+    from ...specs.steps import Step
+    from ...specs.stored import Folder
     from .ledger import Ledger
 
 Alone = Make | Evaluate | Take | ReadParts | ReadOwn | Reserve | Cut | Install | Alias | Change | Distribute | MakeOptimizer

@@ -14,46 +14,46 @@ import torch.distributed as dist
 from attrs import Factory, define
 from torch import Tensor, nn
 
-from ..specs.errors import PlanError
-from ..specs.index import index_shape, whole_index
-from ..specs.ownership import held_first
-from ..specs.program import InitProgram
-from ..specs.source import Materialised, ModuleCall, ModuleValues, OwnValues
-from ..specs.stored import Folder, Part
-from .agreement import agree
-from .checkpoints.byte_ranges import staging_bytes, stored_parts, take, take_all
-from .checkpoints.checksum import MODULUS
-from .checkpoints.expected_checksums import differing, known_sums
-from .checkpoints.formats.manifest import read_manifest
-from .checkpoints.formats.rank_file import damaged, read_own_file, wrong_tensors
-from .checkpoints.reader import Files, Reading, read_all
-from .dialects import find_dialect
-from .dialects.handover import Handover, Wrapped
-from .dry import AGREEMENT_BYTES
-from .init.calls import run_call
-from .init.constants import one_thread
-from .init.evaluate import Job, evaluate
-from .layout.apply import Local, apply_layout
-from .layout.collectives import SyncGroup
-from .layout.device_mesh import of_groups
-from .layout.hooks import group_name
+from ...specs.errors import PlanError
+from ...specs.index import index_shape, whole_index
+from ...specs.ownership import held_first
+from ...specs.program import InitProgram
+from ...specs.source import Materialised, ModuleCall, ModuleValues, OwnValues
+from ...specs.stored import Folder, Part
+from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take, take_all
+from ..checkpoints.checksum import MODULUS
+from ..checkpoints.expected_checksums import differing, known_sums
+from ..checkpoints.formats.manifest import read_manifest
+from ..checkpoints.formats.rank_file import damaged, read_own_file, wrong_tensors
+from ..checkpoints.reader import Files, Reading, read_all
+from ..dialects import find_dialect
+from ..dialects.handover import Handover, Wrapped
+from ..init.calls import run_call
+from ..init.constants import one_thread
+from ..init.evaluate import Job, evaluate
+from ..layout.apply import Local, apply_layout
+from ..layout.collectives import SyncGroup
+from ..layout.device_mesh import of_groups
+from ..layout.hooks import group_name
+from ..model.copy import get_tensor, like, module_of, put_tensor, tied
+from ..model.rng_state import derive_seed, own_generators
+from ..pipeline.build_stages import make_stage
+from .dry_run import AGREEMENT_BYTES
 from .ledger import Ledger
-from .model.copy import get_tensor, like, module_of, put_tensor, tied
-from .model.rng_state import derive_seed, own_generators
-from .pipeline.build_stages import make_stage
+from .world import agree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ..specs.mesh import Coordinate, MeshAxis
-    from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
-    from ..specs.shard import Interval
-    from ..specs.source import Call
-    from ..specs.steps import LayoutStep
-    from .pipeline.partition import Partition
+    from ...specs.mesh import Coordinate, MeshAxis
+    from ...specs.param import ParamSpec
+    from ...specs.plan import Plan
+    from ...specs.shard import Interval
+    from ...specs.source import Call
+    from ...specs.steps import LayoutStep
+    from ..pipeline.partition import Partition
     from .resolve import Alias, Distribute, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 Key = TypeVar("Key")
@@ -290,7 +290,7 @@ class TorchEffects:
         self.tied[work.spec.path] = work.between
 
     def distribute(self, work: Distribute) -> None:
-        from .layout.dtensor import to_dtensors  # importing torch's DTensor takes a second
+        from ..layout.dtensor import to_dtensors  # importing torch's DTensor takes a second
 
         groups = [self.groups[mesh_axis,] for mesh_axis in work.mesh_axes]
         self.device_mesh = of_groups(self.coordinate.mesh, work.mesh_axes, groups, self.device.type)

@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 
 from attrs import Factory, define
 
-from ..specs.dtypes import num_bytes
-from ..specs.receipt import Receipt
-from .checkpoints.byte_ranges import staging_bytes, stored_parts, take_all
-from .checkpoints.expected_checksums import known_sums
-from .checkpoints.formats.rank_file import own_name
+from ...specs.dtypes import num_bytes
+from ...specs.receipt import Receipt
+from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take_all
+from ..checkpoints.expected_checksums import known_sums
+from ..checkpoints.formats.rank_file import own_name
 from .interpret import interpret, message_bytes
 from .ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..specs.param import ParamSpec
-    from ..specs.plan import Plan
-    from ..specs.steps import LayoutStep
-    from ..specs.stored import Folder
+    from ...specs.param import ParamSpec
+    from ...specs.plan import Plan
+    from ...specs.steps import LayoutStep
+    from ...specs.stored import Folder
     from .resolve import Alias, Distribute, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
 
 AGREEMENT_BYTES = 8 * 16

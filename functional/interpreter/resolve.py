@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal, assert_never
 
 from attrs import evolve, frozen
 
-from ..specs.dtypes import num_bytes
-from ..specs.index import Index, index_shape, whole_index
-from ..specs.param import ParamSpec
-from ..specs.steps import (
+from ...specs.dtypes import num_bytes
+from ...specs.index import Index, index_shape, whole_index
+from ...specs.param import ParamSpec
+from ...specs.steps import (
     AddBiasAfterSync,
     Agree,
     Allocate,
@@ -50,9 +50,9 @@ from ..specs.steps import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..specs.mesh import Coordinate, Mesh, MeshAxis
-    from ..specs.source import Call
-    from ..specs.tree import SpecTree
+    from ...specs.mesh import Coordinate, Mesh, MeshAxis
+    from ...specs.source import Call
+    from ...specs.tree import SpecTree
 
 
 @frozen
