@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ..specs.memory import Memory, Share
 from ..specs.source import ModuleValues, OwnValues
 from .blocks import stages_of
-from .training.pipeline_buffers import boundary_bytes
-from .training.schedules import in_flight
-from .training.state import heaviest_of, state_of
+from .dialects.accounting.boundary_memory import boundary_bytes
+from .dialects.accounting.pipeline_schedules import in_flight
+from .dialects.accounting.state import heaviest_of, state_of
 
 if TYPE_CHECKING:
     from ..specs.distinct_ranks import Distinct

@@ -13,8 +13,8 @@ from attrs import evolve
 from ..specs.dtypes import num_bytes
 from ..specs.mesh import Coordinate, Mesh
 from ..specs.tree import SpecTree
+from .dialects.accounting.state import heaviest_of
 from .memory import activations_of, memory_at
-from .training.state import heaviest_of
 
 if TYPE_CHECKING:
     from ..specs.plan import Plan

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ..specs.mesh import Coordinate, MeshAxis
 from ..specs.traffic import Cargo, StepTraffic, Traffic
 from .blocks import stages_of
-from .training.crossings import crossings
-from .training.microbatches import num_microbatches
-from .training.reductions import reductions
+from .dialects.accounting.boundary_traffic import crossings
+from .dialects.accounting.gradient_traffic import reductions
+from .dialects.accounting.microbatches import num_microbatches
 
 if TYPE_CHECKING:
     from ..specs.mesh import Groups, Mesh

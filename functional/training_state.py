@@ -14,7 +14,14 @@ from torch import Tensor
 from ..specs.errors import PlanError, Problem
 from ..specs.json_values import is_plain
 from .checkpoints.optimizer_states import Group
-from .dialects.deepspeed_states import MASTER, WholeStates, check_optimizer, give_whole_states, is_deepspeed, like_before
+from .dialects.deepspeed.optimizer_states import (
+    MASTER,
+    WholeStates,
+    check_optimizer,
+    give_whole_states,
+    is_deepspeed,
+    like_before,
+)
 from .held_tensors import own_part
 
 if TYPE_CHECKING:

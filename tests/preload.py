@@ -18,7 +18,7 @@ for name in (
         "torch._export.non_strict_utils",
         "triton",
     ),
-    *("shardplan.functional.dialects.deepspeed", "shardplan.functional.dialects.torch_native"),
+    *("shardplan.functional.dialects.deepspeed.dialect", "shardplan.functional.dialects.torch.dialect"),
     *("tests.families", "tests.models"),
 ):
     importlib.import_module(name)

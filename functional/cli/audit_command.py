@@ -14,8 +14,8 @@ from ...specs.errors import PlanError, Problem
 from ...specs.memory import Memory
 from ...specs.text_table import table
 from ..audit import audit
+from ..dialects.deepspeed.zero_config import Zero
 from ..interpreter.dry_run import predict
-from ..training.zero import Zero
 from .output import echo, echo_json, write
 from .values import BYTES, FILE, read_plan
 

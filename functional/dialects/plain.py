@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...specs.errors import Problem
 from .handover import Handover, Wrapped
-from .places import one_stage_a_place
+from .stage_checks import one_stage_a_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ from attrs import evolve
 from ...specs.dtypes import human_bytes
 from ...specs.finding import Finding
 from ...specs.mesh import Coordinate
-from ..training import optimizer_of, state_of
+from ..dialects.accounting import optimizer_of, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from shardplan.functional import create_schedule, execute, plan_build
-from shardplan.functional.training import boundary_bytes, crossings, in_flight, num_microbatches, reductions, state_of
+from shardplan.functional.dialects.accounting import boundary_bytes, in_flight, num_microbatches, state_of
+from shardplan.functional.dialects.accounting import boundary_traffic as crossings
+from shardplan.functional.dialects.accounting import gradient_traffic as reductions
 from shardplan.specs import Mesh
 from shardplan.specs.steps import SumTied
 from tests.distributed.test_layouts import experts

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, plan_build, predict
-from shardplan.functional.training.state import state_of
+from shardplan.functional.dialects.accounting.state import state_of
 from shardplan.specs import Mesh
 from tests.models import llama, plain, schedule
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build
-from shardplan.functional.dialects.torch_optimizer import ARGUMENTS
+from shardplan.functional.dialects.accounting import gradient_traffic as reductions
+from shardplan.functional.dialects.accounting import in_flight, num_microbatches, optimizer_of, state_of
+from shardplan.functional.dialects.torch.optimizer import ARGUMENTS
 from shardplan.functional.execute import _refuse
-from shardplan.functional.training import in_flight, num_microbatches, optimizer_of, reductions, state_of
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, SpecTree
 from tests.models import schedule
 
@@ -142,5 +143,5 @@ def test_an_unknown_optimizer_has_no_states():
 
 
 def test_it_needs_no_torch():
-    code = "import sys, shardplan.functional.training; sys.exit('torch' in sys.modules)"
+    code = "import sys, shardplan.functional.dialects.accounting; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

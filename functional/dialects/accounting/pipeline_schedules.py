@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .microbatches import num_microbatches
 
 if TYPE_CHECKING:
-    from ...specs.plan import Plan
+    from ....specs.plan import Plan
 
 
 def in_flight(plan: Plan, stage: int) -> int:

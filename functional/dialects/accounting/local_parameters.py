@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from ...specs.dtypes import num_bytes
+from ....specs.dtypes import num_bytes
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.param import ParamSpec
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.param import ParamSpec
+    from ....specs.plan import Plan
 
 
 @frozen

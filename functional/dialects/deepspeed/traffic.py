@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ...specs.dtypes import num_bytes
+from ....specs.dtypes import num_bytes
+from ..accounting.local_parameters import LocalParameter, backward_order, local_parameters, total_numel
+from ..accounting.microbatches import num_microbatches
+from ..accounting.records import Reduction
 from .buckets import closed_after, closed_before
-from .deepspeed_state import flat_numel, partition_numel, persistent
 from .gathers import gathered_in_passes
-from .local import LocalParameter, backward_order, local_parameters, total_numel
-from .microbatches import num_microbatches
-from .records import Reduction
-from .zero import ALL_REDUCE_NUMEL, Zero
+from .memory import flat_numel, partition_numel, persistent
+from .zero_config import ALL_REDUCE_NUMEL, Zero
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.plan import Plan
 
 
 def deepspeed_reductions(plan: Plan, coordinate: Coordinate) -> Iterator[Reduction]:

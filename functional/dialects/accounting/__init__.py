@@ -1,12 +1,12 @@
 """What a runtime keeps and sends while it trains, on one rank, told from the plan alone; without torch."""
 
-from .crossings import crossings
+from .boundary_memory import boundary_bytes
+from .boundary_traffic import crossings
+from .gradient_traffic import reductions
 from .microbatches import num_microbatches
 from .optimizer import optimizer_of
-from .pipeline_buffers import boundary_bytes
+from .pipeline_schedules import in_flight
 from .records import Reduction, State
-from .reductions import reductions
-from .schedules import in_flight
 from .state import state_of
 
 __all__ = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .deepspeed_state import deepspeed_state, heaviest
+from ..deepspeed.memory import deepspeed_state, heaviest
+from ..torch.accounting import torch_state
 from .records import State
-from .torch_state import torch_state
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.plan import Plan
 
 
 def heaviest_of(plan: Plan, coordinate: Coordinate, places: range) -> Coordinate:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from ...specs.dtypes import num_bytes
+from ....specs.dtypes import num_bytes
+from ..accounting.local_parameters import LocalParameter, backward_order, local_parameters, total_bytes, total_numel
+from ..accounting.optimizer import num_states, step_bytes
+from ..accounting.records import State
 from .buckets import closed_after, closed_before
-from .local import LocalParameter, backward_order, local_parameters, total_bytes, total_numel
-from .optimizer import num_states, step_bytes
-from .records import State
-from .zero import ALL_REDUCE_NUMEL, Zero
+from .zero_config import ALL_REDUCE_NUMEL, Zero
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.plan import Plan
 
 _ALIGNMENT = 2
 """Elements at whose multiples each partition begins: ``nccl_start_alignment_factor`` in runtime/zero/stage_1_and_2.py and

@@ -11,15 +11,15 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..pipeline.stage_module import check_inputs, facts_of
-from .handover import split_experts
+from ...pipeline.stage_module import check_inputs, facts_of
+from ..handover import split_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ...specs.pipeline import Activation, Pipeline
-    from .gradient_norm import GradientNorm
-    from .handover import Handover
+    from ....specs.pipeline import Activation, Pipeline
+    from ..gradient_norm import GradientNorm
+    from ..handover import Handover
 
 _INPUTS_WRONG = "another rank was given inputs or a target that are not as planned"
 _LOSS_FAILED = "the loss function raised on a rank of the last stage"

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..pipeline.stage_module import facts_of
+from ...pipeline.stage_module import facts_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...specs.pipeline import Activation, Stage
-    from .handover import Handover
+    from ....specs.pipeline import Activation, Stage
+    from ..handover import Handover
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes: what floating-point numbers travel as if no gradient comes back for them."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...specs.errors import Problem
-from ...specs.pattern import closest
+from ....specs.errors import Problem
+from ....specs.pattern import closest
 
 if TYPE_CHECKING:
-    from .handover import Handover
+    from ..handover import Handover
 
 _ADAM = (
     "lr",

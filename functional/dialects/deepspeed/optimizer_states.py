@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...specs.errors import PlanError, Problem
+from ....specs.errors import PlanError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from ...specs.plan import Plan
+    from ....specs.plan import Plan
 
 ALL_REDUCE_NUMEL = 500_000_000
 """Elements that the engine sends at a time without ZeRO: ``MEMORY_OPT_ALLREDUCE_SIZE`` in runtime/engine.py."""

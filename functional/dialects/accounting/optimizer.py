@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...specs.plan import Plan
+    from ....specs.plan import Plan
 
 _KNOWN = ("Adam", "AdamW", "SGD")
 STEP_BYTES = 4

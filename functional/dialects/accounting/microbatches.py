@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ...specs.plan import Plan
+    from ....specs.plan import Plan
 
 
 def num_microbatches(plan: Plan) -> int:

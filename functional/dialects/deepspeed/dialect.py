@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from frozendict import frozendict
 
-from ...specs.errors import Problem
-from ...specs.json_values import thawed
-from ...specs.mesh import Mesh, MeshAxis
-from .deepspeed_config import check_boundaries, check_config, check_layout
-from .deepspeed_pipeline import mend_buffers, to_pipeline_module
-from .handover import Handover, Wrapped, counted_parts
-from .places import nothing_trained, one_stage_a_place
+from ....specs.errors import Problem
+from ....specs.json_values import thawed
+from ....specs.mesh import Mesh, MeshAxis
+from ..handover import Handover, Wrapped, counted_parts
+from ..stage_checks import nothing_trained, one_stage_a_place
+from .checks import check_boundaries, check_config, check_layout
+from .pipeline import mend_buffers, to_pipeline_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ...specs.pipeline import Pipeline
-    from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep
-    from ...specs.tree import SpecTree
+    from ....specs.pipeline import Pipeline
+    from ....specs.plan import Plan
+    from ....specs.steps import LayoutStep
+    from ....specs.tree import SpecTree
 
 
 class DeepSpeedDialect:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...specs.errors import Problem
-from ...specs.json_values import thawed
-from ...specs.steps import SumGradient
-from ..training.wrong_numbers import wrong_numbers
+from ....specs.errors import Problem
+from ....specs.json_values import thawed
+from ....specs.steps import SumGradient
+from .config_numbers import wrong_numbers
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Mesh
-    from ...specs.pipeline import Pipeline
-    from ...specs.steps import LayoutStep
-    from ...specs.tree import SpecTree
+    from ....specs.mesh import Mesh
+    from ....specs.pipeline import Pipeline
+    from ....specs.steps import LayoutStep
+    from ....specs.tree import SpecTree
 
 _SENT_IN = ("fp32", "fp16", "bf16")
 _ADDED_IN = (*_SENT_IN, "float32", "float16", "bfloat16", "float", "half")

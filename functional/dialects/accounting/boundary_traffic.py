@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ...specs.dtypes import num_bytes
+from ....specs.dtypes import num_bytes
 from .microbatches import num_microbatches
 from .records import Reduction
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.pipeline import Activation
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.pipeline import Activation
+    from ....specs.plan import Plan
 
 
 def crossings(plan: Plan, coordinate: Coordinate) -> Iterator[Reduction]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .crossings import first_sizes, is_partitioned
+from .boundary_traffic import first_sizes, is_partitioned
 from .microbatches import num_microbatches
-from .schedules import in_flight, moments
+from .pipeline_schedules import in_flight, moments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...specs.mesh import Coordinate
-    from ...specs.pipeline import Activation
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.pipeline import Activation
+    from ....specs.plan import Plan
 
 _PLACEHOLDER_BYTES = 4
 """What stays of an output of which a part is kept: one float32."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from ...specs.mesh import MeshAxis
-from ...specs.traffic import Cargo
+from ....specs.mesh import MeshAxis
+from ....specs.traffic import Cargo
 
 
 @frozen

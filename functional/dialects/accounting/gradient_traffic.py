@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ...specs.dtypes import num_bytes
-from ...specs.steps import SumGradient, SumTied
-from .deepspeed_reductions import deepspeed_reductions
-from .local import LocalParameter, local_parameters, total_bytes
+from ....specs.dtypes import num_bytes
+from ....specs.steps import SumGradient, SumTied
+from ..deepspeed.traffic import deepspeed_reductions
+from ..deepspeed.zero_config import Zero
+from ..torch.accounting import averaged
+from .local_parameters import LocalParameter, local_parameters, total_bytes
 from .microbatches import num_microbatches
 from .records import Reduction
-from .torch_state import averaged
-from .zero import Zero
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.plan import Plan
 
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 """Bytes of DDP's buckets, the first one smaller: ``kDefaultFirstBucketBytes`` and ``bucket_cap_mb`` of torch 2.13."""

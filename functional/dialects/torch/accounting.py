@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .local import LocalParameter, local_parameters, total_bytes
-from .optimizer import num_states, step_bytes
-from .records import State
+from ..accounting.local_parameters import LocalParameter, local_parameters, total_bytes
+from ..accounting.optimizer import num_states, step_bytes
+from ..accounting.records import State
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Coordinate
-    from ...specs.plan import Plan
+    from ....specs.mesh import Coordinate
+    from ....specs.plan import Plan
 
 
 def torch_state(plan: Plan, coordinate: Coordinate) -> State:

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from frozendict import frozendict
 
-from ...specs.errors import Problem
-from .handover import Handover, Wrapped
-from .places import nothing_trained, one_stage_a_place
-from .torch_optimizer import check_optimizer, make_optimizer
+from ....specs.errors import Problem
+from ..handover import Handover, Wrapped
+from ..stage_checks import nothing_trained, one_stage_a_place
+from .optimizer import check_optimizer, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ...specs.mesh import Mesh, MeshAxis
-    from ...specs.pipeline import Pipeline
-    from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep
-    from ...specs.tree import SpecTree
+    from ....specs.mesh import Mesh, MeshAxis
+    from ....specs.pipeline import Pipeline
+    from ....specs.plan import Plan
+    from ....specs.steps import LayoutStep
+    from ....specs.tree import SpecTree
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
 """torch's pipeline schedules: all forwards first, one forward one backward, the same with several stages a place."""
@@ -74,9 +74,9 @@ class TorchDialect:
         return tuple((mesh_axis,) for mesh_axis in sizes if mesh.num(mesh_axis) > 1)
 
     def wrap(self, handover: Handover) -> Wrapped:
-        from .gradient_norm import GradientNorm
-        from .handover import split_experts
-        from .torch_pipeline import TorchPipeline, ignore, replicated
+        from ..gradient_norm import GradientNorm
+        from ..handover import split_experts
+        from .pipeline import TorchPipeline, ignore, replicated
 
         norm = GradientNorm.of(handover)
         extras = frozendict(clip_grad_norm_=norm.clip)

@@ -1,0 +1,1 @@
+"""torch alone: DDP and its pipeline schedules, and what they keep and send."""
