@@ -12,34 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .audit import audit as audit
+    from .auditing.html.report import html_report as html_report
+    from .auditing.nearest_meshes import nearest_meshes as nearest_meshes
     from .build import build as build
     from .build import consolidate_model as consolidate_model
     from .build import init_target_engine as init_target_engine
     from .diff import diff as diff
     from .execute import Built as Built
     from .execute import execute as execute
-    from .gather import gather as gather
     from .goldens import assert_plan_matches as assert_plan_matches
-    from .html_report import html_report as html_report
     from .interpreter.dry_run import DryRun as DryRun
     from .interpreter.dry_run import predict as predict
     from .interpreter.resolve import resolve as resolve
     from .interpreter.world import ExecutionError as ExecutionError
     from .layout.device_mesh import from_device_mesh as from_device_mesh
     from .layout.device_mesh import to_device_mesh as to_device_mesh
-    from .load_optimizer import load_optimizer as load_optimizer
-    from .materialize import materialize as materialize
-    from .nearest import nearest_meshes as nearest_meshes
     from .pipeline.build_stages import stage_modules as stage_modules
     from .plan import plan_build as plan_build
     from .planning.dtensor_steps import as_dtensors as as_dtensors
     from .planning.from_shards import from_shards as from_shards
     from .planning.reshard import reshard as reshard
-    from .save_checkpoint import save_checkpoint as save_checkpoint
+    from .saving.gather import gather as gather
+    from .saving.load_optimizer import load_optimizer as load_optimizer
+    from .saving.materialize import materialize as materialize
+    from .saving.save_checkpoint import save_checkpoint as save_checkpoint
+    from .saving.transfer import transfer as transfer
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
     from .search import search as search
-    from .transfer import transfer as transfer
 
 __all__ = [
     "Built",
@@ -88,21 +88,21 @@ _HOMES = {
     "execute": "execute",
     "from_device_mesh": "layout.device_mesh",
     "from_shards": "planning.from_shards",
-    "gather": "gather",
-    "html_report": "html_report",
+    "gather": "saving.gather",
+    "html_report": "auditing.html.report",
     "init_target_engine": "build",
-    "load_optimizer": "load_optimizer",
-    "materialize": "materialize",
-    "nearest_meshes": "nearest",
+    "load_optimizer": "saving.load_optimizer",
+    "materialize": "saving.materialize",
+    "nearest_meshes": "auditing.nearest_meshes",
     "plan_build": "plan",
     "predict": "interpreter.dry_run",
     "reshard": "planning.reshard",
     "resolve": "interpreter.resolve",
-    "save_checkpoint": "save_checkpoint",
+    "save_checkpoint": "saving.save_checkpoint",
     "search": "search",
     "stage_modules": "pipeline.build_stages",
     "to_device_mesh": "layout.device_mesh",
-    "transfer": "transfer",
+    "transfer": "saving.transfer",
 }
 
 

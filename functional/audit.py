@@ -14,14 +14,14 @@ from ..specs.finding import silenced
 from ..specs.plan import Plan
 from ..specs.report import Report
 from ..specs.traffic import Boundary
+from .auditing.contents_trace import trace
+from .auditing.findings import find
+from .auditing.findings.silences import unused
+from .auditing.memory import shares
+from .auditing.proofs import prove
+from .auditing.traffic import execution_traffic, step_traffic
 from .dialects.accounting.microbatches import num_microbatches
 from .dialects.deepspeed.config_numbers import wrong_numbers
-from .findings import find
-from .findings.silences import unused
-from .memory import shares
-from .proofs import prove
-from .trace import trace
-from .traffic import execution_traffic, step_traffic
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate

@@ -13,7 +13,7 @@ from ..specs.listing import layout_words, source_words
 from ..specs.plan import Plan
 from ..specs.plan_diff import Change, Messages, PlanDiff, RankChange, Spread, SpreadChange, TrafficChange
 from .audit import audit
-from .moves import moves
+from .auditing.moved_bytes import moves
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,10 +18,10 @@ from ..specs.plan import Plan, misfits
 from ..specs.search import Candidate, Search
 from ..specs.traffic import StepTraffic
 from .audit import audit
+from .auditing.memory import memory_at
+from .auditing.nearest_meshes import divisors
 from .dialects import find_dialect
 from .layout.local_model import fake_inputs, following, local_copy
-from .memory import memory_at
-from .nearest import divisors
 from .pipeline.plan_stages import is_cut
 from .plan import plan_build
 

@@ -15,7 +15,7 @@ import pytest
 from shardplan import functional
 from shardplan.functional import plan_build
 from shardplan.specs import Mesh, dumps
-from tests.models import plain, split_plain
+from tests.helpers.models import plain, split_plain
 
 ROOT = Path(__file__).parent.parent
 CONTRACTS = [

@@ -33,7 +33,7 @@ class Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         # by name, so that no import leads from a command that needs no torch to one that does
-        return import_module(f"..{cmd_name}_command", __name__).command
+        return import_module(f"..{cmd_name}", __name__).command
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command."""

@@ -6,13 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .huggingface import schedule_from_tp_plan as schedule_from_tp_plan
-    from .infer import infer_schedule as infer_schedule
-    from .rules import schedule_from_rules as schedule_from_rules
+    from .graph.schedule import infer_schedule as infer_schedule
+    from .logical_axes import schedule_from_rules as schedule_from_rules
+    from .tp_plan.schedule import schedule_from_tp_plan as schedule_from_tp_plan
 
 __all__ = ["infer_schedule", "schedule_from_rules", "schedule_from_tp_plan"]
 
-_HOMES = {"infer_schedule": "infer", "schedule_from_rules": "rules", "schedule_from_tp_plan": "huggingface"}
+_HOMES = {
+    "infer_schedule": "graph.schedule",
+    "schedule_from_rules": "logical_axes",
+    "schedule_from_tp_plan": "tp_plan.schedule",
+}
 
 
 def __getattr__(name: str) -> Any:

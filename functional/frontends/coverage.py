@@ -25,8 +25,8 @@ from attrs import field, frozen
 from ...specs.errors import PlanError
 from ...specs.mesh import Mesh
 from ..plan import plan_build
-from .default_models import NUM_LAYERS, declared_model, example_inputs, model_types
-from .huggingface import schedule_from_tp_plan
+from .tp_plan.schedule import schedule_from_tp_plan
+from .transformers_models import NUM_LAYERS, declared_model, example_inputs, model_types
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,13 +15,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from shardplan.functional import audit, plan_build
-from shardplan.functional.html_report import html_report
+from shardplan.functional.auditing.html.report import html_report
 from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
 from shardplan.specs.dtypes import human_bytes
 from shardplan.specs.finding import Finding, Silenced
 from shardplan.specs.fold_layers import fold
-from tests.models import llama as llama_model
-from tests.models import split_llama
+from tests.helpers.models import llama as llama_model
+from tests.helpers.models import split_llama
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shardplan.functional import audit, create_schedule, execute, plan_build, predict, save_checkpoint
 from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.specs import Checkpoint, Mesh, dumps, loads
-from tests.families import MAKERS, inputs
-from tests.models import llama, split_llama
-from tests.ranks import results, run_ranks
+from tests.helpers.families import MAKERS, inputs
+from tests.helpers.models import llama, split_llama
+from tests.helpers.ranks import results, run_ranks
 
 NAMES = ("llama", "gpt2", "mixtral", "gpt_neox")
 MESHES = (Mesh(), Mesh(tensor=2), Mesh(tensor=4), Mesh(pipe=2, tensor=2))

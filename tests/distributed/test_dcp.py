@@ -11,14 +11,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from shardplan.functional import execute, plan_build, predict
-from shardplan.functional.checkpoints.dcp_writer import _check, write_dcp
 from shardplan.functional.checkpoints.formats import dcp as reader
+from shardplan.functional.saving.dcp import _check, write_dcp
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.distributed.test_layouts import experts, repeated
-from tests.models import llama, schedule, split_llama
-from tests.parts import picked
-from tests.ranks import results, run_ranks
-from tests.training import adamw
+from tests.helpers.models import llama, schedule, split_llama
+from tests.helpers.parts import picked
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 

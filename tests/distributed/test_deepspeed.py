@@ -9,9 +9,9 @@ from shardplan.functional import build, consolidate_model, create_schedule, exec
 from shardplan.functional.dialects.deepspeed.dialect import from_topology, to_topology
 from shardplan.specs import Mesh
 from tests.distributed.test_training import check, deepspeed_config
-from tests.models import MODELS, schedule
-from tests.ranks import results, run_ranks
-from tests.training import CLIP, adamw, batch, loss_of
+from tests.helpers.models import MODELS, schedule
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import CLIP, adamw, batch, loss_of
 
 
 @pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(tensor=2)], ids=str)

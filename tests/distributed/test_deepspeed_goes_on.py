@@ -12,8 +12,8 @@ from shardplan.functional import create_schedule, execute, load_optimizer, plan_
 from shardplan.functional.interpreter.world import ExecutionError
 from shardplan.specs import Checkpoint, Mesh
 from tests.distributed.test_training_goes_on import ADAM, NUM_STEPS, ROWS, STOP, batch, loss, mean
-from tests.models import llama, split_llama
-from tests.ranks import results, run_ranks
+from tests.helpers.models import llama, split_llama
+from tests.helpers.ranks import results, run_ranks
 
 
 @frozen

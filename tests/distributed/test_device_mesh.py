@@ -6,7 +6,7 @@ import pytest
 
 from shardplan.functional import from_device_mesh, to_device_mesh
 from shardplan.specs import Mesh
-from tests.ranks import results, run_ranks
+from tests.helpers.ranks import results, run_ranks
 
 
 def there_and_back(rank):

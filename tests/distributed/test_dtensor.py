@@ -22,9 +22,9 @@ from shardplan.functional import (
 )
 from shardplan.specs import Checkpoint, Mesh
 from tests.distributed.test_layouts import fused, sequence
-from tests.models import llama, schedule, split_llama
-from tests.ranks import results, run_ranks
-from tests.training import BATCH, CLIP, adamw, batch, loss_of
+from tests.helpers.models import llama, schedule, split_llama
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import BATCH, CLIP, adamw, batch, loss_of
 
 NUM_STEPS = 3
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.specs import Mesh
-from tests.models import MODELS, schedule
-from tests.ranks import results, run_ranks
+from tests.helpers.models import MODELS, schedule
+from tests.helpers.ranks import results, run_ranks
 
 TENSOR_2 = Mesh(tensor=2)
 

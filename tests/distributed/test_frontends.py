@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from shardplan.functional import audit, create_schedule, execute, plan_build, predict
 from shardplan.specs import Mesh, dumps, loads
-from tests.families import BATCH, MAKERS, family, inputs, schedule_of
-from tests.ranks import results, run_ranks
+from tests.helpers.families import BATCH, MAKERS, family, inputs, schedule_of
+from tests.helpers.ranks import results, run_ranks
 
 NUM_STEPS, CLIP = 10, 0.5
 

@@ -10,9 +10,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from shardplan.functional import create_schedule, execute, plan_build, predict
 from shardplan.specs import Mesh
-from tests.models import llama
-from tests.ranks import results, run_ranks
-from tests.training import BATCH, CLIP, adamw, batch, logits_of, loss_of
+from tests.helpers.models import llama
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import BATCH, CLIP, adamw, batch, logits_of, loss_of
 
 NUM_STEPS = 5
 

@@ -16,9 +16,9 @@ from shardplan.functional import audit, create_schedule, execute, plan_build, pr
 from shardplan.functional.checkpoints.checksum import position_sum
 from shardplan.functional.checkpoints.formats.safetensors import read_header
 from shardplan.specs import Checkpoint, Mesh, PlanError, dumps, loads
-from tests.models import llama, split_llama
-from tests.parts import picked, without_padding
-from tests.ranks import results, run_ranks
+from tests.helpers.models import llama, split_llama
+from tests.helpers.parts import picked, without_padding
+from tests.helpers.ranks import results, run_ranks
 
 MESHES = [
     (Mesh(), False),

@@ -15,8 +15,8 @@ from torch import nn
 from shardplan.functional import audit, execute, from_shards, materialize, plan_build, predict, save_checkpoint
 from shardplan.functional.checkpoints.formats.rank_file import own_name
 from shardplan.specs import Checkpoint, Mesh, PlanError, dumps, loads
-from tests.models import llama, plain, split_llama, split_plain
-from tests.ranks import results, run_ranks
+from tests.helpers.models import llama, plain, split_llama, split_plain
+from tests.helpers.ranks import results, run_ranks
 
 TWO = Mesh(tensor=2)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build, predict
 from shardplan.specs import InitProgram, Mesh, dumps, loads
-from tests.ranks import results, run_ranks
+from tests.helpers.ranks import results, run_ranks
 
 MIB = 2**20
 MESH = Mesh(tensor=2)

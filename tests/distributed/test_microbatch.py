@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from shardplan.functional import execute, plan_build
 from shardplan.specs import Mesh, dumps, loads
 from tests.distributed.test_layouts import Fused, experts, fused, mixtral, repeated, sequence
-from tests.functional.test_follow_microbatch import RealPass
-from tests.models import llama, split_llama
-from tests.ranks import results, run_ranks
+from tests.functional.layout.test_microbatch import RealPass
+from tests.helpers.models import llama, split_llama
+from tests.helpers.ranks import results, run_ranks
 
 IDS = torch.arange(16).view(2, 8)
 SIZES = {"float": 4, "long int": 8}

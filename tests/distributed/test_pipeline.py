@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
 from shardplan.functional.interpreter.resolve import Exchange
 from shardplan.specs import Mesh, dumps, loads
-from tests.models import llama, schedule, split_llama, split_t5, t5
-from tests.parts import picked
-from tests.ranks import results, run_ranks
-from tests.training import CLIP, LENGTH, NUM_STEPS, adamw, batch, loss_of, train_alone
+from tests.helpers.models import llama, schedule, split_llama, split_t5, t5
+from tests.helpers.parts import picked
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import CLIP, LENGTH, NUM_STEPS, adamw, batch, loss_of, train_alone
 
 MICRO, ROWS = 4, 2
 """Micro-batches of a step, and the rows of each."""

@@ -8,7 +8,7 @@ import torch
 from shardplan.functional import execute, reshard, transfer
 from shardplan.specs import Mesh
 from tests.distributed.test_training_goes_on import NUM_STEPS, STOP, loss, mean, plan_of, train
-from tests.ranks import results, run_ranks
+from tests.helpers.ranks import results, run_ranks
 
 PAIRS = [
     (Mesh(tensor=2), Mesh(data=2)),

@@ -18,14 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shardplan.functional import create_schedule, execute, gather, plan_build, save_checkpoint
-from shardplan.functional import messages as travelling
 from shardplan.functional.checkpoints.detect import read_contents
 from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
 from shardplan.functional.interpreter.world import ExecutionError
+from shardplan.functional.saving import messages as travelling
 from shardplan.specs import Mesh
-from tests.families import MAKERS
-from tests.models import llama, split_llama
-from tests.ranks import results, run_ranks
+from tests.helpers.families import MAKERS
+from tests.helpers.models import llama, split_llama
+from tests.helpers.ranks import results, run_ranks
 
 MIB = 2**20
 TENSOR_2 = Mesh(tensor=2)

@@ -8,8 +8,8 @@ from torch import nn
 
 from shardplan.functional import audit, create_schedule, execute, plan_build, predict
 from shardplan.specs import Mesh
-from tests.ranks import results, run_ranks
-from tests.training import local_tensors, put_together
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import local_tensors, put_together
 
 OVER_TENSOR = {
     "even": ((12, 5), {"axis": 0}),

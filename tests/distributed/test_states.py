@@ -19,9 +19,9 @@ from shardplan.functional.dialects.accounting import gradient_traffic as reducti
 from shardplan.specs import Mesh
 from shardplan.specs.steps import SumTied
 from tests.distributed.test_layouts import experts
-from tests.models import Plain, llama
-from tests.observed import Messages, crossing, kinds, live
-from tests.ranks import results, run_ranks
+from tests.helpers.models import Plain, llama
+from tests.helpers.observed import Messages, crossing, kinds, live
+from tests.helpers.ranks import results, run_ranks
 
 ROWS, LENGTH, MICRO = 2, 6, 4
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}

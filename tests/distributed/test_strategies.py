@@ -10,9 +10,9 @@ from shardplan.functional import create_schedule, execute, plan_build, predict, 
 from shardplan.functional.interpreter.resolve import Exchange
 from shardplan.specs import Mesh
 from shardplan.specs.steps import Broadcast, EvaluateWhole, Generate, Scatter, TakeWhole
-from tests.models import Plain, schedule
-from tests.ranks import results, run_ranks
-from tests.training import local_tensors, put_together
+from tests.helpers.models import Plain, schedule
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import local_tensors, put_together
 
 
 def execute_ranks(rank, name, mesh, options):

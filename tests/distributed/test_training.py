@@ -7,9 +7,9 @@ import torch
 
 from shardplan.functional import execute, plan_build, predict
 from shardplan.specs import Mesh
-from tests.models import schedule
-from tests.ranks import results, run_ranks
-from tests.training import CLIP, put_together, train_alone, train_ranks
+from tests.helpers.models import schedule
+from tests.helpers.ranks import results, run_ranks
+from tests.helpers.training import CLIP, put_together, train_alone, train_ranks
 
 
 def deepspeed_config(stage):

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 
 from shardplan.functional import create_schedule, execute, load_optimizer, plan_build, save_checkpoint
 from shardplan.specs import Checkpoint, Mesh
-from tests.models import llama, split_llama
-from tests.ranks import results, run_ranks
+from tests.helpers.models import llama, split_llama
+from tests.helpers.ranks import results, run_ranks
 
 STOP, NUM_STEPS, ROWS, LENGTH, MICRO = 3, 6, 8, 8, 2
 SPLITS = (Mesh(data=2), Mesh(pipe=2, tensor=2))

@@ -9,7 +9,7 @@ from torch import nn
 from shardplan.functional import audit, create_schedule, plan_build, predict
 from shardplan.functional.dialects.accounting.state import state_of
 from shardplan.specs import Mesh
-from tests.models import llama, plain, schedule
+from tests.helpers.models import llama, plain, schedule
 
 
 def findings(sch):

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.functional import audit, diff, plan_build
-from shardplan.functional.moves import moves
+from shardplan.functional.auditing.moved_bytes import moves
 from shardplan.specs import Mesh, ParamSpec, Plan, Shard, Silence, SpecTree, as_plain, dumps
 from shardplan.specs.dtypes import num_bytes
 from shardplan.specs.steps import Allocate, Place
-from tests.models import schedule
-from tests.strategies import fitting_shards, law, meshes, paths, plans
+from tests.helpers.models import schedule
+from tests.helpers.strategies import fitting_shards, law, meshes, paths, plans
 
 DEEPSPEED = {"train_batch_size": 8, "gradient_clipping": 1.0, "optimizer": {"type": "Adam"}}
 
@@ -193,7 +193,7 @@ def test_ranks_are_not_counted_one_by_one_and_torch_is_not_imported(tmp_path):
     code = (
         "import sys, time, pathlib; from shardplan.specs import loads; from shardplan.functional import diff;"
         "a, b = (loads((pathlib.Path(sys.argv[1]) / n).read_text()) for n in ('before', 'after'));"
-        "from shardplan.functional.moves import moves; start = time.process_time(); moves(a, b);"
+        "from shardplan.functional.auditing.moved_bytes import moves; start = time.process_time(); moves(a, b);"
         "took = time.process_time() - start; diff(a, b); assert 'torch' not in sys.modules; print(took)"
     )
     done = subprocess.run(

@@ -16,7 +16,7 @@ from torch import nn
 from shardplan.functional import build, consolidate_model, create_schedule, execute, plan_build, predict
 from shardplan.functional.interpreter.dry_run import DryRun
 from shardplan.specs import Mesh, PlanError, dumps, loads
-from tests.models import llama, plain, schedule
+from tests.helpers.models import llama, plain, schedule
 
 
 def fill_with_ones(tensor):
@@ -232,7 +232,7 @@ def test_a_llama_computes_what_transformers_computes_from_the_same_weights():
 
 def test_a_terminal_shows_a_bar():
     code = (
-        "from tests.models import schedule; from shardplan.functional import execute, plan_build;"
+        "from tests.helpers.models import schedule; from shardplan.functional import execute, plan_build;"
         "execute(plan_build(schedule('plain')), device='cpu')"
     )
     terminal, end = os.openpty()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from shardplan.functional import assert_plan_matches, plan_build
-from shardplan.functional.files import write_whole
+from shardplan.functional.saving.atomic_file import write_whole
 from shardplan.specs import Mesh
-from tests.models import plain, split_plain
+from tests.helpers.models import plain, split_plain
 
 PROJECT = """
 from shardplan.functional import assert_plan_matches

@@ -26,7 +26,7 @@ from shardplan.specs.steps import (
     Tie,
     Wrap,
 )
-from tests.models import llama, plain, schedule, split_llama, split_plain
+from tests.helpers.models import llama, plain, schedule, split_llama, split_plain
 
 TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
 CONFIG = {"train_batch_size": 4, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
@@ -47,7 +47,7 @@ def test_planning_twice_gives_the_same_plan():
 
 def test_every_process_plans_alike():
     code = (
-        "from tests.models import schedule; from shardplan.functional import plan_build; from shardplan.specs import Mesh;"
+        "from tests.helpers.models import schedule; from shardplan.functional import plan_build; from shardplan.specs import Mesh;"
         "print(plan_build(schedule('plain', Mesh(tensor=2))).fingerprint)"
     )
     prints = {
@@ -66,7 +66,7 @@ def test_every_process_plans_alike():
 
 def test_planning_starts_no_process_group_and_no_device():
     code = (
-        "import torch; from tests.models import schedule; from shardplan.functional import plan_build, audit;"
+        "import torch; from tests.helpers.models import schedule; from shardplan.functional import plan_build, audit;"
         "from shardplan.specs import Mesh; import sys;"
         "print(audit(plan_build(schedule('plain', Mesh(data=64, tensor=8)), target='deepspeed',"
         "config={'train_batch_size': 64, 'gradient_clipping': 1.0})).ok);"

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from shardplan.functional import audit, create_schedule, plan_build
 from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
 from shardplan.specs import Mesh, dumps
-from tests.families import INFERRED, MAKERS
-from tests.models import MODELS, llama, split_llama
+from tests.helpers.families import INFERRED, MAKERS
+from tests.helpers.models import MODELS, llama, split_llama
 
 
 class RealTensors(TorchDispatchMode):

@@ -10,7 +10,7 @@ from shardplan.functional import audit, create_schedule, execute, plan_build
 from shardplan.specs import InitProgram, Made, Mesh, Operation, PlanError, Shard, TensorCall
 from shardplan.specs.program import Fill
 from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
-from tests.models import llama, plain, split_llama
+from tests.helpers.models import llama, plain, split_llama
 
 
 def perceptron(device="meta"):

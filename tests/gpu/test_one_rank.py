@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shardplan.functional import execute, plan_build, predict
-from tests.models import schedule
-from tests.training import adamw, batch, loss_of, vocab_of
+from tests.helpers.models import schedule
+from tests.helpers.training import adamw, batch, loss_of, vocab_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 

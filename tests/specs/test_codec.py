@@ -98,7 +98,7 @@ from shardplan.specs.steps import (
     Wrap,
 )
 from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor
-from tests.strategies import constants, folder_of, json_values, law, param_specs, plans, programs, words
+from tests.helpers.strategies import constants, folder_of, json_values, law, param_specs, plans, programs, words
 
 NAMES = ("calm", "dark", "early", "fast", "green", "heavy")
 CALLS = (

@@ -50,8 +50,8 @@ from shardplan.specs.steps import (
     Sync,
     VocabParallel,
 )
-from tests.models import llama, split_llama
-from tests.strategies import law, paths, plans, programs, words
+from tests.helpers.models import llama, split_llama
+from tests.helpers.strategies import law, paths, plans, programs, words
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 

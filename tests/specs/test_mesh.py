@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.specs import MESH_AXES, Coordinate, Mesh
-from tests.strategies import FINE_AXES, NEIGHBOURS, coordinates, law, meshes
+from tests.helpers.strategies import FINE_AXES, NEIGHBOURS, coordinates, law, meshes
 
 
 @law

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardplan.specs.pattern import closest, compile_pattern
-from tests.strategies import law, paths
+from tests.helpers.strategies import law, paths
 
 
 def selects(pattern, path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shardplan.specs import Activation, PlainInput, Stage
 from shardplan.specs.json_values import thawed
 from shardplan.specs.pipeline import size_in
-from tests.strategies import json_values, law
+from tests.helpers.strategies import json_values, law
 
 SIZES = {"batch": 4, "sequence": 12}
 formulas = st.recursive(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Problem, Shard, SpecTree
 from shardplan.specs.plan import misfits
 from shardplan.specs.steps import Generate, Place, Tie
-from tests.strategies import folder_of, law, meshes, paths, trees
+from tests.helpers.strategies import folder_of, law, meshes, paths, trees
 
 TIED = ParamSpec("embed.weight", (8, 4), "float32", tie=("head.weight",))
 LAYERS = tuple(ParamSpec(f"layers.{i}.weight", (4,), "float32") for i in range(3))

@@ -10,7 +10,7 @@ from .regions import is_in
 if TYPE_CHECKING:
     from torch import fx
 
-    from .follow_axes import Followed, Operation
+    from .propagate import Followed, Operation
     from .regions import Region
 
 _DROPPING = ("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_dropout")

@@ -10,13 +10,13 @@ import torch
 from attrs import define, frozen
 from torch import Tensor, fx
 
+from .export import Stopped, Traced, module_path, name_of, operations
 from .factors import Axis, Factor, segments, spell
 from .regions import is_in
-from .traced import Stopped, Traced, module_path, name_of, operations
 
 if TYPE_CHECKING:
-    from .axis_rules import Axes
-    from .follow_axes import Followed
+    from .operator_rules import Axes
+    from .propagate import Followed
     from .regions import Region
 
 _MOST_TRIED = 32

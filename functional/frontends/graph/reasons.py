@@ -12,8 +12,8 @@ from .regions import Refused, Region
 if TYPE_CHECKING:
     from ....specs.param import ParamSpec
     from ...schedule import Schedule
-    from .follow_axes import Followed
-    from .vocabulary import Vocabulary
+    from .propagate import Followed
+    from .vocabularies import Vocabulary
 
 _FEW = 3
 

@@ -14,8 +14,8 @@ from .factors import Axis, Factor, count, find, segments, size_of, spell
 
 if TYPE_CHECKING:
     from ....specs.shard import Split
-    from .axis_rules import Axes
-    from .follow_axes import Followed, Held, Operation
+    from .operator_rules import Axes
+    from .propagate import Followed, Held, Operation
 
 
 @frozen(eq=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ....specs.errors import Problem
-from ..sayings import Options, Saying
+from ..verb_calls import Options, Saying
 from .heads import Heads, counts_heads, local_sizes, read_heads
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from ....specs.errors import Problem
-from ..sayings import wildcard
+from ..verb_calls import wildcard
 
 if TYPE_CHECKING:
     from torch import nn

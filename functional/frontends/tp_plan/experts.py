@@ -11,7 +11,7 @@ from attrs import frozen
 
 from ....specs.dtypes import num_bytes
 from ....specs.errors import Problem
-from ..sayings import Options, Saying
+from ..verb_calls import Options, Saying
 
 if TYPE_CHECKING:
     from torch import nn

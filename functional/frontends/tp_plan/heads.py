@@ -13,7 +13,7 @@ from attrs import frozen
 from torch import nn
 
 from ....specs.errors import Problem
-from ..sayings import Options, Saying
+from ..verb_calls import Options, Saying
 
 if TYPE_CHECKING:
     from .declared import Declaration

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ....specs.errors import Problem
-from ..sayings import Saying
+from ..verb_calls import Saying
 
 if TYPE_CHECKING:
     from .declared import Declaration

@@ -1,0 +1,51 @@
+"""Parameters of full precision where the others have half."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ....specs.dtypes import human_bytes, num_bytes, short_name
+from ....specs.finding import Finding
+from ....specs.mesh import Coordinate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ....specs.plan import Plan
+
+HALF_SHARE = 0.5
+"""Of the elements of all floating-point parameters: with so many in one of 16 bits, the model is meant to compute in it."""
+
+
+def full_precision(plan: Plan) -> Iterator[Finding]:
+    """Find float32 and float64 parameters where most elements are bfloat16 or float16; buffers may be what they like.
+
+    Of any size: what a small one costs is not its bytes, but that a product with it is float32, and what follows too.
+    """
+    if _casts(plan):
+        return
+    floating = [s for s in plan.tree.values() if s.kind == "parameter" and s.dtype.startswith(("float", "bfloat"))]
+    elements: dict[str, int] = {}
+    for spec in floating:
+        elements[spec.dtype] = elements.get(spec.dtype, 0) + spec.num_elements
+    half = max(("bfloat16", "float16"), key=lambda dtype: elements.get(dtype, 0))
+    if elements.get(half, 0) < HALF_SHARE * max(1, sum(elements.values())):
+        return
+    for spec in floating:
+        if spec.dtype in ("float32", "float64"):
+            here = Coordinate(pipe=spec.places(plan.mesh)[0], data=0, tensor=0, mesh=plan.mesh)
+            local = spec.local_bytes(here)
+            more = human_bytes(local - local * num_bytes(half) // num_bytes(spec.dtype))
+            cause = (
+                f"{spec.type} stands where most of the model is {short_name(half)}: {more} more on a rank, and activations"
+                f" that meet it become {short_name(spec.dtype)}"
+            )
+            fix = f"model.get_parameter({spec.path!r}) to torch.{half} before the schedule, or .silence('SP025', reason=...)"
+            yield Finding("SP025", "warning", spec.path, cause, fix)
+
+
+def _casts(plan: Plan) -> bool:
+    """Whether the target casts all floating-point parameters to one dtype: DeepSpeed with bf16 or fp16 does."""
+    sections = [(plan.config or {}).get(name) for name in ("bf16", "fp16")]
+    return plan.target == "deepspeed" and any(isinstance(s, Mapping) and s.get("enabled") for s in sections)

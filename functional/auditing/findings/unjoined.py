@@ -1,0 +1,94 @@
+"""Split tensors that nothing joins again.
+
+These are signs, found by names and by the order in which modules are registered. Whether parts meet is tried by
+``plan_build`` with ``example_inputs``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ....specs.dtypes import human_bytes
+from ....specs.finding import Finding
+from ....specs.steps import DispatchTokens, Sync, VocabParallel
+from .module_paths import block_of, module_of, modules_around, spans_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ....specs.mesh import MeshAxis
+    from ....specs.param import ParamSpec
+    from ....specs.plan import Plan
+
+_Verdict = Literal["later", "earlier", "never"]
+
+
+def unjoined(plan: Plan) -> Iterator[Finding]:
+    """Find tensors that are split, while nothing after them in their block brings the parts together again.
+
+    The block is the repeated layer that holds the module (``layers.3``), else all that is outside such layers. Modules
+    count as being called in the order in which they are registered; where that alone speaks against it, it is a warning.
+    """
+    first = plan.mesh.coordinate(0)
+    joins = _Joins(plan)
+    for spec in plan.tree.values():
+        for mesh_axis in spec.mesh_axes(first) if spec.kind == "parameter" else ():
+            verdicts = {module: joins.verdict(module, mesh_axis) for module in map(module_of, spec.paths)}
+            for module, verdict in verdicts.items():
+                where = block_of(module) or "the model"
+                size = human_bytes(spec.local_bytes(first))
+                cause = f"{spec.type} is split ({size} a rank), and no synchronisation follows in {where}"
+                if verdict == "never":
+                    yield Finding("SP010", "error", spec.path, cause, _mend(spec, mesh_axis, module, joins.own_rows))
+                elif verdict == "earlier":
+                    sign = f"{cause}, going by the order in which modules are registered"
+                    yield Finding(
+                        "SP011", "warning", spec.path, sign, "If they are called in another order, nothing is wrong"
+                    )
+
+
+class _Joins:
+    """The synchronisations that may bring parts together, and where they stand."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.own_rows = {step.module for step in plan.steps if isinstance(step, VocabParallel)}
+        self._dispatched = {step.module for step in plan.steps if isinstance(step, DispatchTokens)}
+        self._by_module: dict[str, list[Sync]] = {}
+        self._by_block: dict[str, list[Sync]] = {}
+        for step in plan.steps:
+            if isinstance(step, Sync) and step.when in ("forward_pre", "forward_post"):
+                self._by_module.setdefault(step.module, []).append(step)
+                self._by_block.setdefault(block_of(step.module), []).append(step)
+        self._span = spans_of(plan.tree.all_paths)
+        self._split_rows = {
+            module_of(path) for spec in plan.tree.values() for path in spec.paths if any(s.axis == 0 for s in spec.shards)
+        }
+
+    def verdict(self, module: str, mesh_axis: MeshAxis) -> _Verdict:
+        """Tell whether the parts of a module are joined after it, perhaps before it, or not at all."""
+        if mesh_axis == "expert":
+            return "later" if module in self._dispatched else "never"
+        here = self._span[module][0]
+        verdict: _Verdict = "never"
+        around = [step for name in (*modules_around(module), module) for step in self._by_module.get(name, [])]
+        for step in (*around, *self._by_block.get(block_of(module), [])):
+            if step.mesh_axis != mesh_axis:
+                continue
+            start, last = self._span.get(step.module, (len(self._span), len(self._span)))
+            if last >= here if step.when == "forward_post" else start > here:
+                return "later"
+            if step.module not in self._split_rows:  # else it joins the parts of its own module
+                verdict = "earlier"
+        return verdict
+
+
+def _mend(spec: ParamSpec, mesh_axis: MeshAxis, module: str, own_rows: set[str]) -> str:
+    if mesh_axis == "expert":
+        return f"sch.at[{module!r}].expert_parallel(), which splits the experts and sends them the tokens"
+    shard = spec.on(mesh_axis)
+    assert shard is not None, "it is split over this mesh axis"
+    meant = "; if the split output is meant, .sync('forward_post', function) with a function that returns its tensor"
+    over = "" if mesh_axis == "tensor" else f", mesh_axis={mesh_axis!r}"
+    if shard.axis == 1 or module in own_rows:
+        return f"sch.at[{module!r}].sync('forward_post', 'all_reduce'{over})"
+    return f"sch.at[{module!r}].sync('forward_post', 'all_gather', axis=-1{over}), or .rowwise() on what follows{meant}"

@@ -1,0 +1,59 @@
+"""What holds, what may hurt, and what somebody silenced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ....specs.finding import CODES, folded
+from ....specs.fold_layers import fold
+from ....specs.proof import LAWS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ....specs.finding import Finding
+    from ....specs.proof import Proof
+    from ....specs.report import Report
+
+_MOST_CAUSES = 8
+
+
+def verdicts(report: Report) -> dict[str, Any]:
+    """Return the proofs and the findings; those of repeated layers are one."""
+    reasons: dict[str, list[Finding]] = {}
+    for quiet in report.silenced:
+        reasons.setdefault(quiet.reason, []).append(quiet.finding)
+    return {
+        "findings": _findings(report.findings),
+        "silenced": [{**kind, "reason": why} for why, findings in reasons.items() for kind in _findings(findings)],
+        "proofs": [_proof(proof) for proof in report.proofs],
+    }
+
+
+def _findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """Return findings kind by kind, errors first."""
+    kinds: dict[tuple[str, str], list[Finding]] = {}
+    for finding in folded(findings):
+        kinds.setdefault((finding.severity, finding.code), []).append(finding)
+    return [
+        {
+            "code": code,
+            "severity": severity,
+            "title": CODES[code],
+            "cases": [[case.path, case.cause, case.fix] for case in cases],
+        }
+        for (severity, code), cases in sorted(kinds.items(), key=lambda kind: kind[0][0] != "error")
+    ]
+
+
+def _proof(proof: Proof) -> dict[str, Any]:
+    causes: dict[str, list[str]] = {}
+    for path, (cause,) in fold((failure.path, (failure.cause,)) for failure in proof.failures):
+        causes.setdefault(path, []).append(cause)
+    return {
+        "law": proof.law,
+        "says": LAWS[proof.law],
+        "holds": proof.holds,
+        "num_cases": len(proof.failures) or proof.num_cases,
+        "failures": [[path, few, len(all_) - len(few)] for path, all_ in causes.items() for few in [all_[:_MOST_CAUSES]]],
+    }

@@ -1,0 +1,221 @@
+"""Where a schedule comes from: a function of the user's, or the configuration of a transformers model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from ...specs import errors
+from ...specs.errors import PlanError, Problem
+from ...specs.mesh import Mesh
+from ..frontends.graph.inputs import inferred_inputs, with_no_cache
+from ..frontends.graph.schedule import infer_schedule
+from ..frontends.tp_plan.declared import names_no_layer
+from ..frontends.tp_plan.schedule import schedule_from_tp_plan
+from ..frontends.transformers_models import model_classes
+from ..schedule import Schedule, create_schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...specs.param import ParamSpec
+
+
+_PACKAGES = (str(Path(__file__).parent.parent), str(Path(errors.__file__).parent))
+"""Where this package's own code stands, which is never the line that a user looks for."""
+
+
+@frozen
+class Source:
+    """How a schedule is made for any mesh, and the sizes of what its model is called with.
+
+    Args:
+        schedule: The schedule for a mesh.
+        batch: Batch of the example inputs; None if there are none.
+        sequence: Their length; None if there are none, or they have no length.
+    """
+
+    schedule: Callable[[Mesh], Schedule]
+    batch: int | None = None
+    sequence: int | None = None
+
+    def example_inputs(self, sch: Schedule) -> Mapping[str, Any] | None:
+        """Return meta tensors by the names of the model's arguments, None if nobody gave their sizes.
+
+        Raises:
+            PlanError: If a size is missing, or what the model is called with cannot be told.
+        """
+        if self.batch is None and self.sequence is None:
+            return None
+        return _inputs(sch.runtime.model, self.batch, self.sequence)
+
+
+def from_factory(name: str, batch: int | None, sequence: int | None) -> Source:
+    """Return the source that a function ``module:function`` of the user's is: it takes a mesh and returns a schedule.
+
+    Raises:
+        PlanError: If there is no such function, or it raises; with the line of the user's code.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as python -m has it
+    factory = _imported(name)
+
+    def schedule(mesh: Mesh) -> Schedule:
+        made = _run(name, lambda: factory(mesh))
+        if not isinstance(made, Schedule):
+            cause = f"it returns a {type(made).__name__}, not a schedule"
+            raise PlanError([Problem(name, cause, "return create_schedule(model, mesh).at[...]...")])
+        return made
+
+    return Source(schedule, batch, sequence)
+
+
+def from_config(path: Path, batch: int | None, sequence: int | None) -> Source:
+    """Return the source that the configuration of a transformers model is, in a folder or a file; nothing is downloaded.
+
+    The model is split as it declares, else as what it computes allows, and cut evenly along ``pipe``.
+
+    Raises:
+        PlanError: If there is no configuration, or no model for it.
+    """
+    model = _model(path)
+
+    def schedule(mesh: Mesh) -> Schedule:
+        declared = getattr(model, "_tp_plan", None)
+        sch = create_schedule(model, mesh)
+        if declared and not names_no_layer(sch, declared):
+            sch = _said_by(schedule_from_tp_plan(model, mesh), f"_tp_plan of {path}")
+        elif mesh.tensor > 1:
+            sch = _said_by(infer_schedule(model, mesh), f"inferred from {path}")
+        return sch.cut_evenly(mesh.pipe) if mesh.pipe > 1 else sch
+
+    return Source(schedule, batch, sequence)
+
+
+def read_config(file: Path | None) -> dict[str, Any] | None:
+    """Return the configuration of a target that a JSON file holds, None for no file.
+
+    Raises:
+        PlanError: If it is not there, or is no JSON object.
+    """
+    if file is None:
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError([Problem(str(file), f"it cannot be read: {error}", "Give a JSON file")]) from None
+    if not isinstance(config, dict):
+        cause = f"it holds a JSON {type(config).__name__}, not an object"
+        raise PlanError([Problem(str(file), cause, '{"train_batch_size": 8, ...}')])
+    return config
+
+
+def _imported(name: str) -> Callable[[Mesh], object]:
+    module_name, _, function = name.partition(":")
+    if not module_name or not function or module_name.endswith(".py"):
+        stem = module_name.removesuffix(".py").replace("/", ".") or "train"
+        raise PlanError([Problem(name, "it is not module:function", f"Write {stem}:{function or 'schedule'}")])
+    try:
+        module = _run(name, lambda: import_module(module_name))
+    except ModuleNotFoundError as error:
+        cause = f"there is no module {error.name!r}, in {Path.cwd()} or installed"
+        raise PlanError([Problem(name, cause, "Go to the folder that it is in")]) from None
+    found = getattr(module, function, None)
+    if not callable(found):
+        names = ", ".join(sorted(n for n, value in vars(module).items() if inspect.isfunction(value))) or "none"
+        raise PlanError([Problem(name, f"{module_name} has no function {function!r}", f"Its functions are {names}")])
+    return found
+
+
+def _run(name: str, call: Callable[[], Any]) -> Any:
+    """Call the user's code; what it raises is a problem, with the line. What it prints goes to stderr, beside the answer."""
+    try:
+        with redirect_stdout(sys.stderr):
+            return call()
+    except PlanError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name == name.partition(":")[0]:
+            raise  # the module that was asked for, not one that it asks for
+        raise PlanError([_raised(name, error)]) from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and may not end the command
+        raise PlanError([_raised(name, error)]) from error
+
+
+def _raised(name: str, error: Exception | SystemExit) -> Problem:
+    """Return where the user's code stopped: the innermost line that is neither of this package nor of an installed one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(("<", sys.base_prefix))]
+    own = [f for f in own if not f.filename.startswith(_PACKAGES)]
+    where = f"{own[-1].filename}:{own[-1].lineno}" if own else "it"
+    return Problem(name, f"{where} raised {type(error).__name__}: {error}")
+
+
+def _model(path: Path) -> nn.Module:
+    """Return the model of a configuration on the meta device, in the dtype that it names."""
+    from transformers import AutoConfig
+
+    if not path.exists():
+        raise PlanError([Problem(str(path), "there is no such folder or file", "Give a folder with config.json, or that")])
+    try:
+        config: Any = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        raise PlanError([Problem(str(path), f"it holds no configuration of a transformers model: {error}")]) from error
+    causes: list[str] = []
+    for cls in model_classes(config):
+        try:
+            with torch.device("meta"):
+                built: Any = cls
+                return built._from_config(config)  # noqa: SLF001  what AutoModel calls: it heeds the config's dtype
+        except Exception as error:  # noqa: BLE001  a constructor may raise anything; the next one is tried
+            causes.append(f"{cls.__name__} raises {type(error).__name__}: {error}")
+    cause = "; ".join(causes) or "transformers has no model for it"
+    raise PlanError([Problem(str(path), cause, "Build the model in a function: --factory module:function")])
+
+
+def _said_by(sch: Schedule, where: str) -> Schedule:
+    """Return a schedule that no line of the user's code made, with what did make it in the place of one."""
+
+    def named(spec: ParamSpec) -> ParamSpec:
+        return evolve(spec, origin=evolve(spec.origin, where=where)) if spec.origin else spec
+
+    return evolve(sch, tree=sch.tree.map(named))
+
+
+def _inputs(model: nn.Module, batch: int | None, sequence: int | None) -> dict[str, Any]:
+    """Return what a model is called with, as meta tensors of these sizes."""
+    if batch is None:
+        raise PlanError([Problem("--batch", "it is not given, and --sequence is", "Give both")])
+    if hasattr(model, "main_input_name"):
+        inputs = inferred_inputs(model)
+    elif "input_ids" in inspect.signature(model.forward).parameters:
+        inputs = with_no_cache(model, {"input_ids": torch.zeros(1, 1, dtype=torch.long, device="meta")})
+    else:
+        takes = ", ".join(inspect.signature(model.forward).parameters)
+        cause = f"what this {type(model).__name__} is called with cannot be told: its forward takes ({takes})"
+        raise PlanError(
+            [Problem("--batch", cause, "Call the tokens input_ids, or plan in Python: plan_build(schedule, ...)")]
+        )
+    return {name: _sized(name, value, batch, sequence) for name, value in inputs.items()}
+
+
+def _sized(name: str, value: Any, batch: int, sequence: int | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.empty((batch, *value.shape[1:]), dtype=value.dtype, device="meta")
+    if sequence is None:
+        raise PlanError([Problem("--sequence", f"it is not given, and {name} has a length", "Give --batch and --sequence")])
+    return torch.empty((batch, sequence), dtype=value.dtype, device="meta")

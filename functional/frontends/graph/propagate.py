@@ -1,0 +1,230 @@
+"""The axes of every tensor of a graph, and the operations that relate them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import define, evolve, field, frozen
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from ...model.linear import has_forward_of_its_own, linear_of
+from ...verbs.selection import join
+from .export import Traced, module_path, name_of, regions
+from .factors import Factor, block, whole
+from .operator_rules import Axes, Call, Met, follow_call, linear
+
+if TYPE_CHECKING:
+    from ....specs.tree import SpecTree
+    from ...schedule import Schedule
+
+GIVEN = "they are given to the model"
+RETURNED = "the model returns them"
+ELSEWHERE = "its weight is used outside of the module that holds it"
+
+
+@frozen(eq=False)
+class Held:
+    """A tensor of the graph.
+
+    Args:
+        axes: What its axes consist of.
+        is_trained: Whether something trained is behind it.
+        parameter: Path of the tensor of the model that it is, or that it is computed from alone.
+        is_given: Whether it is what the model was called with, as far as its entries go.
+    """
+
+    axes: Axes
+    is_trained: bool = False
+    parameter: str = ""
+    is_given: bool = False
+
+
+@frozen(eq=False)
+class Operation:
+    """One operation of the graph.
+
+    Args:
+        node: Its node.
+        name: The operator.
+        module: Path of the module whose code runs it.
+        inputs: The tensors that it takes.
+        outputs: Those that it gives.
+        weight: Path of the weight, if it is the product of a linear module with it.
+    """
+
+    node: fx.Node
+    name: str
+    module: str
+    inputs: tuple[Held, ...]
+    outputs: tuple[Held, ...]
+    weight: str = ""
+
+
+@define(eq=False)
+class Followed:
+    """What is known of a model's axes.
+
+    Args:
+        model: The model.
+        tree: Its tensors.
+        operations: All operations, in order.
+        tensors: The model's tensors, by canonical path; those that no operation reads are left out.
+        returned: What the model returns.
+        names: Canonical path of each module, by its other paths.
+    """
+
+    model: nn.Module
+    tree: SpecTree
+    names: Mapping[str, str]
+    operations: list[Operation] = field(factory=list)
+    tensors: dict[str, Held] = field(factory=dict)
+    returned: list[Held] = field(factory=list)
+
+
+def follow(sch: Schedule, traced: Traced) -> Followed:
+    """Return what is known of the axes of a schedule's model."""
+    names = {alias: module.path for module in sch.modules for alias in module.aliases}
+    found = Followed(sch.runtime.model, sch.tree, names)
+    values: dict[fx.Node, Any] = {}
+    for node in traced.root.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _placeholder(found, node, traced)
+    found.returned = [held for held in _leaves(_walk(found, traced.root.graph, values)) if isinstance(held, Held)]
+    for held in found.returned:
+        for axis in held.axes:
+            block(axis, RETURNED)
+    return found
+
+
+def _placeholder(found: Followed, node: fx.Node, traced: Traced) -> Any:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return value
+    path = traced.paths.get(node.name, "")
+    if not path:
+        return Held(tuple(whole(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
+    spec = found.tree[path]
+    is_trained = spec.requires_grad and spec.kind == "parameter"
+    if path not in found.tensors:
+        axes = tuple((Factor(size),) if size != 1 else () for size in value.shape)
+        found.tensors[path] = Held(axes, is_trained, path)
+    return found.tensors[path]
+
+
+def _walk(found: Followed, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+    for node in graph.nodes:
+        if node.op == "call_function":
+            values[node] = _call(found, node, values)
+        elif node.op == "output":
+            return _with_values(node.args[0], values)
+    return None
+
+
+def _call(found: Followed, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    for module, arguments in regions(node):
+        inner = [n for n in module.graph.nodes if n.op == "placeholder"]
+        return _walk(found, module.graph, dict(zip(inner, _with_values(arguments, values), strict=True)))
+    if node.target is operator.getitem:
+        of, at = _with_values(node.args, values)
+        return of[at]
+    given = _given(node, values)
+    inputs = tuple(held for held in _leaves(list(given.values())) if isinstance(held, Held))
+    shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in _outputs(node))
+    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and bool(inputs)
+    call = Call(name_of(node), {name: _met(value) for name, value in given.items()}, shapes, is_pointwise)
+    path = found.names.get(module_path(node), module_path(node))
+    weight = _weight(found, call, given, path)
+    if not shapes:
+        return None
+    made = linear(call, out_axis=0 if call.name == "linear" else 1) if weight else follow_call(call)
+    parameters = {held.parameter for held in inputs}
+    common = Held(
+        axes=(),
+        is_trained=any(held.is_trained for held in inputs),
+        parameter=parameters.pop() if len(parameters) == 1 else "",
+        is_given=len(inputs) == 1 and inputs[0].is_given,
+    )
+    outputs = tuple(evolve(common, axes=axes) for axes in made)
+    found.operations.append(Operation(node, call.name, path, inputs, outputs, weight))
+    return list(outputs) if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
+
+
+def _weight(found: Followed, call: Call, given: Mapping[str, Any], module: str) -> str:
+    """Return the path of the weight that a product is with, if its module is a linear one and holds it.
+
+    A weight that is used otherwise is not to be split, as what its module would do then does not happen.
+    """
+    name = {"linear": "weight", "addmm": "mat2", "mm": "mat2", "matmul": "other"}.get(call.name, "")
+    held = given.get(name)
+    owners = {path.rpartition(".")[0] for spec in [found.tree.get(_path_of(held))] if spec for path in spec.paths}
+    is_own = False
+    if isinstance(held, Held) and module in owners:
+        owner = found.model.get_submodule(module)
+        kind = linear_of(owner)
+        is_own = kind is not None and not has_forward_of_its_own(owner) and _is_its_weight(found, held, module, call)
+    if is_own:
+        return _path_of(held)
+    if call.name == "embedding":  # rows of a tied weight
+        return ""
+    for value in given.values():
+        for other in _leaves([value]):
+            if isinstance(other, Held) and other.parameter and _is_linear_weight(found, other):
+                for axis in other.axes:
+                    block(axis, ELSEWHERE)
+    return ""
+
+
+def _is_its_weight(found: Followed, held: Held, module: str, call: Call) -> bool:
+    kind = linear_of(found.model.get_submodule(module))
+    spec = found.tree.get(join(module, "weight"))
+    return kind is not None and spec is found.tree[held.parameter] and kind.out_axis == (call.name != "linear")
+
+
+def _is_linear_weight(found: Followed, held: Held) -> bool:
+    """Tell whether a tensor is the weight of linear modules alone; that of an embedding may be used in many ways."""
+    paths = found.tree[held.parameter].paths
+    modules = [found.model.get_submodule(path.rpartition(".")[0]) for path in paths]
+    return len(held.axes) > 1 and any(linear_of(m) is not None for m in modules) and held is found.tensors[held.parameter]
+
+
+def _path_of(value: object) -> str:
+    return value.parameter if isinstance(value, Held) else ""
+
+
+def _given(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults."""
+    schema = getattr(node.target, "_schema", None)
+    args, kwargs = _with_values(node.args, values), _with_values(node.kwargs, values)
+    if schema is None:
+        return {**{str(at): value for at, value in enumerate(args)}, **kwargs}
+    given = {a.name: a.default_value if a.has_default_value() else None for a in schema.arguments}  # in the schema's order
+    return {**given, **{a.name: value for a, value in zip(schema.arguments, args, strict=False)}, **kwargs}
+
+
+def _with_values(arguments: Any, values: dict[fx.Node, Any]) -> Any:
+    return map_aggregate(arguments, lambda n: values.get(n) if isinstance(n, fx.Node) else n)
+
+
+def _outputs(node: fx.Node) -> list[Any]:
+    value = node.meta.get("val")
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _met(value: Any) -> Any:
+    if isinstance(value, Held):
+        return Met(value.axes)
+    return [_met(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, Mapping):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value

@@ -1,0 +1,1 @@
+"""Weights and optimizer states out of a running job, and back."""

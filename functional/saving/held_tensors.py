@@ -1,0 +1,95 @@
+"""The tensors that this rank holds of a plan, found in what ``execute`` returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...specs.dtypes import short_name
+from ...specs.errors import PlanError, Problem
+from ..model.copy import get_tensor
+from ..pipeline.stage_module import StageModule
+
+if TYPE_CHECKING:
+    from ...specs.mesh import Coordinate
+    from ...specs.param import ParamSpec
+    from ...specs.plan import Plan
+
+_EXAMPLE = "model, optimizer = execute(plan); then give this model"
+
+
+def held_tensors(plan: Plan, model: Any, coordinate: Coordinate) -> Mapping[str, Tensor]:
+    """Return the tensors that a rank holds, by canonical path, in the order of the plan; buffers that are not saved too.
+
+    Args:
+        plan: What was executed.
+        model: What ``execute`` returned: a module, DDP or DeepSpeed's engine around it, a pipeline.
+        coordinate: Where the rank stands.
+
+    Raises:
+        PlanError: If tensors are not there, or not as planned.
+    """
+    mine = [spec for spec in plan.tree.values() if coordinate.pipe in spec.places(plan.mesh)]
+    modules = modules_of(model, mine)
+    found: dict[str, Tensor] = {}
+    problems: list[Problem] = []
+    for spec in mine:
+        tensor = next((t for m in modules for path in spec.paths if (t := _tensor(m, path)) is not None), None)
+        shape = None if tensor is None else tuple(getattr(tensor, "ds_shape", tensor.shape))
+        local = None if tensor is None else own_part(tensor)
+        shape = tuple(local.shape) if local is not tensor and local is not None else shape
+        if local is None or tensor is None:
+            problems.append(Problem(spec.path, "the model does not have it on this rank", _EXAMPLE, spec.type))
+        elif shape != spec.local_shape(coordinate) or local.dtype != getattr(torch, spec.dtype):
+            dtype = str(local.dtype).removeprefix("torch.")
+            cause = f"the model has {dtype}{list(shape or ())} on this rank, and the plan {short_name(spec.dtype)}"
+            cause += f"{list(spec.local_shape(coordinate))}"
+            problems.append(Problem(spec.path, cause, _EXAMPLE, spec.type))
+        elif local.is_meta:
+            problems.append(Problem(spec.path, "it is on meta, and has no values", _EXAMPLE, spec.type))
+        else:
+            found[spec.path] = local
+    if problems:
+        raise PlanError(problems)
+    return found
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor: of a DTensor the local one, which is always the same object."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def modules_of(model: Any, specs: Iterable[ParamSpec]) -> tuple[nn.Module, ...]:
+    """Return the modules that hold some tensors: this rank's stages, or what is left when runtimes are taken off.
+
+    Raises:
+        TypeError: If it is nothing that ``execute`` returns.
+    """
+    if not isinstance(model, nn.Module):
+        stages = getattr(model, "modules", None)
+        if isinstance(stages, tuple) and all(isinstance(stage, nn.Module) for stage in stages):
+            return stages
+        msg = f"it is the model that execute returned, not a {type(model).__name__}: model, optimizer = execute(plan)"
+        raise TypeError(msg)
+    stages = tuple(module for module in model.modules() if isinstance(module, StageModule))
+    if stages:
+        return stages
+    first = next(iter(specs), None)
+    while (
+        first is not None
+        and _tensor(model, first.path) is None
+        and isinstance(model.__dict__["_modules"].get("module"), nn.Module)
+    ):
+        model = model.__dict__["_modules"]["module"]
+    return (model,)
+
+
+def _tensor(module: nn.Module, path: str) -> Tensor | None:
+    try:
+        found = get_tensor(module, path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, Tensor) else None

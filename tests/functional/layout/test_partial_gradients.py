@@ -1,0 +1,96 @@
+"""Gradients that would be partial are found while planning, by following parts through a forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from shardplan.functional import create_schedule, plan_build
+from shardplan.specs import Mesh, PlanError
+from tests.helpers.models import llama, split_llama
+
+TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 128}
+
+
+def causal(name):
+    config = getattr(transformers, f"{name}Config")(**SIZES, num_key_value_heads=4)
+    with torch.device("meta"):
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+class Scaled(nn.Module):
+    """A whole tensor between two split ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8, device="meta"), nn.Linear(8, 4, device="meta")
+        self.scale = nn.Parameter(torch.empty((), device="meta"))
+
+    def forward(self, x):
+        return self.down(self.up(x) * self.scale)
+
+
+def refusal(sch, **inputs):
+    with pytest.raises(PlanError) as caught:
+        plan_build(sch, example_inputs=inputs)
+    return str(caught.value)
+
+
+def test_a_whole_parameter_that_meets_parts_is_refused():
+    sch = create_schedule(Scaled(), Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise().at["scale"].init(1.0)
+    message = refusal(sch, x=torch.empty(2, 4))
+    assert message.startswith("1 problem\n  scale  f32[]: it is whole, and meets parts of an activation in its module")
+
+
+def test_a_frozen_one_has_no_gradient_to_lose():
+    model = Scaled()
+    model.scale.requires_grad_(requires_grad=False)
+    sch = create_schedule(model, Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise().at["scale"].init(1.0)
+    assert plan_build(sch, example_inputs={"x": torch.empty(2, 4)})
+
+
+def test_norms_of_split_heads_are_found_in_qwen_3():
+    message = refusal(split_llama(causal("Qwen3"), Mesh(tensor=2)), **TOKENS)
+    assert "model.layers.{0..1}.self_attn.q_norm.weight  f32[128]: it is whole, and meets parts" in message
+    assert "model.layers.{0..1}.self_attn.k_norm.weight" in message
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma2", "Mistral"])
+def test_sound_layouts_are_accepted(name):
+    assert plan_build(split_llama(causal(name), Mesh(data=2, tensor=2)), example_inputs=TOKENS)
+
+
+def test_a_missing_sum_of_gradients_is_found_with_its_mend():
+    sch = create_schedule(llama(), Mesh(tensor=2))
+    sch = sch.at["**.[qkv]_proj.weight"].shard(axis=0).at["**.o_proj"].rowwise()
+    message = refusal(sch, **TOKENS)
+    assert "model.layers.{0..1}.self_attn.q_proj: a whole activation meets parts here" in message
+    assert "sch.at['model.layers.*.self_attn.q_proj'].sync('backward_post', 'all_reduce')" in message
+    assert plan_build(sch.at["**.self_attn"].sync("backward_post", "all_reduce"), example_inputs=TOKENS)
+
+
+def test_a_synchronised_module_that_is_not_called_is_refused():
+    class Direct(Scaled):
+        def forward(self, x):
+            return nn.functional.linear(self.up(x), self.down.weight, self.down.bias)
+
+    model = Direct()
+    model.scale = None
+    sch = create_schedule(model, Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise()
+    assert "down: it is not called in this forward pass, so that nothing is synchronised there" in refusal(
+        sch, x=torch.empty(2, 4)
+    )
+
+
+def test_written_views_are_followed():
+    class Buffered(Scaled):
+        def forward(self, x):
+            out = torch.zeros(x.shape[0], 8)
+            out[:, :4] = self.up(x)
+            return out * self.scale
+
+    sch = create_schedule(Buffered(), Mesh(tensor=2)).at["up"].colwise().at["scale"].init(1.0)
+    assert "scale  f32[]: it is whole, and meets parts" in refusal(sch, x=torch.empty(2, 4))

@@ -1,0 +1,114 @@
+"""Real processes for real claims: a function run by several ranks, with gloo on loopback."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+from attrs import frozen
+
+
+@frozen
+class Outcome:
+    """What one rank ended with: a result, or the error's type and text."""
+
+    result: object = None
+    error: str = ""
+    trace: str = ""
+
+
+def run_ranks(job, num_ranks, *args, timeout=120, world_size=None, shared=None):
+    """Return the outcome of ``job(rank, *args)`` for each of ``num_ranks`` processes; none is left behind.
+
+    They are forked from a process that has imported everything, so that each is fresh and starts at once. What all of them
+    would make anew, such as the plan of an exported model, is made once, before they part, by ``shared(*args)``; then the
+    job is ``job(rank, shared, *args)``.
+    """
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.preload"])
+    with tempfile.TemporaryDirectory() as folder:
+        family = context.Process(
+            target=_fork, args=(job, num_ranks, world_size or num_ranks, Path(folder), args, shared), daemon=True
+        )
+        family.start()
+        try:
+            family.join(timeout)
+            files = [Path(folder, f"{rank}.pkl") for rank in range(num_ranks)]
+            missing = [rank for rank, file in enumerate(files) if not file.exists()]
+            assert not (missing and family.is_alive()), f"ranks {missing} were still running after {timeout} s"
+            assert not missing, f"the process that starts the ranks ended with exit code {family.exitcode}"
+            return [pickle.loads(file.read_bytes()) for file in files]
+        finally:
+            if family.is_alive():
+                with suppress(ProcessLookupError):
+                    os.killpg(family.pid, signal.SIGKILL)
+                family.kill()
+            family.join(10)
+
+
+def results(outcomes):
+    """Return the results of all ranks; fail with the first rank's trace if one has an error."""
+    for rank, outcome in enumerate(outcomes):
+        assert not outcome.error, f"rank {rank}: {outcome.trace}"
+    return [outcome.result for outcome in outcomes]
+
+
+def _fork(job, num_ranks, world_size, folder, args, shared):
+    import torch
+
+    os.setpgid(0, 0)  # so that it is ended together with its ranks
+    torch.set_num_threads(1)
+    try:
+        args = args if shared is None else (shared(*args), *args)
+    except Exception as error:
+        for rank in range(num_ranks):
+            _write(folder, rank, _failed(error))
+        return
+    children = []
+    for rank in range(num_ranks):
+        child = os.fork()
+        if not child:
+            _enter(job, rank, world_size, folder, args)
+        children.append(child)
+    for rank, child in enumerate(children):
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not Path(folder, f"{rank}.pkl").exists():
+            text = f"the process ended with exit code {code}"
+            _write(folder, rank, Outcome(error=text, trace=text))
+
+
+def _enter(job, rank, world_size, folder, args):
+    try:
+        import torch.distributed as dist
+
+        os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        try:
+            outcome = Outcome(result=job(rank, *args))
+        except Exception as error:
+            outcome = _failed(error)
+        _write(folder, rank, outcome)
+        os._exit(0)  # no destroy_process_group: a rank that failed must not wait for the others
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _failed(error):
+    return Outcome(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+
+
+def _write(folder, rank, outcome):
+    partial = folder / f"{rank}.part"
+    partial.write_bytes(pickle.dumps(outcome))
+    partial.rename(folder / f"{rank}.pkl")
