@@ -16,6 +16,7 @@ from ..specs.errors import PlanError, Problem
 from ..specs.json_values import not_plain
 from ..specs.mesh import Mesh, MeshAxis
 from ..specs.param import ParamSpec
+from ..specs.paths import join
 from ..specs.plan import Plan, misfits
 from ..specs.program import InitProgram
 from ..specs.source import Loaded, Made, ModuleValues, OwnValues, Uninitialised, Unknown
@@ -56,7 +57,6 @@ from .pipeline.plan_stages import cut, is_cut, place, tied_across, wrong_for_sta
 from .planning.shared_gradients import shared_gradients
 from .planning.value_steps import Strategy, born_sharded, from_files, local_only, route
 from .schedule import Schedule
-from .verbs.selection import join
 
 if TYPE_CHECKING:
     from torch import Tensor

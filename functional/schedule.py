@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
-from attrs import evolve, field, frozen
-from attrs.validators import instance_of
+from attrs import evolve, frozen
 from torch import nn
 
+from ..specs.declaration import Declaration
 from ..specs.errors import Problem
 from ..specs.finding import Silence
 from ..specs.json_values import is_plain
-from ..specs.listing import declared
 from ..specs.mesh import Mesh, MeshAxis
+from ..specs.paths import join, module_of
+from ..specs.pipeline import By, Even
 from ..specs.plan import Runtime
 from ..specs.program import Fill, InitProgram, Operation
 from ..specs.shard import Split
 from ..specs.source import Made, TensorCall
-from ..specs.steps import ForkRng, LayoutStep, SetAttributes, SumGradient, Sync, SyncOp, When
+from ..specs.steps import ForkRng, SetAttributes, SumGradient, Sync, SyncOp, When
 from .model.callables import register
-from .model.read import ModuleSpec, read_modules, read_tensors
-from .pipeline.cuts import By, Even, wrong_even, wrong_handed
+from .model.read import read_modules, read_tensors
 from .verbs import modules as module_verbs
-from .verbs.checks import wrong_attribute, wrong_fill, wrong_silence, wrong_sync
+from .verbs.checks import wrong_attribute, wrong_even, wrong_fill, wrong_handed, wrong_silence, wrong_sync
 from .verbs.edits import (
     edited,
-    module_of,
+    module_at,
     or_unmatched,
     own_tensors,
     selected_modules,
@@ -38,10 +38,7 @@ from .verbs.edits import (
     with_layout,
     wrong,
 )
-from .verbs.selection import At, join
-
-if TYPE_CHECKING:
-    from ..specs.tree import SpecTree
+from .verbs.selection import At
 
 
 def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
@@ -77,63 +74,21 @@ def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
 
 
 @frozen
-class Schedule:
+class Schedule(Declaration):
     """How a model is to be split. Immutable: a verb gives a new schedule.
 
     ``sch.at[pattern]`` selects modules and tensors; the verbs after it apply to them. What is wrong is collected in
     ``problems`` and raised by ``plan_build``, all at once.
-
-    Args:
-        mesh: The ranks.
-        tree: Every tensor with what was said of it.
-        modules: Every module.
-        layout: Changes of how modules compute, in order.
-        cuts: Modules after which a pipeline stage ends.
-        leaves: Modules that run as they are, as one operation of a stage.
-        handed: The modules of each stage, where they were handed over.
-        even: The stages that are to be balanced, if any.
-        silences: Findings of the audit that are known and meant.
-        problems: What is wrong so far.
-        pattern: What the verbs apply to.
-        runtime: Model and callables; outside equality.
     """
 
-    mesh: Mesh = field(validator=instance_of(Mesh))
-    tree: SpecTree = field(repr=False)
-    modules: tuple[ModuleSpec, ...] = field(repr=False)
-    layout: tuple[LayoutStep, ...] = field(default=(), repr=False)
-    cuts: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    handed: tuple[tuple[str, ...], ...] = ()
-    even: Even | None = None
-    silences: tuple[Silence, ...] = ()
-    problems: tuple[Problem, ...] = field(default=(), converter=tuple, repr=False)
-    pattern: str | None = field(default=None, eq=False)
-    runtime: Runtime = field(factory=Runtime, eq=False, repr=False)
-
     @property
-    def at(self) -> At:
+    def at(self) -> At[Schedule]:
         """``sch.at[pattern]``: the same schedule, with a selection.
 
         ``*`` stands for anything within one name, ``**`` across names, ``[qkv]`` for one of these characters,
         ``{gate,up}`` for one of these names. A pattern that matches nothing is a problem.
         """
         return At(self)
-
-    def __str__(self) -> str:
-        return declared(self.mesh, self.tree, self.layout, self.cuts, self.silences)
-
-    @property
-    def selected(self) -> str:
-        """The pattern in force.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        if self.pattern is None:
-            msg = "a verb needs a selection: sch.at[pattern].verb(...)"
-            raise ValueError(msg)
-        return self.pattern
 
     def expect(self, num: int) -> Schedule:
         """Say how many modules and tensors the pattern selects; another number is a problem."""
@@ -184,7 +139,7 @@ class Schedule:
             for name, value in attributes.items()
             if (
                 problem := wrong_attribute(
-                    module, module_of(self, module), name, value, earlier.get((module.path, name), value)
+                    module, module_at(self, module), name, value, earlier.get((module.path, name), value)
                 )
             )
         ]
@@ -271,7 +226,7 @@ class Schedule:
         chosen = {path for spec in selected_tensors(self) for path in spec.paths}
         for module in selected_modules(self):
             owned = {path for spec in own_tensors(self, module) if spec.requires_grad for path in spec.paths}
-            mine = {path for path in owned if path.rpartition(".")[0] == module.path}
+            mine = {path for path in owned if module_of(path) == module.path}
             found = mine if name is None else mine & {join(module.path, name)}
             if not found:
                 held = ", ".join(sorted(mine)) or "none"
@@ -383,7 +338,7 @@ class Schedule:
             stages: One module a stage. The first is called with the example inputs, each other one with what the one before
                 gave: a tensor, or a tuple of tensors.
         """
-        names = {id(module_of(self, module)): module.path for module in self.modules}
+        names = {id(module_at(self, module)): module.path for module in self.modules}
         if problem := wrong_handed(stages, names):
             return wrong(self, problem)
         paths = [names[id(stage)] for stage in stages]

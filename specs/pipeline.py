@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from attrs import field, frozen
 from frozendict import deepfreeze
 
 from .dtypes import short_name
 from .json_values import check_plain
+
+By = Literal["parameters", "flops"]
+"""Weight by which stages are balanced: elements of parameters, or floating-point operations of a forward pass."""
 
 Size = int | str
 """A size of a tensor's axis: a number, or the name of one that may differ from batch to batch, or a formula of names."""
@@ -215,3 +218,16 @@ class Pipeline:
     example: tuple[ExampleInput, ...] = ()
     sizes: tuple[VariableSize, ...] = ()
     conditions: tuple[str, ...] = ()
+
+
+@frozen
+class Even:
+    """A wish for balanced stages.
+
+    Args:
+        num_stages: Number of stages.
+        by: Weight by which they are balanced.
+    """
+
+    num_stages: int
+    by: By

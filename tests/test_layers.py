@@ -23,6 +23,11 @@ CONTRACTS = [
     for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 ]
 OFFENCES = {
+    "one way, from the command line to the records": (
+        "functional/layout/hooks.py",
+        "from ..planning import value_steps",
+        "shardplan.functional.layout.hooks -> shardplan.functional.planning.value_steps",
+    ),
     "specs know nothing of how": ("specs/__init__.py", "import numpy", "shardplan.specs -> numpy"),
     "audit and interpreter need no torch": (
         "functional/interpreter/dry_run.py",
@@ -30,14 +35,14 @@ OFFENCES = {
         "shardplan.functional.interpreter.dry_run -> torch",
     ),
     "planning has no way to an effect": (
-        "functional/schedule.py",
-        "from . import effects",
-        "shardplan.functional.schedule -> shardplan.functional.interpreter.torch_effects",
+        "functional/frontends/verb_calls.py",
+        "from ..interpreter import torch_effects",
+        "shardplan.functional.frontends.verb_calls -> shardplan.functional.interpreter.torch_effects",
     ),
     "only build stands on execute": (
-        "functional/layout/device_mesh.py",
+        "functional/pytest_plugin.py",
         "from .execute import execute",
-        "shardplan.functional.layout.device_mesh -> shardplan.functional.execute",
+        "shardplan.functional.pytest_plugin -> shardplan.functional.execute",
     ),
 }
 """For each contract a file, a line that breaks it, and the chain that is then reported."""
@@ -83,22 +88,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_a_function_is_not_hidden_by_the_file_of_its_name():
     names = sorted({path.stem for path in (ROOT / "functional").glob("*.py")} & {*functional.__all__})
-    assert names == [
-        "audit",
-        "build",
-        "diff",
-        "execute",
-        "from_shards",
-        "gather",
-        "html_report",
-        "load_optimizer",
-        "materialize",
-        "reshard",
-        "resolve",
-        "save_checkpoint",
-        "search",
-        "transfer",
-    ]
+    assert names == ["audit", "build", "diff", "execute", "search"]
     code = "import sys\nimport shardplan.functional as functional\n" + "".join(
         f"""
 import shardplan.functional.{name}
@@ -164,23 +154,29 @@ def test_a_contract_can_fail(copy, name):
     status, said = lint(copy)
     assert status == 1
     assert [other for other in CONTRACTS if f"{other} BROKEN" in said] == [name]
-    assert chain in said
+    assert chain in " ".join(said.split())
 
 
 EFFECTFUL = {
-    *(
-        "agreement.py",
-        "device_mesh.py",
-        "dtensor.py",
-        "effects.py",
-        "execute.py",
-        "gather.py",
-        "local_calls.py",
-        "messages.py",
-        "standing.py",
-    ),
-    *("sync.py", "training_state.py", "transfer.py"),  # sync.py makes operators, for later
+    "functional/dialects/deepspeed/dialect.py",
+    "functional/dialects/deepspeed/pipeline.py",
+    "functional/dialects/gradient_norm.py",
+    "functional/dialects/torch/pipeline.py",
+    "functional/execute.py",
+    "functional/interpreter/standing.py",
+    "functional/interpreter/torch_effects.py",
+    "functional/interpreter/world.py",
+    "functional/layout/collectives.py",
+    "functional/layout/device_mesh.py",
+    "functional/layout/dtensor.py",
+    "functional/layout/dtensor_hooks.py",
+    "functional/saving/dcp.py",
+    "functional/saving/gather.py",
+    "functional/saving/messages.py",
+    "functional/saving/optimizer_states.py",
+    "functional/saving/transfer.py",
 }
+"""The layers that carry a plan out, wrap a module, or save; ``layout`` makes operators, hooks and DTensors, for later."""
 
 
 def imports_distributed(path):
@@ -191,5 +187,5 @@ def imports_distributed(path):
 
 
 def test_only_the_effectful_side_imports_torch_distributed():
-    files = [*(ROOT / "specs").glob("*.py"), *(ROOT / "functional").glob("*.py")]
-    assert {path.name for path in files if imports_distributed(path)} == EFFECTFUL
+    files = [*(ROOT / "specs").rglob("*.py"), *(ROOT / "functional").rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in files if imports_distributed(path)} == EFFECTFUL

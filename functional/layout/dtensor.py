@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..model.copy import get_tensor, like, put_tensor, tied
-from ..planning.dtensor_steps import placements
 from .dtensor_hooks import call_locally
 
 if TYPE_CHECKING:
@@ -39,6 +38,21 @@ def to_dtensors(module: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh, devic
         for path in spec.tie:
             put_tensor(module, path, tied(get_tensor(module, path), first))
     call_locally(module)
+
+
+def placements(spec: ParamSpec, mesh: Mesh) -> dict[MeshAxis, int | None]:
+    """Return the dimensions of the device mesh that a tensor is on, each with the axis that it splits; None for none.
+
+    All are on ``tensor``, on ``data`` only those that it splits: of others ``fully_shard`` may still make its own parts, and
+    nothing says that their gradients are the same along it.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Shard
+    >>> placements(ParamSpec("down.weight", (8, 4), "float32", shards=(Shard(1),)), Mesh(data=2, tensor=2))
+    {'tensor': 1}
+    """
+    split: dict[MeshAxis, int] = {shard.mesh_axis: shard.axis for shard in spec.shards if mesh.num(shard.mesh_axis) > 1}
+    on: tuple[MeshAxis, ...] = ("data", "tensor") if "data" in split else ("tensor",)
+    return {mesh_axis: split.get(mesh_axis) for mesh_axis in on}
 
 
 def _dtensor(local: Tensor, spec: ParamSpec, on: Mapping[MeshAxis, int | None], device_mesh: DeviceMesh) -> DTensor:

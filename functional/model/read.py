@@ -6,30 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...specs.dtypes import is_known
 from ...specs.errors import Problem
+from ...specs.module import ModuleSpec
 from ...specs.param import Kind, ParamSpec
 from ...specs.source import ModuleValues, Unknown
 from ...specs.tree import SpecTree
-
-
-@frozen
-class ModuleSpec:
-    """One module of a model.
-
-    Args:
-        path: The first path under which ``named_modules`` meets it; ``""`` for the model itself.
-        type: ``module:qualname`` of its class.
-        aliases: Its other paths.
-    """
-
-    path: str
-    type: str
-    aliases: tuple[str, ...] = ()
 
 
 def read_modules(model: nn.Module) -> tuple[ModuleSpec, ...]:

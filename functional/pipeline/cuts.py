@@ -4,76 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...specs.errors import PlanError, Problem
 from ...specs.json_values import thawed
-from ...specs.pipeline import TensorInput
+from ...specs.pipeline import Even, TensorInput
 from ..layout.local_model import following, local_copy
 from ..model.read import named_tensors
 
 if TYPE_CHECKING:
     from .export import Subject
 
-By = Literal["parameters", "flops"]
-"""What is balanced: elements of parameters, or floating-point operations of a forward pass."""
-
-
 _NO_CHAIN = "no ModuleList or Sequential holds repeated modules with parameters"
-
-
-@frozen
-class Even:
-    """Stages that are to be balanced.
-
-    Args:
-        num_stages: How many.
-        by: What is balanced.
-    """
-
-    num_stages: int
-    by: By
-
-
-def wrong_even(num_stages: object, by: object) -> Problem | None:
-    """Return what is wrong with a wish for balanced stages, if anything."""
-    if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
-        return Problem("cut_evenly", f"num_stages is a positive integer, not {num_stages!r}", "sch.cut_evenly(4)")
-    if by not in get_args(By):
-        return Problem("cut_evenly", f"stages cannot be balanced by {by!r}", f"There are {', '.join(get_args(By))}")
-    return None
-
-
-def wrong_handed(stages: object, names: Mapping[int, str]) -> Problem | None:
-    """Return what is wrong with stages that were handed over, if anything.
-
-    Args:
-        stages: What was given.
-        names: The paths of the model's modules, by their identities.
-    """
-    fix = "sch.with_stages([model.first, model.second])"
-    if not isinstance(stages, (list, tuple)) or not stages:
-        what = "an empty one" if isinstance(stages, (list, tuple)) else f"a {type(stages).__name__}"
-        return Problem("with_stages", f"it takes a list of modules, not {what}", fix)
-    for stage in stages:
-        if id(stage) not in names:
-            what = repr(stage) if isinstance(stage, str) else f"a {type(stage).__name__}"
-            get = f"Give the module itself: model.get_submodule({stage!r})" if isinstance(stage, str) else fix
-            return Problem("with_stages", f"a stage is a module of the model, and this is none: {what}", get)
-    paths = [names[id(stage)] for stage in stages]
-    for path in paths:
-        around = [other for other in paths if other != path and f"{path}.".startswith(f"{other}." if other else "")]
-        if around or paths.count(path) > 1:
-            other = f"inside {around[0] or '(model)'!r}" if around else "given twice"
-            cause = f"a module belongs to one stage, and {path or '(model)'!r} is {other}"
-            return Problem("with_stages", cause, "Give each part of the model once")
-    return None
 
 
 def wrong_cuts(cuts: Sequence[str], leaves: Sequence[str]) -> Iterator[Problem]:

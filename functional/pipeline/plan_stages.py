@@ -19,17 +19,17 @@ from .partition import Partition, partition
 from .sequential import chain, is_sequence, slices
 
 if TYPE_CHECKING:
+    from ...specs.declaration import Declaration
     from ...specs.mesh import Mesh
     from ...specs.tree import SpecTree
-    from ..schedule import Schedule
 
 
-def is_cut(sch: Schedule) -> bool:
+def is_cut(sch: Declaration) -> bool:
     """Tell whether anything was said of stages."""
     return bool(sch.cuts or sch.handed or sch.even)
 
 
-def wrong_stages(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> list[Problem]:
+def wrong_stages(sch: Declaration, example_inputs: Mapping[str, Any] | None) -> list[Problem]:
     """Return what is wrong with what was said of stages, as far as it can be seen without the model's code."""
     problems = list(wrong_cuts(sch.cuts, sch.leaves))
     said = [
@@ -67,7 +67,7 @@ def wrong_for_stages(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], l
             yield Problem(step.module, cause, f"Let it run as it is: sch.at[{step.module!r}].leaf()")
 
 
-def cut(sch: Schedule, tree: SpecTree, layout: Sequence[LayoutStep], example_inputs: Mapping[str, Any]) -> Partition:
+def cut(sch: Declaration, tree: SpecTree, layout: Sequence[LayoutStep], example_inputs: Mapping[str, Any]) -> Partition:
     """Return the stages that a schedule declares.
 
     Raises:
@@ -98,7 +98,7 @@ def tied_across(mesh: Mesh, tree: SpecTree) -> list[SumTied]:
     ]
 
 
-def _left_out(sch: Schedule) -> list[Problem]:
+def _left_out(sch: Declaration) -> list[Problem]:
     """Return the tensors that no stage holds, where the stages were handed over."""
     paths = [path for stage in sch.handed for path in stage]
     prefixes = tuple(f"{path}." if path else "" for path in paths)

@@ -49,21 +49,6 @@ def as_dtensors(plan: Plan) -> Plan:
     return evolve(plan, steps=steps)
 
 
-def placements(spec: ParamSpec, mesh: Mesh) -> dict[MeshAxis, int | None]:
-    """Return the dimensions of the device mesh that a tensor is on, each with the axis that it splits; None for none.
-
-    All are on ``tensor``, on ``data`` only those that it splits: of others ``fully_shard`` may still make its own parts, and
-    nothing says that their gradients are the same along it.
-
-    >>> from shardplan.specs import Mesh, ParamSpec, Shard
-    >>> placements(ParamSpec("down.weight", (8, 4), "float32", shards=(Shard(1),)), Mesh(data=2, tensor=2))
-    {'tensor': 1}
-    """
-    split: dict[MeshAxis, int] = {shard.mesh_axis: shard.axis for shard in spec.shards if mesh.num(shard.mesh_axis) > 1}
-    on: tuple[MeshAxis, ...] = ("data", "tensor") if "data" in split else ("tensor",)
-    return {mesh_axis: split.get(mesh_axis) for mesh_axis in on}
-
-
 def _in_mesh_order(over: tuple[MeshAxis, ...]) -> list[int]:
     return [get_args(MeshAxis).index(mesh_axis) for mesh_axis in over]
 

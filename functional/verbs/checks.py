@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard, get_args
+from collections.abc import Mapping
+from typing import TypeGuard, get_args
 
 from torch import Tensor, nn
 
@@ -10,16 +11,14 @@ from ...specs.errors import Problem
 from ...specs.finding import CODES, LOUD
 from ...specs.json_values import is_plain
 from ...specs.mesh import MeshAxis
+from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
+from ...specs.paths import join
 from ...specs.pattern import closest
+from ...specs.pipeline import By
 from ...specs.shard import Shard, Split
 from ...specs.steps import SyncOp, When
 from ..layout.apply import first_argument
-from .selection import join
-
-if TYPE_CHECKING:
-    from ..model.read import ModuleSpec
-
 
 _OPTIONS = "Options are blocks=(n, ...), interleaved=n, granule=n, replicate, uneven, allow_empty, pad_to_multiple=n"
 
@@ -170,3 +169,38 @@ def _is_pair(value: object) -> TypeGuard[tuple[int, int]]:
 
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def wrong_even(num_stages: object, by: object) -> Problem | None:
+    """Return what is wrong with a wish for balanced stages, if anything."""
+    if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
+        return Problem("cut_evenly", f"num_stages is a positive integer, not {num_stages!r}", "sch.cut_evenly(4)")
+    if by not in get_args(By):
+        return Problem("cut_evenly", f"stages cannot be balanced by {by!r}", f"There are {', '.join(get_args(By))}")
+    return None
+
+
+def wrong_handed(stages: object, names: Mapping[int, str]) -> Problem | None:
+    """Return what is wrong with stages that were handed over, if anything.
+
+    Args:
+        stages: What was given.
+        names: The paths of the model's modules, by their identities.
+    """
+    fix = "sch.with_stages([model.first, model.second])"
+    if not isinstance(stages, (list, tuple)) or not stages:
+        what = "an empty one" if isinstance(stages, (list, tuple)) else f"a {type(stages).__name__}"
+        return Problem("with_stages", f"it takes a list of modules, not {what}", fix)
+    for stage in stages:
+        if id(stage) not in names:
+            what = repr(stage) if isinstance(stage, str) else f"a {type(stage).__name__}"
+            get = f"Give the module itself: model.get_submodule({stage!r})" if isinstance(stage, str) else fix
+            return Problem("with_stages", f"a stage is a module of the model, and this is none: {what}", get)
+    paths = [names[id(stage)] for stage in stages]
+    for path in paths:
+        around = [other for other in paths if other != path and f"{path}.".startswith(f"{other}." if other else "")]
+        if around or paths.count(path) > 1:
+            other = f"inside {around[0] or '(model)'!r}" if around else "given twice"
+            cause = f"a module belongs to one stage, and {path or '(model)'!r} is {other}"
+            return Problem("with_stages", cause, "Give each part of the model once")
+    return None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from torch import nn
 
+from ...specs.declaration import D, Declaration
 from ...specs.errors import Problem
+from ...specs.paths import join
 from ...specs.shard import Split
 from ...specs.steps import DispatchTokens, MaskPadding, SetAttributes, VocabParallel
 from ..model.linear import linear_of
 from .checks import wrong_embedding
 from .edits import (
     joined_sizes,
-    module_of,
+    module_at,
     of_kind,
     or_unmatched,
     own_tensors,
@@ -25,22 +27,18 @@ from .edits import (
     with_syncs,
     wrong,
 )
-from .selection import join
-
-if TYPE_CHECKING:
-    from ..schedule import Schedule
 
 _LINEAR = "nn.Linear and transformers' Conv1D"
 _SPELLED = '.shard("weight", axis=...) and .sync(...)'
 
 
-def colwise(sch: Schedule, *, gather_output: bool, sequence_axis: int | None, **split: Unpack[Split]) -> Schedule:
+def colwise(sch: D, *, gather_output: bool, sequence_axis: int | None, **split: Unpack[Split]) -> D:
     """Return the schedule with the output features of the selected modules split."""
     if problem := _wrong_axis(sch, sequence_axis):
         return wrong(sch, problem)
     sch, linears = of_kind(sch, linear_of, "colwise", _LINEAR, _SPELLED)
     for module in linears:
-        kind = linear_of(module_of(sch, module))
+        kind = linear_of(module_at(sch, module))
         assert kind is not None, "the kind was checked"
         bias, weight = join(module.path, "bias"), join(module.path, "weight")
         sch = split_named(sch, "colwise", [module], "weight", kind.out_axis, **split)
@@ -60,13 +58,13 @@ def colwise(sch: Schedule, *, gather_output: bool, sequence_axis: int | None, **
     return sch
 
 
-def rowwise(sch: Schedule, *, split_input: bool, sequence_axis: int | None, **split: Unpack[Split]) -> Schedule:
+def rowwise(sch: D, *, split_input: bool, sequence_axis: int | None, **split: Unpack[Split]) -> D:
     """Return the schedule with the input features of the selected modules split."""
     if problem := _wrong_axis(sch, sequence_axis):
         return wrong(sch, problem)
     sch, linears = of_kind(sch, linear_of, "rowwise", _LINEAR, _SPELLED)
     for module in linears:
-        kind = linear_of(module_of(sch, module))
+        kind = linear_of(module_at(sch, module))
         assert kind is not None, "the kind was checked"
         sch = split_named(sch, "rowwise", [module], "weight", kind.in_axis, **split)
         if split_input:
@@ -81,7 +79,7 @@ def rowwise(sch: Schedule, *, split_input: bool, sequence_axis: int | None, **sp
     return sch
 
 
-def vocab_parallel(sch: Schedule, *, sequence_axis: int | None, **split: Unpack[Split]) -> Schedule:
+def vocab_parallel(sch: D, *, sequence_axis: int | None, **split: Unpack[Split]) -> D:
     """Return the schedule with the rows of the selected embeddings split."""
 
     def is_embedding(module: nn.Module) -> bool:
@@ -91,7 +89,7 @@ def vocab_parallel(sch: Schedule, *, sequence_axis: int | None, **split: Unpack[
         return wrong(sch, problem)
     sch, embeddings = of_kind(sch, is_embedding, "vocab_parallel", "nn.Embedding", ".colwise() for a head")
     for module in embeddings:
-        if problem := wrong_embedding(module, module_of(sch, module)):
+        if problem := wrong_embedding(module, module_at(sch, module)):
             sch = wrong(sch, problem)
         sch = split_named(sch, "vocab_parallel", [module], "weight", 0, **split)
         path = join(module.path, "weight")
@@ -108,11 +106,11 @@ def vocab_parallel(sch: Schedule, *, sequence_axis: int | None, **split: Unpack[
     return sch
 
 
-def expert_parallel(sch: Schedule) -> Schedule:
+def expert_parallel(sch: D) -> D:
     """Return the schedule with the experts of the selected modules spread over ``expert``."""
     sch = or_unmatched(sch, modules=True)
     for module in selected_modules(sch):
-        num = getattr(module_of(sch, module), "num_experts", None)
+        num = getattr(module_at(sch, module), "num_experts", None)
         held = own_tensors(sch, module)
         alike = [spec for spec in held if spec.orig_shape and spec.orig_shape[0] == num]
         if not isinstance(num, int) or not held or len(alike) < len(held):
@@ -127,7 +125,7 @@ def expert_parallel(sch: Schedule) -> Schedule:
     return sch
 
 
-def _wrong_axis(sch: Schedule, axis: object) -> Problem | None:
+def _wrong_axis(sch: Declaration, axis: object) -> Problem | None:
     """Return what is wrong with the axis along which a sequence is split, if anything."""
     if axis is None or (isinstance(axis, int) and not isinstance(axis, bool)):
         return None
@@ -135,7 +133,7 @@ def _wrong_axis(sch: Schedule, axis: object) -> Problem | None:
     return Problem(sch.selected, cause, "sequence_axis=1")
 
 
-def _consecutive(sch: Schedule, path: str, what: str) -> Schedule:
+def _consecutive(sch: D, path: str, what: str) -> D:
     """Return the schedule, with a problem if what the ranks hold of a tensor, one after the other, is not the tensor."""
     spec = sch.tree[path]
     shard = spec.on("tensor")

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Generic
 
 from attrs import evolve, frozen
 
+from ...specs.declaration import D
 from ...specs.errors import Problem
 from ...specs.pattern import compile_pattern
 
-if TYPE_CHECKING:
-    from ..schedule import Schedule
-
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent.parent)
 
 
 @frozen
-class At:
+class At(Generic[D]):
     """``sch.at``: waits for a pattern in brackets."""
 
-    schedule: Schedule
+    schedule: D
 
-    def __getitem__(self, pattern: str) -> Schedule:
+    def __getitem__(self, pattern: str) -> D:
         if not isinstance(pattern, str):
             msg = f"sch.at[pattern] takes one string, not {pattern!r}; several names are written {{a,b}}"
             raise TypeError(msg)
@@ -33,15 +31,6 @@ class At:
             problem = Problem(pattern, str(error), "Close it, or write ? for a bracket that belongs to a name")
             return evolve(self.schedule, problems=(*self.schedule.problems, problem), pattern=pattern)
         return evolve(self.schedule, pattern=pattern)
-
-
-def join(module: str, name: str) -> str:
-    """Return the path of what a module names so.
-
-    >>> join("model.norm", "weight"), join("", "weight")
-    ('model.norm.weight', 'weight')
-    """
-    return f"{module}.{name}" if module else name
 
 
 def caller() -> str:

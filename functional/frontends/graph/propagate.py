@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ...model.linear import has_forward_of_its_own, linear_of
-from ...verbs.selection import join
 from .export import Traced, module_path, name_of, regions
 from .factors import Factor, block, whole
 from .operator_rules import Axes, Call, Met, follow_call, linear

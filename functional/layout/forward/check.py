@@ -13,7 +13,6 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ....specs.errors import Problem
 from ....specs.steps import SetAttributes, SetToLocalSize, SumGradient
-from ...verbs.selection import join
 from ..local_model import fake_inputs, following, local_copy
 from .partial_gradients import Parts
 from .run_once import Shortcut

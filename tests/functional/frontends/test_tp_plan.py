@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.transformers_coverage import cover_all, table
 from shardplan.functional import plan_build
 from shardplan.functional.frontends import schedule_from_tp_plan
-from shardplan.functional.frontends.coverage import cover_all, table
 from shardplan.functional.frontends.transformers_models import model_types
 from shardplan.specs import Mesh, PlanError
 from tests.helpers.models import llama

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.functional import DryRun, as_dtensors, audit, execute, plan_build, predict
-from shardplan.functional.planning.dtensor_steps import placements
+from shardplan.functional.layout.dtensor import placements
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Shard, SpecTree
 from shardplan.specs.steps import Agree, AsDTensors, MakeGroups, MakeOptimizer, Wrap
 from tests.helpers.models import llama, schedule, split_llama

@@ -1,4 +1,4 @@
-"""Which models of transformers can be split as they declare: ``python -m shardplan.functional.frontends.coverage``.
+"""Which models of transformers can be split as they declare: ``python -m benchmarks.transformers_coverage``.
 
 Each type is built on the meta device from its default configuration, cut to a few layers; its schedule is planned for
 several numbers of ranks, with a forward pass at local shapes where the whole model runs on fake tensors.
@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import field, frozen
 
-from ...specs.errors import PlanError
-from ...specs.mesh import Mesh
-from ..plan import plan_build
-from .tp_plan.schedule import schedule_from_tp_plan
-from .transformers_models import NUM_LAYERS, declared_model, example_inputs, model_types
+from shardplan.functional.frontends.tp_plan.schedule import schedule_from_tp_plan
+from shardplan.functional.frontends.transformers_models import NUM_LAYERS, declared_model, example_inputs, model_types
+from shardplan.functional.plan import plan_build
+from shardplan.specs.errors import PlanError
+from shardplan.specs.mesh import Mesh
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,7 +124,7 @@ def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
     lines = [
         "# Models of transformers that can be split as they declare",
         "",
-        "Written by `python -m shardplan.functional.frontends.coverage --write docs/coverage.md`.",
+        "Written by `python -m benchmarks.transformers_coverage --write docs/coverage.md`.",
         "",
         f"Counted are the {len(outcomes)} model types of transformers {_version()} that declare a tensor-parallel plan and",
         "build on the meta device from their default configuration, as the first of these that builds: causal language",
@@ -178,12 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in cover_all(options.types or model_types(), jobs=options.jobs, timeout=options.timeout):
         outcomes.append(outcome)
         states = outcome.lost or " ".join("refused" if error else "planned" for error in outcome.errors)
-        print(f"{outcome.model_type}: {states}", file=sys.stderr, flush=True)  # noqa: T201  progress
+        print(f"{outcome.model_type}: {states}", file=sys.stderr, flush=True)
     text = table(outcomes)
     if options.write:
         options.write.write_text(text)
     else:
-        print(text)  # noqa: T201  what it is for
+        print(text)
     return 0
 
 

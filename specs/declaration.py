@@ -1,0 +1,70 @@
+"""What is declared of a model before it is planned: the data of a schedule, to which ``Schedule`` adds the verbs."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from attrs import field, frozen
+from attrs.validators import instance_of
+
+from .errors import Problem
+from .finding import Silence
+from .listing import declared
+from .mesh import Mesh
+from .module import ModuleSpec
+from .pipeline import Even
+from .plan import Runtime
+from .steps import LayoutStep
+from .tree import SpecTree
+
+
+@frozen
+class Declaration:
+    """How a model is to be split, as far as it has been said.
+
+    Args:
+        mesh: The ranks.
+        tree: Every tensor with its declared splits, tags and source.
+        modules: Every module.
+        layout: Changes of how modules compute, in order.
+        cuts: Modules after which a pipeline stage ends.
+        leaves: Modules that run as they are, as one operation of a stage.
+        handed: The modules of each stage, where the user gave them.
+        even: The wish for balanced stages, if any.
+        silences: Findings of the audit that are known and meant.
+        problems: Everything that is wrong so far.
+        pattern: The selection that the next verb applies to.
+        runtime: Model and callables; outside equality.
+    """
+
+    mesh: Mesh = field(validator=instance_of(Mesh))
+    tree: SpecTree = field(repr=False)
+    modules: tuple[ModuleSpec, ...] = field(repr=False)
+    layout: tuple[LayoutStep, ...] = field(default=(), repr=False)
+    cuts: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    handed: tuple[tuple[str, ...], ...] = ()
+    even: Even | None = None
+    silences: tuple[Silence, ...] = ()
+    problems: tuple[Problem, ...] = field(default=(), converter=tuple, repr=False)
+    pattern: str | None = field(default=None, eq=False)
+    runtime: Runtime = field(factory=Runtime, eq=False, repr=False)
+
+    def __str__(self) -> str:
+        return declared(self.mesh, self.tree, self.layout, self.cuts, self.silences)
+
+    @property
+    def selected(self) -> str:
+        """The pattern in force.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.pattern is None:
+            msg = "a verb needs a selection: sch.at[pattern].verb(...)"
+            raise ValueError(msg)
+        return self.pattern
+
+
+D = TypeVar("D", bound=Declaration)
+"""A declaration, or a schedule: an edit of either gives one of the same kind."""
