@@ -1,4 +1,4 @@
-"""Plans of many kinds, built from torch's and transformers' own modules, so that saved ones can be compared with new ones."""
+"""Plans of many kinds, of the modules of torch and transformers, so that saved ones can be compared with new ones."""
 
 from __future__ import annotations
 

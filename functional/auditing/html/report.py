@@ -74,7 +74,7 @@ def _script() -> str:
 
 @cache
 def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(str(__package__)).joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

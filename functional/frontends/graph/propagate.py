@@ -11,6 +11,7 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from ....specs.paths import join
 from ...model.linear import has_forward_of_its_own, linear_of
 from .export import Traced, module_path, name_of, regions
 from .factors import Factor, block, whole

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ....specs.errors import Problem
+from ....specs.paths import join
 from ....specs.steps import SetAttributes, SetToLocalSize, SumGradient
 from ..local_model import fake_inputs, following, local_copy
 from .partial_gradients import Parts
