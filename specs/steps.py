@@ -1,8 +1,8 @@
 """The instructions of a plan: one list for all ranks.
 
 A step names stages, mesh axes and paths, never ranks, groups or intervals. What it asks of one rank is computed by
-``shardplan.functional.interpreter.resolve``. Its ``stage`` is the place along ``pipe`` of the ranks that it is for: where each place has
-one stage, the stage.
+``shardplan.functional.interpreter.resolve``. Its ``stage`` is the place along ``pipe`` of the ranks that it is for:
+where each place has one stage, the stage.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What is promised: the value of an element is a function of (seed, canonical path, flat index in the whole tensor, program)
 alone. No mesh, layout, order, number of threads or other tensor enters it.
 
-- Random *bits* (``functional/init/philox_cpu.py``) are the same on every device and machine, for one version of the random scheme;
+- Random *bits* (``philox_cpu.py``) are the same on every device and machine, for one version of the random scheme;
   the plan names that version, and a plan of another one is refused.
 - *Values* are bit-identical over layouts and runs on one kind of machine with one build of torch. Between devices, CPUs
   of other kinds, or versions of torch they may differ in the last digits, as torch's own erfinv, log and tan do: they are

@@ -1,4 +1,4 @@
-"""Philox 4x32-10 on CUDA, as one Triton kernel for any number of stretches; the same numbers as ``functional/init/philox_cpu.py``."""
+"""Philox 4x32-10 on CUDA, as one Triton kernel for any number of stretches; the same numbers as ``philox_cpu.py``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The interpreter's loop: the steps of a plan, for one rank, over any effects.
 
-With real effects it fills a module; with dry ones (``functional/interpreter/dry_run.py``) it predicts the receipt. It is the same code,
+With real effects it fills a module; with dry ones (``dry_run.py``) it predicts the receipt. It is the same code,
 so that the prediction cannot drift from what happens.
 """
 

@@ -47,7 +47,8 @@ def test_planning_twice_gives_the_same_plan():
 
 def test_every_process_plans_alike():
     code = (
-        "from tests.helpers.models import schedule; from shardplan.functional import plan_build; from shardplan.specs import Mesh;"
+        "from tests.helpers.models import schedule; from shardplan.functional import plan_build;"
+        "from shardplan.specs import Mesh;"
         "print(plan_build(schedule('plain', Mesh(tensor=2))).fingerprint)"
     )
     prints = {
