@@ -183,9 +183,9 @@ class Schedule(Declaration):
         """Send a module's input or output through a collective operator, with its own autograd formula.
 
         The first floating-point tensor among the arguments, or of the result, is meant. What each does on the way forward
-        and to the gradient stands in ``functional/layout/collectives.py``. A gather before a module (``forward_pre``) sums its
-        gradient: it is for modules of which each rank holds another part. Where the next module is whole on every rank, gather after
-        the one before it (``forward_post``).
+        and to the gradient stands in ``functional/layout/collectives.py``. A gather before a module (``forward_pre``) sums
+        its gradient: it is for modules of which each rank holds another part. Where the next module is whole on every rank,
+        gather after the one before it (``forward_post``).
 
         Args:
             when: ``forward_pre`` (the input), ``forward_post`` (the output), ``backward_post`` (the gradient of the input)
