@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from .shard import Interval
 
 Index = tuple[tuple[Interval, ...], ...]
@@ -24,3 +26,12 @@ def whole_index(shape: tuple[int, ...]) -> Index:
     (((0, 4),), ((0, 3),))
     """
     return tuple(((0, size),) if size else () for size in shape)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor, in elements.
+
+    >>> row_major((4, 3, 2))
+    (6, 2, 1)
+    """
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))

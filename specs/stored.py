@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from attrs import field, frozen
 from attrs.validators import deep_iterable, ge, optional
 
@@ -117,3 +119,16 @@ class Folder:
 
     path: str
     files: tuple[StoredFile, ...]
+
+
+@frozen
+class Contents:
+    """The tensors of a checkpoint, by key, in whichever format it is stored.
+
+    Args:
+        folder: The checkpoint's files.
+        tensors: The parts of each tensor; together they cover it, each element once.
+    """
+
+    folder: Folder
+    tensors: Mapping[str, tuple[Part, ...]]

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
-from ...specs.index import Index, index_shape
+from ...specs.index import Index, index_shape, row_major
 from ...specs.shard import Interval
 from ...specs.source import Loaded
 from ...specs.stored import Part, StoredTensor
-from ..init.strided_views import row_major
 
 if TYPE_CHECKING:
     from ...specs.param import ParamSpec

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...specs.index import row_major
 from ..init.numba_cache import compiled
-from ..init.strided_views import row_major
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

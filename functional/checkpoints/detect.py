@@ -1,70 +1,53 @@
-"""What a folder holds by key, whichever format it is in. Only headers are read; no torch."""
+"""Detect a checkpoint's format and list its tensors; only headers are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from attrs import frozen
-
 from ...specs.errors import PlanError, Problem
-from ...specs.stored import Folder, Part
+from ...specs.stored import Contents
+from .formats import dcp, hugging_face, universal
+
+_FORMATS: Mapping[str, Callable[[str], Contents]] = {
+    hugging_face.SINGLE: hugging_face.read,
+    hugging_face.INDEX: hugging_face.read,
+    dcp.METADATA: dcp.read,
+    universal.ZERO: universal.read,
+}
+"""The reader of each format, by the file or folder that marks a checkpoint of that format."""
 
 _FIX = (
     "It holds model.safetensors, or several files and model.safetensors.index.json; or .metadata (DCP); or zero/ (universal)"
 )
-_MARKS = ("model.safetensors", "model.safetensors.index.json", ".metadata", "zero")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NUM_NAMED = 8
 
 
-@frozen
-class Contents:
-    """The tensors of a checkpoint.
-
-    Args:
-        folder: Its files.
-        tensors: For each key the parts that it is made of; together they are the whole tensor.
-    """
-
-    folder: Folder
-    tensors: Mapping[str, tuple[Part, ...]]
-
-
 def read_contents(folder: str) -> Contents:
-    """Return what a folder holds: a Hugging Face one, one of torch's distributed checkpoints, or a universal checkpoint.
+    """Return the tensors of a checkpoint folder in any of the known formats.
 
     Raises:
-        PlanError: If it holds none of them, several, or what is damaged.
+        PlanError: If the folder holds no known format, several of them, or damaged files.
     """
     path = Path(folder)
     if not path.is_dir():
         cause = "it is a file" if path.exists() else "there is no such folder"
         fix = f"Name the folder: {str(path.parent)!r}" if path.exists() else "Download it first, and name where it lies"
         raise PlanError([Problem(folder, cause, fix)])
-    found = [name for name in _MARKS if (path / name).exists()]
-    match found:
-        case []:
-            raise PlanError([_unknown(path)])
-        case [".metadata"]:
-            from .formats import dcp
-
-            return dcp.read(folder)
-        case ["zero"]:
-            from .formats import universal
-
-            return universal.read(folder)
-        case [_]:
-            from .formats import hugging_face
-
-            return hugging_face.read(folder)
-        case _:
-            cause = f"it holds {' and '.join(found)}, and nothing says which of them is meant"
-            raise PlanError([Problem(folder, cause, "Remove what is out of date")])
+    marks = [mark for mark in _FORMATS if (path / mark).exists()]
+    if not marks:
+        raise PlanError([_unknown(path)])
+    if len(marks) > 1:
+        cause = f"it holds {' and '.join(marks)}, and nothing says which of them is meant"
+        raise PlanError([Problem(folder, cause, "Remove what is out of date")])
+    return _FORMATS[marks[0]](folder)
 
 
 def _unknown(path: Path) -> Problem:
+    """Return the problem with a folder in no known format."""
     names = sorted(entry.name for entry in path.iterdir())
-    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]:
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
         cause = f"its weights are in {pickles[0]}, a pickle: reading one can run any code, so that none is read"
         fix = "Convert it: AutoModel.from_pretrained(folder).save_pretrained(other), or DeepSpeed's ds_to_universal"
         return Problem(str(path), cause, fix)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...specs.param import ParamSpec
+    from ...specs.stored import Contents
     from ...specs.tree import SpecTree
-    from .detect import Contents
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _FIX = "Load it with transformers once, and write it with save_pretrained(folder, save_original_format=False)"

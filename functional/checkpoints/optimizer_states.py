@@ -13,7 +13,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.stored import Folder, Part
 from .formats.hugging_face import read_files
 from .formats.manifest import read_manifest
-from .formats.universal import WEIGHTS, read, read_states
+from .formats.universal import WEIGHTS, ZERO, read, read_states
 
 OPTIMIZER = "optimizer.safetensors"
 """The file of the states, beside the weights."""
@@ -59,7 +59,7 @@ def saved_states(folder: str) -> SavedStates:
     Raises:
         PlanError: If it has none, or they are damaged.
     """
-    if (Path(folder) / "zero").is_dir():
+    if (Path(folder) / ZERO).is_dir():
         states, weights = read_states(folder), read(folder)
         named = {WEIGHTS: weights.tensors, **states.tensors}
         files = dict.fromkeys((*states.folder.files, *weights.folder.files))

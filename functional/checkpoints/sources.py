@@ -13,7 +13,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.pattern import closest, compile_pattern
 from ...specs.source import Loaded, Unknown
 from .assembly import Assembly, miscovered
-from .detect import Contents, read_contents
+from .detect import read_contents
 from .formats.strict_json import read_object
 from .key_mapping import Served, family, may_be_missing, model_parts
 from .ties import differ
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ...specs.checkpoint import Checkpoint
     from ...specs.param import ParamSpec
-    from ...specs.stored import Folder
+    from ...specs.stored import Contents, Folder
     from ...specs.tree import SpecTree
 
 

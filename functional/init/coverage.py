@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from .strided_views import row_major
+from ...specs.index import row_major
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A part of a storage: offset, shape and stride, in elements."""

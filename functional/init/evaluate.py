@@ -27,13 +27,14 @@ import torch
 from attrs import define, frozen
 from torch import Tensor
 
+from ...specs.index import row_major
 from ...specs.program import Box, Draw, Fill, InitProgram, Map, Set, What
 from .constants import compute, decode, operator
 from .distributions import sample
 from .flat_runs import elements, first_and_last, runs_of, stretches
 from .philox_cpu import derive_key
 from .random_bits import draw_bits
-from .strided_views import box_shape, row_major
+from .strided_views import box_shape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from attrs import frozen
 
-from .strided_views import row_major
+from ...specs.index import row_major
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

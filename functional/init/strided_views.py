@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from math import prod
-
+from ...specs.index import row_major
 from ...specs.program import Box
-
-
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor, in elements.
-
-    >>> row_major((4, 3, 2))
-    (6, 2, 1)
-    """
-    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def box_of(shape: tuple[int, ...], offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Box | None:

@@ -16,9 +16,8 @@ from attrs import frozen
 from frozendict import frozendict
 
 from ....specs.errors import PlanError, Problem
-from ....specs.stored import Folder, Part, StoredFile
+from ....specs.stored import Contents, Folder, Part, StoredFile
 from ..assembly import miscovered
-from ..detect import Contents
 from .inert_pickle import Entries, Global, Record, read_pickle
 from .torch_save import DTYPES, read_saved
 

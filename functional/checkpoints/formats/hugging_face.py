@@ -9,8 +9,7 @@ from attrs import evolve
 from frozendict import frozendict
 
 from ....specs.errors import PlanError, Problem
-from ....specs.stored import Folder, Part, StoredFile, StoredTensor
-from ..detect import Contents
+from ....specs.stored import Contents, Folder, Part, StoredFile, StoredTensor
 from .manifest import Manifest, is_name, read_manifest, wrong_keys, wrong_lengths
 from .safetensors import read_header
 from .strict_json import read_object

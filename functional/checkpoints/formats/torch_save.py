@@ -19,8 +19,8 @@ from frozendict import frozendict
 
 from ....specs.dtypes import is_known, num_bytes
 from ....specs.errors import PlanError, Problem
+from ....specs.index import row_major
 from ....specs.stored import StoredTensor
-from ...init.strided_views import row_major
 from .inert_pickle import Global, Persistent, Record, read_pickle
 
 _STORAGES: Mapping[str, str] = frozendict(

@@ -13,10 +13,12 @@ from attrs import frozen
 from frozendict import frozendict
 
 from ....specs.errors import PlanError, Problem
-from ....specs.stored import Folder, Part, StoredFile
-from ..detect import Contents
+from ....specs.stored import Contents, Folder, Part, StoredFile
 from .inert_pickle import Entries, Record
 from .torch_save import read_saved
+
+ZERO = "zero"
+"""The folder that marks a universal checkpoint."""
 
 WEIGHTS = "fp32"
 
@@ -109,7 +111,7 @@ def _value(folder: str, file: str, path: str) -> Part | float:
 
 def _parameters(folder: str) -> Iterator[tuple[str, list[str]]]:
     """Iterate over the paths of parameters, and their files in order."""
-    zero = Path(folder) / "zero"
+    zero = Path(folder) / ZERO
     try:
         for entry in sorted(path for path in zero.iterdir() if path.is_dir()):
             yield entry.name, sorted(path.name for path in entry.iterdir() if path.suffix == ".pt")

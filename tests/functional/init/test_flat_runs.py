@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.functional.init.flat_runs import elements, first_and_last, runs_of, stretches
-from shardplan.functional.init.strided_views import box_of, box_shape, row_major
+from shardplan.functional.init.strided_views import box_of, box_shape
+from shardplan.specs.index import row_major
 from tests.helpers.strategies import law
 
 KEY = 5, 6
