@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -51,6 +50,7 @@ from .init.units import Unit, find_units
 from .layout.forward.check import check_forward
 from .layout.forward.microbatch import follow_microbatch
 from .layout.hooks import needed_groups
+from .layout.local_model import LocalModel
 from .model.callables import register
 from .model.linear import has_forward_of_its_own, linear_of
 from .pipeline.plan_stages import cut, is_cut, place, tied_across, wrong_for_stages, wrong_stages
@@ -131,15 +131,16 @@ def plan_build(
     if dialect is not None:
         problems += dialect.check(sch.mesh, tree, layout, config)
     problems += wrong_stages(sch, example_inputs)
+    subject = LocalModel(model, sch.mesh, tree, layout, runtime.callables, example_inputs, sch.leaves)
     if is_cut(sch) and not sch.handed and not problems:
-        problems += wrong_for_stages(sch.mesh, tree, layout, sch.leaves)
+        problems += wrong_for_stages(subject)
     if example_inputs is not None and not problems:
-        problems += check_forward(model, tree, layout, sch.mesh, runtime.callables, example_inputs)
+        problems += check_forward(subject)
     if problems or dialect is None:
         raise PlanError(problems)
     pipeline: Pipeline | None = None
     if is_cut(sch) and example_inputs is not None:
-        found = cut(evolve(sch, runtime=runtime), tree, layout, example_inputs)
+        found = cut(sch, subject)
         pipeline, tree, runtime = found.pipeline, place(tree, found), evolve(runtime, partition=found)
     problems += dialect.check_pipeline(sch.mesh, tree, pipeline, config)
     if problems:
@@ -165,7 +166,6 @@ def plan_build(
         Agree("closing"),
         Wrap(target),
     ]
-    follow = partial(follow_microbatch, model, tree, layout, sch.mesh, runtime.callables)
     return Plan(
         mesh=sch.mesh,
         tree=tree,
@@ -177,7 +177,7 @@ def plan_build(
         folder=folder,
         silences=sch.silences,
         runtime=runtime,
-        microbatch=None if example_inputs is None else follow(example_inputs),
+        microbatch=None if example_inputs is None else follow_microbatch(evolve(subject, tree=tree)),
     )
 
 

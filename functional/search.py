@@ -21,7 +21,7 @@ from .audit import audit
 from .auditing.memory import memory_at
 from .auditing.nearest_meshes import divisors
 from .dialects import find_dialect
-from .layout.local_model import fake_inputs, following, local_copy
+from .layout.local_model import LocalModel, following
 from .pipeline.plan_stages import is_cut
 from .plan import plan_build
 
@@ -307,11 +307,11 @@ def _forward_flops(sch: Schedule, example_inputs: Mapping[str, Tensor] | None) -
     if example_inputs is None:
         return 0
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    one = Mesh().coordinate(0)
-    local = local_copy(sch.runtime.model, sch.tree, (), one, sch.runtime.callables, mode)
+    whole = LocalModel(sch.runtime.model, Mesh(), sch.tree, example_inputs=example_inputs)
+    local = whole.fake_copy(mode)
     counter = FlopCounterMode(display=False)
     with following(mode), torch.no_grad(), counter:
-        local(**fake_inputs(example_inputs))
+        local(**whole.fake_inputs())
     return counter.get_total_flops()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...specs.mesh import Mesh
 from ..layout.forward.check import check_forward
+from ..layout.local_model import LocalModel
 from ..schedule import create_schedule
 
 NUM_LAYERS = 6
@@ -49,7 +50,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     """Return inputs with which the whole model runs on fake tensors, None if none of those that are tried does."""
     sch = create_schedule(model, Mesh())
     for inputs in _candidates(model):
-        if not check_forward(model, sch.tree, (), Mesh(), {}, inputs):
+        if not check_forward(LocalModel(model, sch.mesh, sch.tree, example_inputs=inputs)):
             return inputs
     return None
 

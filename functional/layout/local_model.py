@@ -1,4 +1,4 @@
-"""A model as one rank has it, on fake tensors: local shapes, layout applied. For looking at, never for running."""
+"""A model as the first rank has it, on fake tensors: local shapes, layout applied. For looking at, never for running."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
+from frozendict import frozendict
 from torch import Tensor, nn
 
-from ...specs.mesh import MeshAxis
+from ...specs.mesh import Mesh, MeshAxis
 from ..model.copy import copy_module
 from ..model.fake_values import AnswerZero
 from ..model.read import named_tensors
@@ -25,51 +26,68 @@ from .hooks import group_name, needed_groups
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ...specs.mesh import Coordinate
     from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
 
-def local_copy(
-    model: nn.Module,
-    tree: SpecTree,
-    layout: Sequence[LayoutStep],
-    coordinate: Coordinate,
-    callables: Mapping[str, Any],
-    mode: FakeTensorMode,
-    *,
-    named: bool = False,
-    numbered: bool = False,
-) -> nn.Module:
-    """Return a copy of a model with fake CPU tensors of the local shapes at a coordinate, changed as the layout says.
+@frozen(eq=False)
+class LocalModel:
+    """A model, how it is split, and what it is called with: all that is needed to try it as the first rank has it.
 
-    There are no process groups yet: their names are empty, or with ``named`` their mesh axes, which an export keeps; with
-    ``numbered`` also the place in the layout of the change that communicates, which tells whose an operator is.
+    Args:
+        model: The user's model; it is looked at, never changed.
+        mesh: The ranks.
+        tree: The model's tensors, with their layout.
+        layout: Changes of how modules compute.
+        callables: The user's functions, by name.
+        example_inputs: Tensors and plain values, by the names of the model's arguments; None if there are none.
+        leaves: Modules that an export does not follow, by path.
     """
-    shapes = {id(tensor): tree[path].local_shape(coordinate) for path, _, tensor in named_tensors(model) if path in tree}
 
-    def fake(tensor: Tensor) -> Tensor:
+    model: nn.Module
+    mesh: Mesh
+    tree: SpecTree
+    layout: Sequence[LayoutStep] = ()
+    callables: Mapping[str, Any] = frozendict()
+    example_inputs: Mapping[str, Any] | None = None
+    leaves: tuple[str, ...] = ()
+
+    def fake_copy(self, mode: FakeTensorMode, *, named: bool = False, numbered: bool = False) -> nn.Module:
+        """Return a copy of the model with fake CPU tensors of the first rank's shapes, changed as the layout says.
+
+        Args:
+            mode: The mode of the fake tensors.
+            named: Whether synchronisation groups, which have no process groups yet, are named after their mesh axes, as an
+                export keeps them.
+            numbered: Whether their names also end in the place of the layout step that communicates, which tells whose an
+                operator is.
+        """
+        first = self.mesh.coordinate(0)
+        tensors = named_tensors(self.model)
+        shapes = {id(tensor): self.tree[path].local_shape(first) for path, _, tensor in tensors if path in self.tree}
+
+        def fake(tensor: Tensor) -> Tensor:
+            with mode:
+                return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
+
+        local = copy_module(self.model, fake, for_planning=True)
+        sizes: dict[str, tuple[int, int]] = {m: (self.mesh.num(m), first.index(m)) for m in get_args(MeshAxis)}
+        sizes |= {group_name(m, num): (num, first.index(m) % num) for m, num in needed_groups(self.layout)}
+        # messages between experts are told from those of tensor parallelism, also where no other group has a name
+        groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
         with mode:
-            return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
+            for number, step in enumerate(self.layout):
+                its = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
+                apply_layout(local, step, Local(first, its, self.callables))
+        return local
 
-    local = copy_module(model, fake, for_planning=True)
-    sizes: dict[str, tuple[int, int]] = {m: (coordinate.mesh.num(m), coordinate.index(m)) for m in get_args(MeshAxis)}
-    sizes |= {group_name(m, num): (num, coordinate.index(m) % num) for m, num in needed_groups(layout)}
-    # what experts exchange is told from what tensor parallelism does, also where nothing else has a name
-    groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
-    with mode:
-        for number, step in enumerate(layout):
-            its = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
-            apply_layout(local, step, Local(coordinate, its, callables))
-    return local
-
-
-def fake_inputs(example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model is called with, tensors as those of the mode that is on."""
-    return {
-        name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
-        for name, value in example_inputs.items()
-    }
+    def fake_inputs(self) -> dict[str, Any]:
+        """Return the example inputs with tensors of the fake mode that is on."""
+        assert self.example_inputs is not None, "the caller has asked"
+        return {
+            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+            for name, value in self.example_inputs.items()
+        }
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import torch
 from ...specs.errors import PlanError, Problem
 from ...specs.steps import LayoutStep
 from ..layout.apply import Local
+from ..layout.local_model import LocalModel
 from ..model.read import named_tensors
-from .export import Subject
+from .example_inputs import read_back
 from .partition import Partition, StageCode, partition
 from .sequential import chain
 from .stage_graph import FUNCTIONS
@@ -64,7 +65,8 @@ def planned_partition(plan: Plan, model: nn.Module) -> Partition:
     assert plan.pipeline is not None, "the plan is cut"
     planned = plan.pipeline
     layout = [step for step in plan.steps if isinstance(step, LayoutStep)]
-    subject = Subject(model, plan.tree, layout, plan.mesh, plan.runtime.callables, planned.leaves, planned.example)
+    example_inputs = read_back(planned.example)
+    subject = LocalModel(model, plan.mesh, plan.tree, layout, plan.runtime.callables, example_inputs, planned.leaves)
     found = chain(subject, planned.chain) if planned.chain else partition(subject, planned.cuts)
     pairs = zip(found.pipeline.stages, planned.stages, strict=True)
     different = [number for number, (ours, theirs) in enumerate(pairs) if ours.digest != theirs.digest]

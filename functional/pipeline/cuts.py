@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,13 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...specs.errors import PlanError, Problem
-from ...specs.json_values import thawed
-from ...specs.pipeline import Even, TensorInput
-from ..layout.local_model import following, local_copy
+from ...specs.pipeline import Even
+from ..layout.local_model import LocalModel, following
 from ..model.read import named_tensors
-
-if TYPE_CHECKING:
-    from .export import Subject
 
 _NO_CHAIN = "no ModuleList or Sequential holds repeated modules with parameters"
 
@@ -32,7 +27,7 @@ def wrong_cuts(cuts: Sequence[str], leaves: Sequence[str]) -> Iterator[Problem]:
                 yield Problem(path, cause, f"Cut after {leaf!r}, or do not mark it as a leaf")
 
 
-def even_cuts(subject: Subject, even: Even) -> tuple[str, ...]:
+def even_cuts(subject: LocalModel, even: Even) -> tuple[str, ...]:
     """Return cuts between the modules of the longest chain of repeated ones, so that the stages weigh alike.
 
     With w the weights of the chain's modules, what comes before them added to the first and what comes after to the last,
@@ -103,7 +98,7 @@ def longest_chain(model: nn.Module) -> list[str]:
     return longest
 
 
-def _parameters(subject: Subject, paths: Sequence[str]) -> list[int]:
+def _parameters(subject: LocalModel, paths: Sequence[str]) -> list[int]:
     """Return the elements of each module's parameters; a tied one counts wherever one of its paths is."""
     weights = [0] * len(paths)
     order = {path: number for number, (path, _, _) in enumerate(named_tensors(subject.model))}
@@ -115,17 +110,16 @@ def _parameters(subject: Subject, paths: Sequence[str]) -> list[int]:
     return weights
 
 
-def _flops(subject: Subject, paths: Sequence[str], num_stages: int) -> list[int]:
+def _flops(subject: LocalModel, paths: Sequence[str], num_stages: int) -> list[int]:
     """Return the operations of each module in a forward pass on fake tensors, as torch counts them."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    first = subject.mesh.coordinate(0)
-    local = local_copy(subject.model, subject.tree, subject.layout, first, subject.callables, mode)
+    local = subject.fake_copy(mode)
     done: dict[str, tuple[int, int]] = {}
     counter = FlopCounterMode(display=False)
     for path in paths:
         _count(local.get_submodule(path), path, counter, done)
     with following(mode), torch.no_grad(), counter:
-        local(**_example(subject))
+        local(**subject.fake_inputs())
     if missing := [path for path in paths if path not in done]:
         fix = f'Call it, or sch.cut_evenly({num_stages}, by="parameters")'
         raise PlanError([Problem(path, "it is never called, so that it has no flops", fix) for path in missing])
@@ -146,15 +140,6 @@ def _count(module: nn.Module, path: str, counter: FlopCounterMode, done: dict[st
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
-
-
-def _example(subject: Subject) -> Mapping[str, Any]:
-    return {
-        given.name: torch.empty(given.shape, dtype=getattr(torch, given.dtype), device="cpu")
-        if isinstance(given, TensorInput)
-        else thawed(given.value)
-        for given in subject.example
-    }
 
 
 def _chain_place(paths: Sequence[str], path: str, *, before: bool) -> int:

@@ -8,19 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_map
 
 from ...specs.errors import PlanError, Problem
-from ...specs.json_values import thawed
-from ...specs.pipeline import ExampleInput, PlainInput, TensorInput
 from ...specs.steps import Sync, SyncOp
-from ..layout.local_model import local_copy, quiet
+from ..layout.local_model import LocalModel, quiet
 from ..model.callables import find
 from ..model.rng_state import own_generators
+from .example_inputs import recorded, with_free_sizes
 from .export_hazards import noticing
 from .opaque_calls import LeafCall, Opaque, OpaqueCall, is_opaque
 from .repeat_markers import Repeats
@@ -29,9 +27,6 @@ from .written_out import write_out
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from ...specs.mesh import Mesh
-    from ...specs.steps import LayoutStep
-    from ...specs.tree import SpecTree
 
 _STRANGE_OUTPUT = re.compile(r"Found <class '([^']+)'> in output")
 """How torch says that it cannot take apart what a model returns."""
@@ -60,30 +55,7 @@ class Captured:
     guards: Sequence[str]
 
 
-@frozen
-class Subject:
-    """What is exported: a model as the first rank has it.
-
-    Args:
-        model: The user's model.
-        tree: Its tensors, with their layout.
-        layout: What changes how its modules compute.
-        mesh: The ranks.
-        callables: The user's functions, by name.
-        leaves: Modules that are not followed.
-        example: What the model is called with.
-    """
-
-    model: nn.Module
-    tree: SpecTree
-    layout: Sequence[LayoutStep]
-    mesh: Mesh
-    callables: Mapping[str, Any]
-    leaves: tuple[str, ...]
-    example: tuple[ExampleInput, ...]
-
-
-def capture(subject: Subject, *, training: bool) -> Captured:
+def capture(subject: LocalModel, *, training: bool) -> Captured:
     """Export a model in training or in evaluation.
 
     Raises:
@@ -98,14 +70,13 @@ def capture(subject: Subject, *, training: bool) -> Captured:
     return found
 
 
-def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
+def _export(subject: LocalModel, *, training: bool, once: bool) -> Captured | None:
     """Export a model, repeated modules once where that is possible; return None if it turns out not to be."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
     opaque = Opaque()
     names = [step.op for step in subject.layout if isinstance(step, Sync) and step.op not in get_args(SyncOp)]
     callables = {name: opaque.function(name, find(name, subject.callables)) for name in names}
-    first = subject.mesh.coordinate(0)
-    local = local_copy(subject.model, subject.tree, subject.layout, first, callables, mode, named=True)
+    local = evolve(subject, callables=callables).fake_copy(mode, named=True)
     if not training or not local.training:
         local.train(training)  # else modules that the user has put in evaluation stay so in training
     num_calls: dict[str, int] = {}
@@ -119,7 +90,8 @@ def _export(subject: Subject, *, training: bool, once: bool) -> Captured | None:
         if not isinstance(module, torch.jit.ScriptModule):
             _follow(path, module, open_modules, num_calls)
     repeats.settle(local)
-    inputs, sizes = _inputs(subject.example, mode)
+    assert subject.example_inputs is not None, "a model is exported with them"
+    inputs, sizes = with_free_sizes(recorded(subject.example_inputs)[0], mode)
     noticed: list[Problem] = []
     try:
         with mode, own_generators(0), torch.enable_grad(), quiet(), noticing(open_modules, subject.leaves) as noticed:
@@ -152,22 +124,6 @@ def _range(found: Any) -> tuple[int, int | None]:
     """Return the least and the most of a size; torch says 2 for the least where it has only left out 0 and 1."""
     least = int(found.lower)
     return (0 if least <= 2 else least), int(found.upper) if found.upper.is_Integer else None  # noqa: PLR2004
-
-
-def _inputs(example: tuple[ExampleInput, ...], mode: FakeTensorMode) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the model is called with, and that each size of a tensor may differ as far as the model allows it."""
-    inputs: dict[str, Any] = {}
-    sizes: dict[str, Any] = {}
-    for given in example:
-        match given:
-            case TensorInput(name=name, shape=shape, dtype=dtype):
-                with mode:
-                    inputs[name] = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-                sizes[name] = dict.fromkeys(range(len(shape)), torch.export.Dim.AUTO)
-            case PlainInput(name=name, value=value):
-                inputs[name] = thawed(value)
-                sizes[name] = tree_map(lambda _: None, inputs[name])
-    return inputs, sizes
 
 
 def _follow(path: str, module: nn.Module, open_modules: list[str], num_calls: dict[str, int]) -> None:

@@ -14,7 +14,8 @@ from torch import fx
 from ...specs.errors import PlanError, Problem
 from ...specs.pipeline import Activation, Pipeline, Stage, VariableSize
 from .dataflow import Flow, module_path, read_flow
-from .export import Subject, capture
+from .example_inputs import recorded
+from .export import capture
 from .export_hazards import backward_hooks
 from .min_cut import crossing
 from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from ...specs.tree import SpecTree
+    from ..layout.local_model import LocalModel
 
 _SIZE_IN_GUARD = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 """How torch writes the size of an input."""
@@ -69,7 +71,7 @@ class _Half:
     graphs: list[StageGraph]
 
 
-def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
+def partition(subject: LocalModel, cuts: Sequence[str]) -> Partition:
     """Cut a model after some modules: export it once in training and once in evaluation, and divide both graphs.
 
     Args:
@@ -103,7 +105,7 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
         stages=tuple(stages),
         cuts=train.flow.cuts,
         leaves=subject.leaves,
-        example=subject.example,
+        example=recorded(subject.example_inputs or {})[0],
         sizes=tuple(_both(*(half.names.sizes for half in halves.values()))),
         conditions=tuple(dict.fromkeys(condition for half in halves.values() for condition in _conditions(half))),
     )
@@ -113,7 +115,7 @@ def partition(subject: Subject, cuts: Sequence[str]) -> Partition:
     return Partition(pipeline, tuple(codes), holders(subject.tree, held))
 
 
-def _forgotten(subject: Subject) -> Iterator[Problem]:
+def _forgotten(subject: LocalModel) -> Iterator[Problem]:
     """Iterate over what a model's modules do and no graph of operations says."""
     fix = "Mark the module as a leaf, which runs as it is"
     for path in backward_hooks(subject.model):
@@ -142,7 +144,7 @@ def holders(tree: SpecTree, held: Sequence[set[str]]) -> dict[str, tuple[int, ..
     return found
 
 
-def _half(subject: Subject, cuts: Sequence[str], *, training: bool) -> _Half:
+def _half(subject: LocalModel, cuts: Sequence[str], *, training: bool) -> _Half:
     captured = capture(subject, training=training)
     flow, problems = read_flow(captured, subject.tree, cuts)
     problems = problems or list(flow.torn())

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
-from torch import Tensor
 
-from ...specs.dtypes import is_known
 from ...specs.errors import Problem
-from ...specs.json_values import is_plain
-from ...specs.pipeline import ExampleInput, PlainInput, TensorInput
-from ...specs.steps import ForkRng, LayoutStep, SumTied
+from ...specs.steps import ForkRng, SumTied
 from .cuts import even_cuts, wrong_cuts
-from .export import Subject
+from .example_inputs import recorded
 from .partition import Partition, partition
 from .sequential import chain, is_sequence, slices
 
@@ -22,6 +18,7 @@ if TYPE_CHECKING:
     from ...specs.declaration import Declaration
     from ...specs.mesh import Mesh
     from ...specs.tree import SpecTree
+    from ..layout.local_model import LocalModel
 
 
 def is_cut(sch: Declaration) -> bool:
@@ -46,7 +43,7 @@ def wrong_stages(sch: Declaration, example_inputs: Mapping[str, Any] | None) -> 
         problems.append(Problem("", cause, fix))
     problems += _left_out(sch)
     if said and isinstance(example_inputs, Mapping):
-        problems += _example(example_inputs)[1]
+        problems += recorded(example_inputs)[1]
     if said and example_inputs is None:
         cause = "stages are found by calling the model on fake tensors, and it is not known with what"
         fix = "plan_build(..., example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.long)}); meta tensors will do"
@@ -55,30 +52,28 @@ def wrong_stages(sch: Declaration, example_inputs: Mapping[str, Any] | None) -> 
     return problems
 
 
-def wrong_for_stages(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], leaves: Sequence[str]) -> Iterator[Problem]:
+def wrong_for_stages(subject: LocalModel) -> Iterator[Problem]:
     """Iterate over what an export cannot hold: ranks along ``tensor`` have one graph, and generators stand outside it."""
-    for spec in tree.values():
-        if any(not shard.is_even(spec.orig_shape[shard.axis], mesh) for shard in spec.shards):
+    for spec in subject.tree.values():
+        if any(not shard.is_even(spec.orig_shape[shard.axis], subject.mesh) for shard in spec.shards):
             cause = "its parts differ in size from rank to rank, and a stage has one graph for all of them"
             yield Problem(spec.path, cause, "Split it evenly: pad it, or split it over fewer ranks", spec.type)
-    for step in layout:
-        if isinstance(step, ForkRng) and not any(f"{step.module}.".startswith(f"{leaf}.") for leaf in leaves):
+    for step in subject.layout:
+        if isinstance(step, ForkRng) and not any(f"{step.module}.".startswith(f"{leaf}.") for leaf in subject.leaves):
             cause = "its random numbers differ from rank to rank, which the graph of a stage cannot say"
             yield Problem(step.module, cause, f"Let it run as it is: sch.at[{step.module!r}].leaf()")
 
 
-def cut(sch: Declaration, tree: SpecTree, layout: Sequence[LayoutStep], example_inputs: Mapping[str, Any]) -> Partition:
+def cut(sch: Declaration, subject: LocalModel) -> Partition:
     """Return the stages that a schedule declares.
 
     Raises:
         PlanError: If the model cannot be cut like this.
     """
-    model, callables = sch.runtime.model, sch.runtime.callables
-    subject = Subject(model, tree, layout, sch.mesh, callables, sch.leaves, _example(example_inputs)[0])
     if sch.handed:
         return chain(subject, sch.handed)
     cuts = even_cuts(subject, sch.even) if sch.even else sch.cuts
-    changed = {step.module for step in layout}
+    changed = {step.module for step in subject.layout}
     if is_sequence(subject.model, cuts) and "" not in changed:
         return chain(subject, slices(subject.model, cuts))
     return partition(subject, cuts)
@@ -108,18 +103,3 @@ def _left_out(sch: Declaration) -> list[Problem]:
         for spec in (sch.tree.values() if paths else ())
         if not any(path.startswith(prefixes) for path in spec.paths)
     ]
-
-
-def _example(example_inputs: Mapping[str, Any]) -> tuple[tuple[ExampleInput, ...], list[Problem]]:
-    inputs: list[ExampleInput] = []
-    problems: list[Problem] = []
-    for name, value in example_inputs.items():
-        dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
-        if isinstance(value, Tensor) and is_known(dtype):
-            inputs.append(TensorInput(name, tuple(value.shape), dtype))
-        elif is_plain(value):
-            inputs.append(PlainInput(name, value))
-        else:
-            cause = f"a plan holds tensors and plain values, and this is {type(value).__name__} {dtype}".rstrip()
-            problems.append(Problem(f"example_inputs[{name!r}]", cause, "Leave it out, or give a plain value"))
-    return tuple(inputs), problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,15 +14,13 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ...specs.errors import PlanError, Problem
-from ...specs.pipeline import Pipeline, PlainInput, Stage, TensorInput
-from ..layout.local_model import following, local_copy
+from ...specs.pipeline import ExampleInput, Pipeline, PlainInput, Stage, TensorInput
+from ..layout.local_model import LocalModel, following
+from .example_inputs import recorded
 from .opaque_calls import tensors_of
 from .partition import MODES, Partition, StageCode, holders
 from .stage_graph import StageGraph
 from .symbolic_sizes import SizeNames
-
-if TYPE_CHECKING:
-    from .export import Subject
 
 
 def is_sequence(model: nn.Module, cuts: Sequence[str]) -> bool:
@@ -53,7 +51,7 @@ def slices(model: nn.Module, cuts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     return tuple(stages)
 
 
-def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
+def chain(subject: LocalModel, modules: Sequence[Sequence[str]]) -> Partition:
     """Return the stages of a model whose modules are called one after another, each with what the one before gave.
 
     Args:
@@ -64,9 +62,10 @@ def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
         PlanError: If a call fails, or gives something that is no tensor.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
-    first = subject.mesh.coordinate(0)
-    local = local_copy(subject.model, subject.tree, subject.layout, first, subject.callables, mode)
-    sides: list[list[tuple[str, Tensor]]] = [_inputs(subject, mode)]
+    local = subject.fake_copy(mode)
+    assert subject.example_inputs is not None, "the first stage is called with them"
+    example, _ = recorded(subject.example_inputs)
+    sides: list[list[tuple[str, Tensor]]] = [_inputs(example, mode)]
     graphs: list[fx.Graph] = []
     returns: TreeSpec | None = None
     for paths in modules:
@@ -101,16 +100,16 @@ def chain(subject: Subject, modules: Sequence[Sequence[str]]) -> Partition:
         stages=tuple(stages),
         cuts=tuple(paths[-1] for paths in modules[:-1]),
         chain=tuple(map(tuple, modules)),
-        example=subject.example,
+        example=example,
         sizes=tuple(names.sizes.values()),
     )
     held = [{p for p in subject.tree.all_paths if p.startswith(tuple(f"{path}." for path in paths))} for paths in modules]
     return Partition(pipeline, tuple(codes), holders(subject.tree, held))
 
 
-def _inputs(subject: Subject, mode: FakeTensorMode) -> list[tuple[str, Tensor]]:
+def _inputs(example: tuple[ExampleInput, ...], mode: FakeTensorMode) -> list[tuple[str, Tensor]]:
     inputs: list[tuple[str, Tensor]] = []
-    for given in subject.example:
+    for given in example:
         match given:
             case TensorInput(name=name, shape=shape, dtype=dtype):
                 meta = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -13,13 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
-from ...layout.local_model import local_copy, quiet
+from ...layout.local_model import LocalModel, quiet
 from ...model.rng_state import own_generators
-
-if TYPE_CHECKING:
-    from ....specs.mesh import Mesh
-    from ....specs.steps import LayoutStep
-    from ....specs.tree import SpecTree
 
 
 @frozen(eq=False)
@@ -52,18 +47,10 @@ class Stopped:
     cause: str
 
 
-def trace(
-    model: nn.Module,
-    tree: SpecTree,
-    layout: Sequence[LayoutStep],
-    mesh: Mesh,
-    inputs: Mapping[str, Any],
-    *,
-    training: bool,
-) -> Traced | Stopped:
+def trace(subject: LocalModel, *, training: bool) -> Traced | Stopped:
     """Return what the first rank runs, in training or in evaluation."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    local = local_copy(model, tree, layout, mesh.coordinate(0), {}, mode, named=True)
+    local = subject.fake_copy(mode, named=True)
     local.train(training)
     open_modules: list[str] = []
     for path, module in local.named_modules():
@@ -71,21 +58,18 @@ def trace(
             _follow(module, path, open_modules)
     local.forward = _tensors_only(local.forward)
     with mode:
-        fakes = {
-            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        inputs = subject.fake_inputs()
     try:
         with mode, own_generators(0), torch.no_grad(), quiet():
-            exported: Any = torch.export.export(local, (), fakes, strict=False)
+            exported: Any = torch.export.export(local, (), inputs, strict=False)
     except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
         lines = str(error).strip().splitlines()
         return Stopped(open_modules[-1] if open_modules else "", f"{type(error).__name__}: {lines[0] if lines else ''}")
     paths: dict[str, str] = {}
     given: set[str] = set()
     for spec in exported.graph_signature.input_specs:
-        if spec.target is not None and spec.target in tree:
-            paths[spec.arg.name] = tree[spec.target].path
+        if spec.target is not None and spec.target in subject.tree:
+            paths[spec.arg.name] = subject.tree[spec.target].path
         elif spec.kind is InputKind.USER_INPUT:
             given.add(spec.arg.name)
     return Traced(exported.graph_module, paths, frozenset(given), training)

@@ -10,12 +10,14 @@ What one rank then runs is exported too: it is the same graph with local shapes,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from ....specs.errors import PlanError, Problem
+from ....specs.mesh import Mesh
+from ...layout.local_model import LocalModel
 from ...schedule import Schedule, create_schedule
 from ..verb_calls import Saying, say
 from .dropouts import forked
@@ -26,9 +28,6 @@ from .propagate import Followed, follow
 from .reasons import reasons
 from .regions import Refused, Region, find_regions
 from .vocabularies import Vocabulary, find_vocabularies
-
-if TYPE_CHECKING:
-    from ....specs.mesh import Mesh
 
 _MOST_TRIED = 64
 """Exports that are tried before what is left stays whole."""
@@ -118,10 +117,10 @@ def _split(outcomes: Iterable[Region | Refused]) -> list[Region]:
 
 
 def _followed(sch: Schedule, inputs: Mapping[str, Any]) -> tuple[Followed, Traced]:
-    alone = evolve(sch.mesh, pipe=1, data=1, expert=1, tensor=1)
+    alone = LocalModel(sch.runtime.model, Mesh(), sch.tree, example_inputs=inputs)
     traced: Traced | Stopped | None = None
     for training in (True, False):
-        again = trace(sch.runtime.model, sch.tree, (), alone, inputs, training=training)
+        again = trace(alone, training=training)
         if isinstance(again, Traced):
             return follow(sch, again), again
         traced = traced or again
@@ -146,9 +145,11 @@ def _fit(known: Inference, outcomes: Sequence[Region | Refused]) -> Fitted:
             if not regions and not known.tables:
                 return Fitted(sch, tuple(outcomes))
             tried += 1
-            rank = trace(
-                sch.runtime.model, sch.tree, sch.layout, mesh, known.inputs, training=known.training
-            ) if not sch.problems else Stopped(sch.problems[0].path, sch.problems[0].cause)  # fmt: skip
+            if sch.problems:
+                rank = Stopped(sch.problems[0].path, sch.problems[0].cause)
+            else:
+                split = LocalModel(sch.runtime.model, mesh, sch.tree, sch.layout, example_inputs=known.inputs)
+                rank = trace(split, training=known.training)
             wrong = first_difference(known.found, rank, shapes, changed)
             if wrong is None:
                 return Fitted(sch, tuple(outcomes))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,71 +14,52 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ....specs.errors import Problem
 from ....specs.paths import join
 from ....specs.steps import SetAttributes, SetToLocalSize, SumGradient
-from ..local_model import fake_inputs, following, local_copy
+from ..local_model import LocalModel, following
 from .partial_gradients import Parts
 from .run_once import Shortcut
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ....specs.mesh import Mesh
     from ....specs.param import ParamSpec
-    from ....specs.steps import LayoutStep
     from ....specs.tree import SpecTree
 
 
-def check_forward(
-    model: nn.Module,
-    tree: SpecTree,
-    layout: Sequence[LayoutStep],
-    mesh: Mesh,
-    callables: Mapping[str, Any],
-    example_inputs: Mapping[str, Tensor],
-) -> list[Problem]:
+def check_forward(subject: LocalModel) -> list[Problem]:
     """Return what goes wrong in a forward pass of the first rank: where it stops, gradients that would be partial."""
+    forward, example_inputs = subject.model.forward, subject.example_inputs
     if not isinstance(example_inputs, Mapping):
         return [Problem("example_inputs", "they are tensors by the names of the model's arguments", "{'input_ids': tensor}")]
     try:
-        inspect.signature(model.forward).bind(**example_inputs)
+        inspect.signature(forward).bind(**example_inputs)
     except TypeError as error:
-        fix = f"forward takes {inspect.signature(model.forward)}"
+        fix = f"forward takes {inspect.signature(forward)}"
         return [Problem("example_inputs", f"the model cannot be called with them: {error}", fix)]
-    found = _look(model, tree, layout, mesh, callables, example_inputs, once=True)
+    found = _look(subject, once=True)
     if found is None:  # repeated layers told something: each is looked at, so that all is said
-        found = _look(model, tree, layout, mesh, callables, example_inputs, once=False)
+        found = _look(subject, once=False)
     assert found is not None, "without repetitions all has been looked at"
     return found
 
 
-def _look(
-    model: nn.Module,
-    tree: SpecTree,
-    layout: Sequence[LayoutStep],
-    mesh: Mesh,
-    callables: Mapping[str, Any],
-    example_inputs: Mapping[str, Tensor],
-    *,
-    once: bool,
-) -> list[Problem] | None:
+def _look(subject: LocalModel, *, once: bool) -> list[Problem] | None:
     """Return what goes wrong; None if repeated layers were looked at once, and there is something to say."""
-    first = mesh.coordinate(0)
+    tree, layout, first = subject.tree, subject.layout, subject.mesh.coordinate(0)
     open_modules: list[str] = []
     num_calls: dict[str, int] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    local = local_copy(model, tree, layout, first, callables, mode)
+    local = subject.fake_copy(mode)
     is_split = {path: bool(set(spec.mesh_axes(first)) - {"expert"}) for path, spec in tree.items()}
     parts = Parts(local, tree, open_modules, is_split)
     shortcut = Shortcut(layout, tree, num_calls, known=parts.known)
     with following(mode), torch.no_grad():
         if once:
-            shortcut.watch(model, local)
+            shortcut.watch(subject.model, local)
         for path, module in local.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 _follow(module, path, open_modules, num_calls)
         shortcut.settle(local)
         try:
             with parts:
-                local(**fake_inputs(example_inputs))
+                local(**subject.fake_inputs())
         except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
             path = open_modules[-1] if open_modules else ""
             return None if shortcut.repeated else [_stopped(local, tree, path, error)]

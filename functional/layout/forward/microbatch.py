@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,25 +17,17 @@ from torch.utils._pytree import tree_leaves
 from ....specs.microbatch import Microbatch
 from ....specs.steps import DispatchTokens, SumGradient, Sync
 from ...model.fake_values import DependsOnValuesError
-from ..local_model import fake_inputs, following, local_copy
+from ..local_model import LocalModel, following
 from .collective_counts import SyncCalls
 from .run_once import Shortcut
 from .saved_activations import Kept
 
 if TYPE_CHECKING:
-    from ....specs.mesh import Mesh
     from ....specs.steps import LayoutStep
     from ....specs.tree import SpecTree
 
 
-def follow_microbatch(
-    model: nn.Module,
-    tree: SpecTree,
-    layout: Sequence[LayoutStep],
-    mesh: Mesh,
-    callables: Mapping[str, Any],
-    example_inputs: Mapping[str, Tensor],
-) -> Microbatch | None:
+def follow_microbatch(subject: LocalModel) -> Microbatch | None:
     """Return what one micro-batch of the first rank sends and leaves behind; None if it cannot be followed without values.
 
     The passes are those of CPU tensors: an operator whose kernel for another device keeps something else is counted as here.
@@ -43,45 +35,33 @@ def follow_microbatch(
     operator of a synchronisation, is not seen.
 
     Args:
-        model: The user's model; the copy that is followed is in training where it is.
-        tree: Its tensors, with their layout.
-        layout: What changes how its modules compute.
-        mesh: The ranks.
-        callables: The user's functions, by name.
-        example_inputs: Tensors by the names of the model's arguments, with which ``check_forward`` has found no problem.
+        subject: The model with example inputs in which ``check_forward`` has found no problem. It is in training where the
+            user's model is.
 
     >>> from shardplan.functional import create_schedule
     >>> from shardplan.specs import Mesh
     >>> with torch.device("meta"):
     ...     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> sch = create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["2"].rowwise()
-    >>> found = follow_microbatch(model, sch.tree, sch.layout, sch.mesh, {}, {"input": torch.empty(4, 8, device="meta")})
+    >>> example_inputs = {"input": torch.empty(4, 8, device="meta")}
+    >>> found = follow_microbatch(LocalModel(model, sch.mesh, sch.tree, sch.layout, example_inputs=example_inputs))
     >>> [(call.module, call.direction, call.op, call.num_bytes) for call in found.calls]
     [('2', 'forward', 'all_reduce', 128)]
     """
-    subject = (model, tree, layout, mesh, callables, example_inputs)
     with torch.inference_mode(mode=False):
-        return _followed(*subject, once=True) or _followed(*subject, once=False)
+        return _followed(subject, once=True) or _followed(subject, once=False)
 
 
-def _followed(
-    model: nn.Module,
-    tree: SpecTree,
-    layout: Sequence[LayoutStep],
-    mesh: Mesh,
-    callables: Mapping[str, Any],
-    example_inputs: Mapping[str, Tensor],
-    *,
-    once: bool,
-) -> Microbatch | None:
+def _followed(subject: LocalModel, *, once: bool) -> Microbatch | None:
     """Follow a micro-batch, of repeated layers two with ``once``; return None where that is not possible."""
+    tree, layout = subject.tree, subject.layout
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    local = local_copy(model, tree, layout, mesh.coordinate(0), callables, mode, numbered=True)
+    local = subject.fake_copy(mode, numbered=True)
     num_calls: Counter[str] = Counter()
     shortcut, calls = Shortcut(layout, tree, num_calls), SyncCalls(layout)
     with following(mode), torch.enable_grad():
         if once:
-            shortcut.watch(model, local)
+            shortcut.watch(subject.model, local)
         for path, module in local.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 module.register_forward_pre_hook(partial(_count, num_calls, path))
@@ -89,7 +69,7 @@ def _followed(
         shortcut.settle(local)
         try:
             with calls("forward"), kept:
-                outputs = local(**fake_inputs(example_inputs))
+                outputs = local(**subject.fake_inputs())
             if once and not _is_told_by_others(shortcut, layout, kept):
                 return None
             with calls("backward"):

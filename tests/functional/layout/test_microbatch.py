@@ -14,6 +14,7 @@ from shardplan.functional import create_schedule, plan_build
 from shardplan.functional.layout.forward import saved_activations as kept
 from shardplan.functional.layout.forward.microbatch import follow_microbatch
 from shardplan.functional.layout.forward.saved_activations import blocks
+from shardplan.functional.layout.local_model import LocalModel
 from shardplan.functional.model.repeated_layers import Families
 from shardplan.specs import Mesh, Microbatch, Saved, dumps, loads
 from tests.helpers import families
@@ -175,7 +176,7 @@ def test_each_synchronisation_sends_what_its_table_says(when, op, forward, backw
     model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 8, device="meta"), nn.Tanh())
     sch = create_schedule(model, Mesh(data=2)).at["1"]
     sch = sch.sync(when, op, mesh_axis="data", **({"axis": 0} if op in ("all_gather", "reduce_scatter") else {}))
-    found = follow_microbatch(model, sch.tree, sch.layout, sch.mesh, {}, {"input": torch.empty(2, 4)})
+    found = follow_microbatch(LocalModel(model, sch.mesh, sch.tree, sch.layout, example_inputs={"input": torch.empty(2, 4)}))
     sent = {call.direction: (call.op, call.num_bytes) for call in found.calls}
     assert sent == {way: what for way, what in (("forward", forward), ("backward", backward)) if what}
     assert {(c.module, c.mesh_axis, c.num_calls, c.cargo) for c in found.calls} <= {("1", "data", 1, "activations")}
