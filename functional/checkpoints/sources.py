@@ -14,7 +14,7 @@ from ...specs.pattern import closest, compile_pattern
 from ...specs.source import Loaded, Unknown
 from .assembly import Assembly, miscovered
 from .detect import read_contents
-from .formats.strict_json import read_object
+from .formats.untrusted import read_object
 from .key_mapping import Served, family, may_be_missing, model_parts
 from .ties import differ
 

@@ -11,7 +11,7 @@ from ...specs.dtypes import num_bytes
 from ...specs.receipt import Receipt
 from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take_all
 from ..checkpoints.expected_checksums import known_sums
-from ..checkpoints.formats.rank_file import own_name
+from ..checkpoints.formats.rank_file import rank_file_name
 from .interpret import interpret, message_bytes
 from .ledger import Ledger
 
@@ -98,7 +98,7 @@ class DryRun:
     def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[int]:
         made = [self._allocate(piece.num_bytes) for piece in pieces]
         self.free(self._allocate(staging_bytes(sum(made))))
-        self.ledger.read(own_name(self.rank), sum(made))
+        self.ledger.read(rank_file_name(self.rank), sum(made))
         return made
 
     def check_loaded(self, plan: Plan, *, failed: bool) -> None:

@@ -24,7 +24,7 @@ from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take, take_al
 from ..checkpoints.checksum import MODULUS
 from ..checkpoints.expected_checksums import differing, known_sums
 from ..checkpoints.formats.manifest import read_manifest
-from ..checkpoints.formats.rank_file import damaged, read_own_file, wrong_tensors
+from ..checkpoints.formats.rank_file import damaged, read_rank_file, wrong_tensors
 from ..checkpoints.reader import Files, Reading, read_all
 from ..dialects import find_dialect
 from ..dialects.handover import Handover, Wrapped
@@ -191,7 +191,7 @@ class TorchEffects:
 
     def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Tensor]:
         made = {piece.path: self.empty(piece.shape, piece.spec.dtype) for piece in pieces}
-        own, file, tensors = read_own_file(folder.path, self.rank, _written_for(pieces[0]))
+        own, file, tensors = read_rank_file(folder.path, self.rank, _written_for(pieces[0]))
         if problems := wrong_tensors(file.name, [(p.path, p.spec.dtype, p.shape) for p in pieces], tensors):
             raise PlanError(problems)
         readings = {

@@ -16,7 +16,7 @@ from ...specs.plan import Plan
 from ...specs.program import InitProgram
 from ...specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ...specs.steps import Generate
-from ..checkpoints.formats.rank_file import OwnFile, own_name
+from ..checkpoints.formats.rank_file import RankFile, rank_file_name
 from ..interpreter.resolve import Make, Piece
 from ..interpreter.torch_effects import TorchEffects
 from ..model.callables import find
@@ -68,10 +68,10 @@ def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | No
     copied = nn.Module() if given is None else copy_module(given, on_meta, for_planning=False)
     effects = TorchEffects(here, torch.device("cpu"), given or nn.Module(), copied, plan.runtime.callables)
     types = {spec.path: (spec.dtype, spec.local_shape(here)) for spec in held if not _is_bare(spec)}
-    own = OwnFile(plan.fingerprint, rank, dict.fromkeys(types, 0), dict.fromkeys(_counted(held), 0))
+    own = RankFile(plan.fingerprint, rank, dict.fromkeys(types, 0), dict.fromkeys(_counted(held), 0))
     where = layout(types, own.metadata())
     sums: dict[str, int] = {}
-    path = Path(folder) / own_name(rank)
+    path = Path(folder) / rank_file_name(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import audit, execute, from_shards, materialize, plan_build, predict, save_checkpoint
-from shardplan.functional.checkpoints.formats.rank_file import own_name
+from shardplan.functional.checkpoints.formats.rank_file import rank_file_name
 from shardplan.specs import Checkpoint, Mesh, PlanError, dumps, loads
 from tests.helpers.models import llama, plain, split_llama, split_plain
 from tests.helpers.ranks import results, run_ranks
@@ -79,7 +79,7 @@ def hold(rank, plan, mesh, folder, make):
     made = execute(plan, device="cpu", loss_fn=loss_fn)
     read = execute(started, device="cpu", loss_fn=loss_fn)
     assert read.receipt == predict(started, rank)
-    assert [name for name, _ in read.receipt.reads] == [own_name(rank)]
+    assert [name for name, _ in read.receipt.reads] == [rank_file_name(rank)]
     assert not any(call.op in {"broadcast", "scatter"} for call in read.receipt.collectives)
     return state(made), state(read)
 
@@ -88,7 +88,7 @@ def hold(rank, plan, mesh, folder, make):
 def test_ranks_that_start_from_their_files_hold_what_they_would_have_made(make, mesh, tmp_path):
     plan = make(mesh, tmp_path)
     for rank in range(mesh.num_ranks):
-        assert materialize(plan, rank, tmp_path).name == own_name(rank)
+        assert materialize(plan, rank, tmp_path).name == rank_file_name(rank)
     started = from_shards(plan, tmp_path)
     assert audit(started).ok, str(audit(started))
     assert loads(dumps(started)) == started
@@ -126,7 +126,7 @@ def told(plan, folder):
 
 def test_every_flipped_bit_is_found_and_its_tensor_named(written):
     plan, folder = written
-    file = folder / own_name(1)
+    file = folder / rank_file_name(1)
     data = bytearray(file.read_bytes())
     data[-5] ^= 16
     file.write_bytes(data)
@@ -140,9 +140,9 @@ def test_a_file_of_another_plan_rank_or_length_is_refused(written):
     plan, folder = written
     other = plan_build(split_llama(llama(), TWO), seed=4)
     assert f"it is of plan {plan.fingerprint[:12]}, and this one came from {other.fingerprint[:12]}" in told(other, folder)
-    shutil.copyfile(folder / own_name(0), folder / own_name(1))
+    shutil.copyfile(folder / rank_file_name(0), folder / rank_file_name(1))
     assert "rank 1: PlanError: 1 problem\n  rank-00001.safetensors: it is of rank 0" in told(plan, folder)
-    file = folder / own_name(1)
+    file = folder / rank_file_name(1)
     file.write_bytes(file.read_bytes()[:-9])
     assert "rank-00001.safetensors" in told(plan, folder)
     file.unlink()

@@ -1,1 +1,1 @@
-"""One file a format: what a folder of it holds, read from headers."""
+"""Readers of checkpoint formats, one file each; ``detect.py`` has the table of them."""

@@ -1,7 +1,7 @@
-"""A folder that ``torch.distributed.checkpoint.save`` wrote, read without unpickling. No torch.
+"""A folder that ``torch.distributed.checkpoint.save`` wrote, read without unpickling.
 
-``.metadata`` is a pickle: of each tensor its size, its dtype and its chunks, and of each chunk the stretch of the file
-where ``torch.save`` put it. Names are as in the state dict of the model, wherever that was in what was saved.
+``.metadata`` is a pickle: the size, dtype and chunks of each tensor, and for each chunk the byte range of a file to which
+``torch.save`` wrote it. Tensors get their names in the model's state dict, however deep it was nested when it was saved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from attrs import frozen
@@ -20,6 +19,7 @@ from ....specs.stored import Contents, Folder, Part, StoredFile
 from ..assembly import miscovered
 from .inert_pickle import Entries, Global, Record, read_pickle
 from .torch_save import DTYPES, read_saved
+from .untrusted import are_sizes, is_plain_name, open_regular
 
 METADATA = ".metadata"
 
@@ -42,7 +42,7 @@ _OPTIMIZERS = ("optim", "optimizer", "optimizers", "optim_state_dict", "optimize
 
 @frozen
 class _Chunk:
-    """A box of a tensor, and where it was written."""
+    """A box of a tensor, and the byte range of a file that it was written to."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -52,7 +52,7 @@ class _Chunk:
 
 @frozen
 class _Tensor:
-    """What ``.metadata`` says of a tensor."""
+    """The entry of a tensor in ``.metadata``."""
 
     key: str
     shape: tuple[int, ...]
@@ -61,23 +61,23 @@ class _Tensor:
 
 
 def read(folder: str) -> Contents:
-    """Return the tensors of the model in a folder that torch's distributed checkpoint wrote.
+    """List the model's tensors in a folder that torch's distributed checkpoint wrote.
 
-    A state dict that was saved as it is has its tensors under their names. One within others, as in
-    ``save({"model": model.state_dict(), "optim": ...})`` or under a ``Stateful``, is found by ``planner_data``, which says
-    where in what was saved each tensor was: the only dict of tensors that is no optimizer's, else the one called ``model``,
-    ``module``, ``state_dict`` or ``model_state_dict``, else the outermost. What is not a tensor is not read.
+    A state dict saved at the top has its tensors under their names. A nested state dict, as in
+    ``save({"model": model.state_dict(), "optim": ...})`` or under a ``Stateful``, is found by ``planner_data``, which has
+    the path of each tensor in the saved object: the only dict of tensors that is not an optimizer's, else the dict called
+    ``model``, ``module``, ``state_dict`` or ``model_state_dict``, else the outermost. Only tensors are read.
 
     Raises:
-        PlanError: If a file is missing, cut off or damaged, could run code, or does not hold what ``.metadata`` says.
+        PlanError: If a file is missing, cut off or damaged, could run code, or contradicts ``.metadata``.
     """
     metadata, file = _metadata(folder)
     try:
         chosen = _model(metadata, folder)
         tensors = {name: _tensor(metadata, key) for name, key in chosen.items()}
+    except PlanError:
+        raise
     except (ValueError, TypeError) as error:
-        if isinstance(error, PlanError):
-            raise
         raise PlanError([Problem(METADATA, str(error), _AGAIN)]) from None
     problems: list[Problem] = []
     parts = {name: _parts(folder, tensor, problems) for name, tensor in tensors.items()}
@@ -90,7 +90,13 @@ def read(folder: str) -> Contents:
 
 @frozen(eq=False)
 class _Metadata:
-    """What ``.metadata`` holds: tensors, where in what was saved they were, and where they were written."""
+    """The content of ``.metadata``.
+
+    Args:
+        tensors: Entry of each tensor by key.
+        paths: Path of each tensor in the saved object.
+        places: File, first byte and length of each chunk, by the tensor's key and the chunk's offsets.
+    """
 
     tensors: Mapping[str, Record]
     paths: Mapping[str, tuple[str, ...]]
@@ -98,24 +104,20 @@ class _Metadata:
 
 
 def _metadata(folder: str) -> tuple[_Metadata, StoredFile]:
-    path = Path(folder) / METADATA
+    """Read ``.metadata``."""
+    with open_regular(folder, METADATA, _AGAIN) as opened:
+        data = opened.read(_MAX_BYTES + 1)
+    pickled = read_pickle(data, METADATA, _GLOBALS, _MAX_BYTES)
     try:
-        if not S_ISREG(path.stat().st_mode):
-            raise PlanError([Problem(METADATA, f"it is no file: {path}", _AGAIN)])
-        with path.open("rb") as opened:
-            data = opened.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise PlanError([Problem(METADATA, f"{error.strerror}: {path}", _AGAIN)]) from None
-    whole = read_pickle(data, METADATA, _GLOBALS, _MAX_BYTES)
-    try:
-        found = _understood(whole)
+        found = _parsed(pickled)
     except (ValueError, TypeError) as error:
         raise PlanError([Problem(METADATA, f"it is not as torch writes it: {error}", _AGAIN)]) from None
     return found, StoredFile(METADATA, len(data), sha256(data).hexdigest())
 
 
-def _understood(whole: Any) -> _Metadata:
-    state = _state(whole, f"{_META}Metadata")
+def _parsed(pickled: Any) -> _Metadata:
+    """Return the fields of a pickled ``Metadata`` that matter here."""
+    state = _state(pickled, f"{_META}Metadata")
     tensors: dict[str, Record] = {}
     for key, value in _pairs(state.get("state_dict_metadata")):
         if _text(key) in tensors:
@@ -143,7 +145,7 @@ def _understood(whole: Any) -> _Metadata:
 
 
 def _model(metadata: _Metadata, folder: str) -> dict[str, str]:
-    """Return the keys of the model's tensors, by their names in its state dict."""
+    """Return the key of each of the model's tensors, by its name in the state dict."""
     by_dict: dict[tuple[str, ...], dict[str, str]] = {}
     for key in metadata.tensors:
         *outer, name = metadata.paths.get(key, (key,))
@@ -162,7 +164,7 @@ def _model(metadata: _Metadata, folder: str) -> dict[str, str]:
 
 
 def _tensor(metadata: _Metadata, key: str) -> _Tensor:
-    """Return what is said of a tensor."""
+    """Return the entry of a tensor, checked."""
     state = _state(metadata.tensors[key], f"{_META}TensorStorageMetadata")
     properties = state.get("properties")
     match properties:
@@ -184,7 +186,7 @@ def _tensor(metadata: _Metadata, key: str) -> _Tensor:
             msg = f"it does not say where the chunk of {key!r} at {list(offsets)} is"
             raise ValueError(msg)
         file, *place = metadata.places[key, offsets]
-        if not file or file in {".", ".."} or any(sign in file for sign in ("/", "\\", "\0")):
+        if not is_plain_name(file):
             msg = f"it says that {key!r} is in {file[:80]!r}, which is not in the folder"
             raise ValueError(msg)
         chunks.append(_Chunk(offsets, sizes, file, (place[0], place[1])))
@@ -192,7 +194,7 @@ def _tensor(metadata: _Metadata, key: str) -> _Tensor:
 
 
 def _parts(folder: str, tensor: _Tensor, problems: list[Problem]) -> tuple[Part, ...]:
-    """Return what a tensor is made of, and note what is wrong with it."""
+    """Return the parts of a tensor; problems with them are appended to ``problems``."""
     parts: list[Part] = []
     for chunk in sorted(tensor.chunks, key=lambda chunk: (chunk.file, chunk.place)):
         try:
@@ -213,12 +215,12 @@ def _parts(folder: str, tensor: _Tensor, problems: list[Problem]) -> tuple[Part,
         axes = tuple(range(len(chunk.sizes)))
         parts.append(Part(stored, tuple((0, size) for size in chunk.sizes), chunk.offsets, axes))
     if len(parts) == len(tensor.chunks):
-        problems += _not_tiled(tensor, parts)
+        problems += _uncovered(tensor, parts)
     return tuple(sorted(parts, key=lambda part: part.at))
 
 
-def _not_tiled(tensor: _Tensor, parts: list[Part]) -> Iterator[Problem]:
-    """Iterate over why parts are not the whole tensor, each element once."""
+def _uncovered(tensor: _Tensor, parts: list[Part]) -> Iterator[Problem]:
+    """Iterate over problems if the parts do not cover the tensor, each element once."""
     for part in parts:
         ends = zip(part.at, part.shape, tensor.shape, strict=False)
         if len(part.at) != len(tensor.shape) or any(at + size > length for at, size, length in ends):
@@ -235,7 +237,7 @@ def _not_tiled(tensor: _Tensor, parts: list[Part]) -> Iterator[Problem]:
 
 
 def _state(record: Any, name: str) -> Entries:
-    """Return the fields of an instance of a dataclass."""
+    """Return the fields of a pickled dataclass instance."""
     if not (isinstance(record, Record) and record.name == name and isinstance(record.state, Entries)):
         msg = f"there is no {name.rpartition('.')[2]} where one belongs"
         raise ValueError(msg)
@@ -243,6 +245,7 @@ def _state(record: Any, name: str) -> Entries:
 
 
 def _pairs(entries: Any) -> list[tuple[Any, Any]]:
+    """Return the items of a pickled dict."""
     match entries:
         case Entries():
             return entries.pairs
@@ -254,7 +257,7 @@ def _pairs(entries: Any) -> list[tuple[Any, Any]]:
 
 
 def _size(record: Any) -> tuple[int, ...]:
-    """Return the numbers of a ``torch.Size``."""
+    """Return the lengths in a pickled ``torch.Size``."""
     match record:
         case Record(name="torch.Size", args=(tuple() | list() as sizes,)):
             return _sizes(tuple(sizes))
@@ -264,7 +267,7 @@ def _size(record: Any) -> tuple[int, ...]:
 
 
 def _sizes(values: tuple[Any, ...]) -> tuple[int, ...]:
-    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    if not are_sizes(*values):
         msg = "it has something else where sizes belong"
         raise ValueError(msg)
     return values

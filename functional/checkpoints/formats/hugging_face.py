@@ -1,4 +1,4 @@
-"""A Hugging Face folder: ``model.safetensors``, or several such files and the index of them. No torch."""
+"""A Hugging Face folder: ``model.safetensors``, or several safetensors files and their index."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from frozendict import frozendict
 
 from ....specs.errors import PlanError, Problem
 from ....specs.stored import Contents, Folder, Part, StoredFile, StoredTensor
-from .manifest import Manifest, is_name, read_manifest, wrong_keys, wrong_lengths
+from .manifest import Manifest, is_safetensors_name, read_manifest, wrong_keys, wrong_lengths
 from .safetensors import read_header
-from .strict_json import read_object
+from .untrusted import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,10 +21,10 @@ _AGAIN = "Copy or download the folder again"
 
 
 def read(folder: str) -> Contents:
-    """Return what a Hugging Face folder holds, from the headers of its files, its index, and its manifest if it has one.
+    """List the tensors of a Hugging Face folder from its headers, its index, and its manifest if there is one.
 
     Raises:
-        PlanError: If a file is missing or damaged, or holds other tensors than the index or the manifest says.
+        PlanError: If a file is missing or damaged, or its tensors differ from the index or the manifest.
     """
     manifest = read_manifest(folder)
     by_index = None if (Path(folder) / SINGLE).exists() else _index(folder)
@@ -41,12 +41,12 @@ def read(folder: str) -> Contents:
 def read_files(
     folder: str, names: Iterable[str], manifest: Manifest | None
 ) -> tuple[tuple[StoredFile, ...], dict[str, dict[str, StoredTensor]], list[Problem]]:
-    """Return files of a folder, the tensors in each by key, and what is wrong with them.
+    """Return files of a folder, the tensors in each by key, and the problems found.
 
     Args:
         folder: The folder.
-        names: The files; with a manifest its other ones are checked too.
-        manifest: What was saved, with the sums of the tensors.
+        names: Names of the files to return; files that only the manifest names are checked too.
+        manifest: The folder's manifest; its checksums are attached to the tensors.
     """
     files: list[StoredFile] = []
     held: dict[str, dict[str, StoredTensor]] = {}
@@ -57,7 +57,7 @@ def read_files(
         if name in known:
             continue
         try:
-            file, tensors = read_header(folder, name)
+            file, tensors, _ = read_header(folder, name)
         except PlanError as error:
             problems += error.problems
             continue
@@ -72,9 +72,9 @@ def read_files(
 
 
 def _index(folder: str) -> dict[str, str]:
-    """Return the file of each key, as the index has it."""
+    """Return the file of each key by the index."""
     match read_object(folder, INDEX):
-        case {"weight_map": dict(places)} if places and all(map(is_name, places.values())):
+        case {"weight_map": dict(places)} if places and all(map(is_safetensors_name, places.values())):
             return places
         case _:
             cause = "it has no weight_map that names a .safetensors file of the folder for each tensor"
@@ -82,7 +82,7 @@ def _index(folder: str) -> dict[str, str]:
 
 
 def _with_keys(problems: Iterable[Problem], by_index: Mapping[str, str]) -> Iterator[Problem]:
-    """Iterate over problems; those with a file as a whole say which tensors the index has in it."""
+    """Iterate over problems; a problem of a whole file also names the tensors that the index has in that file."""
     keys: dict[str, list[str]] = {}
     for key, name in by_index.items():
         keys.setdefault(name, []).append(key)
@@ -96,7 +96,7 @@ def _with_keys(problems: Iterable[Problem], by_index: Mapping[str, str]) -> Iter
 
 
 def _wrong_places(by_index: Mapping[str, str], held: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[Problem]:
-    """Iterate over the tensors that are not where the index has them."""
+    """Iterate over tensors that are in another file than the index says."""
     found: dict[str, list[str]] = {}
     for name, tensors in held.items():
         for key in tensors:

@@ -1,8 +1,9 @@
-"""What a pickle says, without doing it: a global is a name, a call of it a record, and nothing is imported or run. No torch.
+"""Read a pickle without running it: a global becomes a name, a call of it a record; nothing is imported.
 
-https://docs.python.org/3/library/pickletools.html: ``genops`` decodes opcodes, numbers and texts, and builds nothing.
-A small machine of our own follows those that torch and dataclasses need; all others are refused, and all globals but
-those that the caller names. What is read is never hashed, compared or printed: it may be nested deep, or hold itself.
+``pickletools.genops`` decodes opcodes, numbers and texts, and builds nothing
+(https://docs.python.org/3/library/pickletools.html). A small stack machine follows the opcodes that torch and dataclasses
+need and refuses the rest, as it refuses every global that the caller does not name. The values read are never hashed,
+compared or printed: they may be nested deep, or contain themselves.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ from typing import Any
 from attrs import Factory, define, frozen
 
 from ....specs.errors import PlanError, Problem
+from .untrusted import AGAIN
 
 FIX = "Nothing was run. If the file is your own, save it as safetensors; if not, do not open it with torch.load either"
 
 
 @frozen(eq=False)
 class Global:
-    """What a pickle names: ``torch.float32``."""
+    """A name that a pickle imports, such as ``torch.float32``."""
 
     name: str
 
 
 @define(eq=False)
 class Record:
-    """What a pickle would call: a global's name, its arguments, and the state that is set afterwards."""
+    """A call that a pickle would make: a global's name, its arguments, and the state that is set afterwards."""
 
     name: str
     args: tuple[Any, ...]
@@ -38,33 +40,33 @@ class Record:
 
 @frozen(eq=False)
 class Persistent:
-    """What lies outside of the pickle, such as the bytes of a tensor."""
+    """A reference to data outside of the pickle, such as the bytes of a tensor."""
 
     value: Any
 
 
 @frozen(eq=False)
 class Entries:
-    """A dict, as keys and values in the order in which they were set; keys may be there twice."""
+    """A dict as the list of its assignments, in order; a key may occur twice."""
 
     pairs: list[tuple[Any, Any]] = Factory(list)
 
     def get(self, name: str) -> Any:
-        """Return the value that was set last under a text; None if there is none."""
+        """Return the value assigned last to a text key; None if there is none."""
         return next((value for key, value in reversed(self.pairs) if isinstance(key, str) and key == name), None)
 
 
 def read_pickle(data: bytes, file: str, globals_: Container[str], max_bytes: int) -> Any:
-    r"""Return what a pickle holds: plain values, tuples, lists, and the classes above for all else.
+    r"""Return the value of a pickle: plain values, tuples, lists, and the classes above in place of other objects.
 
     Args:
         data: The pickle.
-        file: What it is in, for messages.
-        globals_: What it may name, e.g. ``collections.OrderedDict``.
-        max_bytes: More than this is refused.
+        file: Name of its file, for messages.
+        globals_: Names that it may import, e.g. ``collections.OrderedDict``.
+        max_bytes: Longest pickle that is read.
 
     Raises:
-        PlanError: If it names something else, needs another opcode, or is damaged.
+        PlanError: If the pickle imports another name, needs another opcode, or is damaged.
 
     >>> read_pickle(b"cposix\nsystem\n.", "weights.pt", {"collections.OrderedDict"}, 100)
     Traceback (most recent call last):
@@ -74,7 +76,7 @@ def read_pickle(data: bytes, file: str, globals_: Container[str], max_bytes: int
     """
     if len(data) > max_bytes:
         cause = f"its pickle has {len(data)} bytes, and {max_bytes} are the most that is read"
-        raise PlanError([Problem(file, cause, "Copy or download it again")])
+        raise PlanError([Problem(file, cause, AGAIN)])
     machine = _Machine(globals_)
     try:
         for opcode, argument, _ in pickletools.genops(BytesIO(data)):
@@ -86,11 +88,11 @@ def read_pickle(data: bytes, file: str, globals_: Container[str], max_bytes: int
         raise PlanError([Problem(file, str(error), FIX)]) from None
     except (ValueError, TypeError, IndexError, struct.error, OverflowError, MemoryError) as error:
         cause = f"its pickle is damaged: {error}"
-        raise PlanError([Problem(file, cause, "Copy or download it again")]) from None
+        raise PlanError([Problem(file, cause, AGAIN)]) from None
 
 
 class _RefusedError(Exception):
-    """A pickle that could do something."""
+    """A pickle that could run code."""
 
 
 _MARK = object()
@@ -102,14 +104,14 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @define(eq=False)
 class _Machine:
-    """The stack and the memo of a pickle."""
+    """The stack machine of a pickle, for opcodes that only build data."""
 
     globals_: Container[str]
     stack: list[Any] = Factory(list)
     memo: dict[int, Any] = Factory(dict)
 
     def do(self, name: str, argument: Any) -> None:
-        """Do what an opcode says, as far as that is data."""
+        """Execute one opcode."""
         match name:
             case "PROTO" | "FRAME":
                 pass
@@ -130,7 +132,7 @@ class _Machine:
                 self.stack.append(self._made(name, argument))
 
     def result(self) -> Any:
-        """Return the one value that is left."""
+        """Return the only value left on the stack."""
         value = self._pop()
         if self.stack:
             msg = f"{len(self.stack)} values are left over at its end"
@@ -138,7 +140,7 @@ class _Machine:
         return value
 
     def _made(self, name: str, argument: Any) -> Any:
-        """Return what an opcode puts on the stack."""
+        """Return the value that an opcode pushes."""
         if name in _CONSTANTS:
             return _CONSTANTS[name]
         if name in _PLAIN:
@@ -166,7 +168,7 @@ class _Machine:
         return made
 
     def _fill(self, name: str) -> None:
-        """Put values into what is on the stack already."""
+        """Put values into the container, or the state into the record, on top of the stack."""
         match name:
             case "APPEND":
                 value = self._pop()
@@ -207,7 +209,7 @@ class _Machine:
         return self.stack[-1]
 
     def _marked(self) -> list[Any]:
-        """Return what is on the stack after the last mark, and remove it."""
+        """Pop the values above the last mark, and the mark."""
         for place in range(len(self.stack) - 1, -1, -1):
             if self.stack[place] is _MARK:
                 values = self.stack[place + 1 :]

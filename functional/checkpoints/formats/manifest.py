@@ -1,4 +1,4 @@
-"""What a folder that was saved here says of itself in ``manifest.json``, and whether it is so. No torch."""
+"""``manifest.json`` of a folder that ``save_checkpoint`` wrote: lengths of its files and checksums of its tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frozendict import frozendict
 
 from ....specs.errors import PlanError, Problem
 from ....specs.stored import StoredFile
-from .strict_json import read_object
+from .untrusted import is_plain_name, read_object
 
 NAME = "manifest.json"
 FORMAT = "shardplan checkpoint 1"
@@ -23,12 +23,12 @@ _FIX = f"Take a copy that is whole; if something else wrote the folder since, re
 
 @frozen
 class Manifest:
-    """What was saved.
+    """Files, checksums and training settings of a saved folder.
 
     Args:
-        files: Bytes of each file of tensors, by name.
-        sums: Position sums of the tensors in each file, by key.
-        training: What was noted of the training, None for nothing.
+        files: Length of each file of tensors in bytes, by name.
+        sums: Checksums of the tensors in each file, by key.
+        training: Groups of the optimizer; None if it was not saved.
     """
 
     files: frozendict[str, int]
@@ -37,10 +37,10 @@ class Manifest:
 
 
 def read_manifest(folder: str) -> Manifest | None:
-    """Return the manifest of a folder, None if it has none.
+    """Read the manifest of a folder; None if there is none.
 
     Raises:
-        PlanError: If it is damaged.
+        PlanError: If the manifest is damaged.
     """
     if not (Path(folder) / NAME).exists():
         return None
@@ -48,7 +48,7 @@ def read_manifest(folder: str) -> Manifest | None:
         case {"format": str(found)} if found != FORMAT:
             raise PlanError([Problem(NAME, f"its format is {found!r}, and {FORMAT!r} is known", "Take a newer shardplan")])
         case {"format": str(), "files": dict(files), "tensors": dict(tensors), **others} if (
-            all(is_name(name) and type(size) is int for name, size in files.items())
+            all(is_safetensors_name(name) and type(size) is int for name, size in files.items())
             and files.keys() == tensors.keys()
             and all(isinstance(keys, dict) and all(map(_is_sum, keys.values())) for keys in tensors.values())
             and isinstance(training := others.get("training"), (dict, type(None)))
@@ -61,17 +61,17 @@ def read_manifest(folder: str) -> Manifest | None:
             raise PlanError([Problem(NAME, "it is damaged: it lacks files, or the sums of their tensors", _FIX)])
 
 
-def is_name(name: object) -> bool:
-    """Tell whether something names a file of tensors in a folder itself, and nothing outside it.
+def is_safetensors_name(name: object) -> bool:
+    """Tell whether a value is the name of a safetensors file directly in its folder.
 
-    >>> is_name("model.safetensors"), is_name("../model.safetensors")
+    >>> is_safetensors_name("model.safetensors"), is_safetensors_name("../model.safetensors")
     (True, False)
     """
-    return isinstance(name, str) and name.endswith(".safetensors") and not set("/\\\0") & set(name)
+    return isinstance(name, str) and name.endswith(".safetensors") and is_plain_name(name)
 
 
 def wrong_lengths(folder: str, manifest: Manifest) -> Iterator[Problem]:
-    """Iterate over the files of a manifest that are not there, or not as long as they were."""
+    """Iterate over problems with files of a manifest that are missing or have another length."""
     for name, size in manifest.files.items():
         path = Path(folder) / name
         held = _named(manifest.sums[name])
@@ -82,7 +82,7 @@ def wrong_lengths(folder: str, manifest: Manifest) -> Iterator[Problem]:
 
 
 def wrong_keys(file: StoredFile, keys: Collection[str], manifest: Manifest) -> Iterator[Problem]:
-    """Iterate over what a file holds and the manifest has not, or the other way round."""
+    """Iterate over keys that only the file or only the manifest has."""
     sums = manifest.sums.get(file.name)
     if sums is None:
         yield Problem(file.name, f"it is here, and {NAME} does not know it", _FIX)
@@ -100,7 +100,7 @@ def _is_sum(digits: object) -> bool:
 
 
 def _named(keys: Collection[str]) -> str:
-    """Name a tensor of a file, and say how many more there are."""
+    """Return words that name a tensor of a file and count the rest."""
     if not keys:
         return ""
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""

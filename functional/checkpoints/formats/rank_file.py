@@ -1,44 +1,43 @@
-"""The file of a single rank: its parts of all tensors, and for which plan they are. No torch."""
+"""``rank-00017.safetensors``: the shards of one rank, with the plan that they were made for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from attrs import frozen
 
 from ....specs.dtypes import short_name
 from ....specs.errors import PlanError, Problem
 from ....specs.stored import StoredFile, StoredTensor
-from .safetensors import header_bytes, read_header
-from .strict_json import parse_object
+from .safetensors import read_header
+from .untrusted import parse_object
 
 _MARK = "shardplan shard 1"
 _FIX = "Write it again: shardplan materialize plan.json --rank {} -o {}"
 
-Taken = tuple[str, int]
-"""A part of a checkpoint: path of the model's tensor, and number among its parts."""
+PartKey = tuple[str, int]
+"""One part of a loaded tensor: the tensor's path, and the part's number among ``Loaded.parts``."""
 
 
 @frozen
-class OwnFile:
-    """What a file of a single rank says of itself.
+class RankFile:
+    """Metadata of a rank's file.
 
     Args:
         plan: Fingerprint of the plan.
         rank: The rank.
-        sums: Position sum of each tensor in it, by path.
-        loaded: Sums of what the tensors were read from, as far as they count on this rank.
+        sums: Checksum of each tensor in the file, by path.
+        loaded: Checksums of the checkpoint's bytes that this rank read and counts, by part.
     """
 
     plan: str
     rank: int
     sums: Mapping[str, int]
-    loaded: Mapping[Taken, int]
+    loaded: Mapping[PartKey, int]
 
     def metadata(self) -> dict[str, str]:
-        """Return it as the strings that a header holds; they are as long whatever the sums are."""
+        """Return the strings of the header; their length does not depend on the checksums."""
         return {
             "format": _MARK,
             "plan": self.plan,
@@ -48,38 +47,36 @@ class OwnFile:
         }
 
 
-def own_name(rank: int) -> str:
-    """Return the name of a rank's file.
+def rank_file_name(rank: int) -> str:
+    """Return the file name of a rank.
 
-    >>> own_name(17)
+    >>> rank_file_name(17)
     'rank-00017.safetensors'
     """
     return f"rank-{rank:05d}.safetensors"
 
 
-def read_own_file(folder: str, rank: int, plan: str) -> tuple[OwnFile, StoredFile, dict[str, StoredTensor]]:
-    """Return what a rank's file says of itself, the file, and its tensors by path.
+def read_rank_file(folder: str, rank: int, plan: str) -> tuple[RankFile, StoredFile, dict[str, StoredTensor]]:
+    """Read the header of a rank's file: its metadata, the file, and its tensors by path.
 
     Args:
-        folder: The folder of such files.
+        folder: The folder of rank files.
         rank: The rank.
-        plan: Fingerprint of the plan that it is to be for.
+        plan: Fingerprint of the expected plan.
 
     Raises:
-        PlanError: If it is not there, damaged, or of another plan or rank.
+        PlanError: If the file is missing, damaged, or of another plan or rank.
     """
-    name = own_name(rank)
+    name = rank_file_name(rank)
     fix = _FIX.format(rank, folder)
-    file, tensors = read_header(folder, name)
-    with (Path(folder) / name).open("rb") as handle:
-        found = parse_object(header_bytes(handle, file.num_bytes)).get("__metadata__", {})
+    file, tensors, found = read_header(folder, name)
     try:
         sums = {path: int(digits, 16) for path, digits in parse_object(found["sums"].encode()).items()}
         loaded = {(path, number): int(digits, 16) for path, number, digits in json.loads(found["loaded"])}
-        own = OwnFile(found["plan"], int(found["rank"]), sums, loaded)
+        own = RankFile(found["plan"], int(found["rank"]), sums, loaded)
         is_ours = found["format"] == _MARK and sums.keys() == tensors.keys()
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        own, is_ours = OwnFile("", -1, {}, {}), False
+        own, is_ours = RankFile("", -1, {}, {}), False
     if not is_ours:
         raise PlanError([Problem(name, "it does not say for which plan and rank its tensors are", fix)])
     problems: list[Problem] = []
@@ -95,7 +92,13 @@ def read_own_file(folder: str, rank: int, plan: str) -> tuple[OwnFile, StoredFil
 def wrong_tensors(
     name: str, wanted: Iterable[tuple[str, str, tuple[int, ...]]], tensors: Mapping[str, StoredTensor]
 ) -> list[Problem]:
-    """Return the tensors that a rank's file lacks, or has otherwise: path, dtype and local shape are wanted."""
+    """Return problems with tensors that a rank's file lacks or has with another type.
+
+    Args:
+        name: Name of the file.
+        wanted: Path, dtype and local shape of each tensor.
+        tensors: Tensors of the file by path.
+    """
     problems: list[Problem] = []
     for path, dtype, shape in wanted:
         stored = tensors.get(path)
@@ -108,8 +111,8 @@ def wrong_tensors(
     return problems
 
 
-def damaged(name: str, own: OwnFile, found: Mapping[str, int]) -> list[Problem]:
-    """Return the tensors whose sums are not those that were written down."""
+def damaged(name: str, own: RankFile, found: Mapping[str, int]) -> list[Problem]:
+    """Return problems with tensors whose checksum differs from the one in the metadata."""
     cause = "what is read of {} has the sum {:016x}, and {:016x} was written: it is damaged"
     return [
         Problem(path, cause.format(name, number, own.sums[path]), "Write the file again")

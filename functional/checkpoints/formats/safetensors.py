@@ -1,7 +1,7 @@
-"""What a safetensors file says of itself: eight bytes of length, then JSON; nothing in it is taken on trust. No torch.
+"""The header of a safetensors file: eight bytes of length, then JSON. Nothing in it is taken on trust.
 
-https://github.com/huggingface/safetensors#format: little-endian length of the header; the header, for each key its dtype,
-shape and the bytes of the buffer behind the header; the tensors fill that buffer without a hole.
+https://github.com/huggingface/safetensors#format: little-endian length of the header; the header, which has for each key
+the dtype, the shape and the byte range in the buffer behind the header; the tensors fill that buffer without a gap.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from pathlib import Path
-from stat import S_ISREG
-from typing import IO, Any
+from operator import itemgetter
+from typing import IO, Any, NamedTuple
 
 from frozendict import frozendict
 
 from ....specs.dtypes import is_known, num_bytes
 from ....specs.errors import PlanError, Problem
 from ....specs.stored import StoredFile, StoredTensor
-from .strict_json import MAX_BYTES, parse_object
+from .untrusted import MAX_BYTES, open_regular, parse_object
 
 DTYPES: Mapping[str, str] = frozendict(
     {
@@ -38,47 +37,57 @@ DTYPES: Mapping[str, str] = frozendict(
         "BOOL": "bool",
     }
 )
-"""torch's names of the element types, by those in the header."""
+"""torch's names of the element types, by their names in a header."""
 
 _LENGTH = struct.Struct("<Q")
 _MAX_BYTES = 2**63
 _AGAIN = "Copy or download the file again"
 
 
-def read_header(folder: str, name: str) -> tuple[StoredFile, dict[str, StoredTensor]]:
-    """Return a file with the digest of its header, and the tensors in it by key, in the order of their bytes.
-
-    The digest is the SHA-256 of the JSON, without the length before it.
+class Header(NamedTuple):
+    """The header of a safetensors file.
 
     Args:
-        folder: The folder.
-        name: The file's path within it.
+        file: The file, with the SHA-256 of the JSON, without the length before it.
+        tensors: Its tensors by key, in the order of their bytes.
+        metadata: The entry ``__metadata__``, unchecked; an empty dict if there is none.
+    """
+
+    file: StoredFile
+    tensors: dict[str, StoredTensor]
+    metadata: Any
+
+
+def read_header(folder: str, name: str) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        folder: The checkpoint's folder.
+        name: Path of the file within the folder.
 
     Raises:
         PlanError: If the file is not there, cut off, or not what the format allows.
     """
-    path = Path(folder) / name
-    try:
-        if not S_ISREG(path.stat().st_mode):  # a pipe, which opening would wait for
-            raise PlanError([Problem(name, f"it is no file: {path}", _AGAIN)])
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+    with open_regular(folder, name, _AGAIN) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
             header = header_bytes(file, size)
-    except OSError as error:
-        raise PlanError([Problem(name, f"{error.strerror}: {path}", _AGAIN)]) from None
+        except ValueError as error:
+            raise PlanError([Problem(name, str(error), _AGAIN)]) from None
+    try:
+        entries = parse_object(header)
     except ValueError as error:
-        raise PlanError([Problem(name, str(error), _AGAIN)]) from None
-    tensors, problems = _tensors(name, header, _LENGTH.size + len(header), size)
-    if problems:
-        raise PlanError(problems)
-    return StoredFile(name, size, sha256(header).hexdigest()), tensors
+        raise PlanError([Problem(name, f"its header is damaged: {error}", _AGAIN)]) from None
+    metadata = entries.pop("__metadata__", {})
+    tensors = _tensors(name, entries, _LENGTH.size + len(header), size)
+    return Header(StoredFile(name, size, sha256(header).hexdigest()), tensors, metadata)
 
 
 def header_bytes(file: IO[bytes], size: int) -> bytes:
-    """Return the JSON at the beginning of a file of ``size`` bytes; no more than the file has is ever asked for.
+    """Read the JSON at the beginning of a file of ``size`` bytes; never ask for more bytes than the file has.
 
     Raises:
-        ValueError: If the file cannot have such a header; the text says why.
+        ValueError: If the file cannot have such a header; the message says why.
 
     >>> from io import BytesIO
     >>> header_bytes(BytesIO((2).to_bytes(8, "little") + b"{}"), 10)
@@ -105,13 +114,8 @@ def _exactly(file: IO[bytes], count: int) -> bytes:
     return found
 
 
-def _tensors(name: str, header: bytes, start: int, size: int) -> tuple[dict[str, StoredTensor], list[Problem]]:
-    """Return the tensors of a file of ``size`` bytes whose buffer begins at byte ``start``, and what is wrong."""
-    try:
-        entries = parse_object(header)
-    except ValueError as error:
-        return {}, [Problem(name, f"its header is damaged: {error}", _AGAIN)]
-    entries.pop("__metadata__", None)
+def _tensors(name: str, entries: Mapping[str, Any], start: int, size: int) -> dict[str, StoredTensor]:
+    """Return the tensors of a file of ``size`` bytes whose buffer begins at byte ``start``."""
     found: list[tuple[int, int, StoredTensor]] = []
     problems: list[Problem] = []
     for key, entry in entries.items():
@@ -121,14 +125,14 @@ def _tensors(name: str, header: bytes, start: int, size: int) -> tuple[dict[str,
             problems.append(Problem(key, f"in {name} {error}", _AGAIN))
         else:
             found.append((begin, end, StoredTensor(name, key, start + begin, shape, dtype)))
-    found.sort(key=lambda one: one[:2])
-    if not problems:
-        problems = list(_holes(name, found, size - start))
-    return {stored.key: stored for *_, stored in found}, problems
+    found.sort(key=itemgetter(0, 1))
+    if problems := problems or list(_gaps(name, found, size - start)):
+        raise PlanError(problems)
+    return {stored.key: stored for *_, stored in found}
 
 
 def _entry(entry: Any) -> tuple[int, int, tuple[int, ...], str]:
-    """Return where in the buffer a tensor begins and ends, its shape and its dtype."""
+    """Return the first byte of a tensor in the buffer, the byte after its last, its shape and its dtype."""
     match entry:
         case {"dtype": str(written), "shape": list(shape), "data_offsets": [begin, end]} if all(
             type(number) is int and number >= 0 for number in (*shape, begin, end)
@@ -153,8 +157,8 @@ def _entry(entry: Any) -> tuple[int, int, tuple[int, ...], str]:
     return begin, end, tuple(shape), dtype
 
 
-def _holes(name: str, found: list[tuple[int, int, StoredTensor]], size: int) -> Iterator[Problem]:
-    """Iterate over where tensors do not follow one another, or not to the end of a buffer of ``size`` bytes."""
+def _gaps(name: str, found: list[tuple[int, int, StoredTensor]], size: int) -> Iterator[Problem]:
+    """Iterate over problems where tensors do not fill a buffer of ``size`` bytes, one after another."""
     at = 0
     for number, (begin, end, stored) in enumerate(found):
         if begin != at:

@@ -1,6 +1,7 @@
-"""Where in a file of ``torch.save`` the bytes of its tensors lie. No torch, and nothing is unpickled.
+"""Locate the bytes of tensors in a file of ``torch.save``, without unpickling.
 
-A zip of stored records: ``data.pkl`` has dtype, shape and strides, and names the record with the elements, ``data/0``.
+The file is a zip of uncompressed records: ``data.pkl`` has dtype, shape and strides of each tensor, and names the record
+with its elements, ``data/0``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from stat import S_ISREG
+from math import prod
 from typing import IO, Any
 
 from attrs import define, frozen
@@ -22,6 +22,7 @@ from ....specs.errors import PlanError, Problem
 from ....specs.index import row_major
 from ....specs.stored import StoredTensor
 from .inert_pickle import Global, Persistent, Record, read_pickle
+from .untrusted import AGAIN, are_sizes, open_regular
 
 _STORAGES: Mapping[str, str] = frozendict(
     {
@@ -40,24 +41,23 @@ _STORAGES: Mapping[str, str] = frozendict(
     }
 )
 _UNTYPED = "torch.storage.UntypedStorage"
-_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER = (f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter"))
+_TENSOR, _TENSOR_OF_DTYPE, _PARAMETER = (f"torch._utils._rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter"))
 DTYPES = frozenset(f"torch.{name}" for name in (*_STORAGES.values(), "float8_e4m3fn", "float8_e5m2"))
-"""What a pickle calls the element types."""
+"""Names of element types in a pickle."""
 
 _GLOBALS = DTYPES | _STORAGES.keys() | {_UNTYPED, _TENSOR, _TENSOR_OF_DTYPE, _PARAMETER, "collections.OrderedDict"}
-_MAX_BYTES = 2**20  # of a pickle that describes one tensor
-_LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of the name and of what is between it and the record
-_AGAIN = "Copy or download it again"
+_MAX_BYTES = 2**20  # longest pickle of one tensor
+_LOCAL = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field before the record
 
 
 @frozen(eq=False)
-class Saved:
-    """What ``torch.save`` wrote.
+class SavedObject:
+    """An object that ``torch.save`` wrote.
 
     Args:
         file: Name of the file.
-        value: What the pickle holds.
-        records: Where the records of the tensors begin in the file, and their bytes.
+        value: The object, as ``read_pickle`` returns it.
+        records: First byte and length of each tensor record in the file, by name.
     """
 
     file: str
@@ -65,14 +65,14 @@ class Saved:
     records: Mapping[str, tuple[int, int]]
 
     def tensor(self, key: str, value: Any) -> StoredTensor:
-        """Return where a tensor that the pickle describes lies.
+        """Locate the elements of a tensor.
 
         Args:
-            key: What it is called.
-            value: Its description, of those that ``value`` holds.
+            key: Name of the tensor.
+            value: The tensor as the pickle describes it, taken from ``self.value``.
 
         Raises:
-            PlanError: If it is no tensor, or its elements do not lie one after another.
+            PlanError: If ``value`` is no tensor, or the tensor is not contiguous.
         """
         try:
             return self._tensor(key, value)
@@ -94,7 +94,7 @@ class Saved:
                     Record(),
                     *dtypes,
                 ),
-            ) if _are_sizes((count, first, *shape, *strides)) and len(shape) == len(strides):
+            ) if are_sizes(count, first, *shape, *strides) and len(shape) == len(strides):
                 pass
             case _:
                 msg = "is no dense tensor as torch.save writes it"
@@ -112,51 +112,44 @@ class Saved:
         if 0 not in shape and any(stride != wanted for length, stride, wanted in in_order if length > 1):
             msg = f"its elements do not lie one after another: shape {list(shape)}, strides {list(strides)}"
             raise ValueError(msg)
-        wanted = item
-        for length in shape:
-            wanted *= length
+        wanted = item * prod(shape)
         if first * item + wanted > size:
             msg = f"its {wanted} bytes from byte {first * item} on are not within the {size} of record data/{record}"
             raise ValueError(msg)
         return StoredTensor(self.file, key, begin + first * item, tuple(shape), dtype)
 
 
-def read_saved(folder: str, file: str, names: frozenset[str] = frozenset(), place: tuple[int, int] | None = None) -> Saved:
-    """Return what lies in a file, or in a stretch of it.
+def read_saved(
+    folder: str, file: str, names: frozenset[str] = frozenset(), place: tuple[int, int] | None = None
+) -> SavedObject:
+    """Read the object that ``torch.save`` wrote to a file, or to a byte range of one.
 
     Args:
-        folder: The folder.
-        file: The file's path within it.
-        names: What its pickle may name besides tensors.
-        place: The stretch: its first byte, and how many it has; None for all of the file.
+        folder: The checkpoint's folder.
+        file: Path of the file within the folder.
+        names: Globals that the pickle may name besides those of tensors.
+        place: The byte range: its first byte and its length; None for the whole file.
 
     Raises:
-        PlanError: If it is missing, cut off, damaged, compressed, or could run code.
+        PlanError: If the file is missing, cut off, damaged, compressed, or could run code.
     """
-    path = Path(folder) / file
-    try:
-        if not S_ISREG(path.stat().st_mode):
-            raise PlanError([Problem(file, f"it is no file: {path}", _AGAIN)])
-        with path.open("rb", buffering=0) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            begin, length = (0, size) if place is None else place
-            if begin + length > size:
-                cause = f"it is cut off: bytes {begin} to {begin + length} are wanted, and it has {size}"
-                raise PlanError([Problem(file, cause, _AGAIN)])
+    with open_regular(folder, file, buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        begin, length = (0, size) if place is None else place
+        if begin + length > size:
+            cause = f"it is cut off: bytes {begin} to {begin + length} are wanted, and it has {size}"
+            raise PlanError([Problem(file, cause, AGAIN)])
+        try:
             pickle, records = _unzipped(opened, begin, length)
-    except OSError as error:
-        raise PlanError([Problem(file, f"{error.strerror}: {path}", _AGAIN)]) from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, struct.error, OverflowError) as error:
-        if isinstance(error, PlanError):
-            raise
-        cause = f"it is no zip as torch.save writes it: {error}"
-        raise PlanError([Problem(file, cause, f"{_AGAIN}; or save it again with a torch of today")]) from None
-    return Saved(file, read_pickle(pickle, file, _GLOBALS | names, _MAX_BYTES), records)
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, struct.error, OverflowError) as error:
+            cause = f"it is no zip as torch.save writes it: {error}"
+            raise PlanError([Problem(file, cause, f"{AGAIN}; or save it again with a torch of today")]) from None
+    return SavedObject(file, read_pickle(pickle, file, _GLOBALS | names, _MAX_BYTES), records)
 
 
 def _unzipped(opened: IO[bytes], begin: int, length: int) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return the pickle, and where the records of the tensors lie."""
-    with zipfile.ZipFile(io.BufferedReader(_Window(opened, begin, length), 2**12)) as archive:
+    """Return the pickle, and the first byte and length of each tensor record, by name."""
+    with zipfile.ZipFile(io.BufferedReader(_ByteRange(opened, begin, length), 2**12)) as archive:
         found = {info.filename: info for info in archive.infolist()}
         if len(found) < len(archive.infolist()):
             msg = "a record is in it twice"
@@ -183,7 +176,7 @@ def _unzipped(opened: IO[bytes], begin: int, length: int) -> tuple[bytes, dict[s
 
 
 def _place(opened: IO[bytes], info: zipfile.ZipInfo, begin: int, length: int) -> tuple[int, int]:
-    """Return where in the file a record begins, and its bytes."""
+    """Return the first byte of a record in the file, and its length."""
     opened.seek(begin + info.header_offset)
     header = opened.read(_LOCAL.size)
     if len(header) < _LOCAL.size:
@@ -198,8 +191,8 @@ def _place(opened: IO[bytes], info: zipfile.ZipInfo, begin: int, length: int) ->
 
 
 @define(eq=False, slots=False)
-class _Window(io.RawIOBase):
-    """A stretch of a file, as a file."""
+class _ByteRange(io.RawIOBase):
+    """A byte range of a file, as a file of its own."""
 
     opened: IO[bytes]
     begin: int
@@ -241,7 +234,3 @@ def _dtype(name: str, storage: str, dtypes: list[Any]) -> str:
         case _:
             msg = f"its elements are of no type that plans know: {storage}"
             raise ValueError(msg)
-
-
-def _are_sizes(values: tuple[Any, ...]) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)

@@ -1,7 +1,7 @@
-"""A universal checkpoint of DeepSpeed, as ``deepspeed.checkpoint.ds_to_universal`` writes it, without unpickling. No torch.
+"""A universal checkpoint that ``deepspeed.checkpoint.ds_to_universal`` wrote, read without unpickling.
 
-``zero/<path>/fp32.pt`` has the weights of a parameter, ``exp_avg.pt``, ``exp_avg_sq.pt`` and ``step.pt`` what Adam notes of
-it: whole, without padding. What other files hold is not read.
+``zero/<path>/fp32.pt`` has the weights of a parameter; ``exp_avg.pt``, ``exp_avg_sq.pt`` and ``step.pt`` have its states in
+Adam. All are whole, without padding. No file outside ``zero/`` is read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _AGAIN = "Copy the folder again, or run ds_to_universal again"
 
 
 @frozen
-class States:
-    """What an optimizer has noted of parameters.
+class UniversalStates:
+    """Optimizer states of parameters, by the state's name and the parameter's path.
 
     Args:
         folder: The files.
-        tensors: By the state's name, and the path of the parameter, what the state is made of.
-        numbers: Those that are numbers, and lie in no tensor, likewise: ``step``.
+        tensors: Parts of each state that is a tensor.
+        numbers: States that are plain numbers, such as ``step``.
     """
 
     folder: Folder
@@ -42,10 +42,10 @@ class States:
 
 
 def read(folder: str) -> Contents:
-    """Return the weights in a universal checkpoint, in float32, by the paths of the parameters.
+    """List the float32 weights of a universal checkpoint, by the paths of the parameters.
 
     Raises:
-        PlanError: If it has none, or a file is missing, cut off, damaged, or could run code.
+        PlanError: If there are none, or a file is missing, cut off, damaged, or could run code.
     """
     states = _read(folder, {WEIGHTS})
     tensors = states.tensors.get(WEIGHTS, frozendict())
@@ -57,8 +57,8 @@ def read(folder: str) -> Contents:
     return Contents(states.folder, tensors)
 
 
-def read_states(folder: str) -> States:
-    """Return what the optimizer has noted in a universal checkpoint: all that lies beside the weights.
+def read_states(folder: str) -> UniversalStates:
+    """List the optimizer states of a universal checkpoint: every file but the weights.
 
     Raises:
         PlanError: As ``read`` does.
@@ -66,8 +66,8 @@ def read_states(folder: str) -> States:
     return _read(folder, None)
 
 
-def _read(folder: str, wanted: set[str] | None) -> States:
-    """Return some states, or all but the weights."""
+def _read(folder: str, wanted: set[str] | None) -> UniversalStates:
+    """Read the states named ``wanted``; None for all but the weights."""
     tensors: dict[str, dict[str, tuple[Part, ...]]] = {}
     numbers: dict[str, dict[str, float]] = {}
     files: list[StoredFile] = []
@@ -90,7 +90,7 @@ def _read(folder: str, wanted: set[str] | None) -> States:
                 numbers.setdefault(state, {})[path] = found
     if problems:
         raise PlanError(problems)
-    return States(
+    return UniversalStates(
         Folder(folder, tuple(files)),
         frozendict({state: frozendict(some) for state, some in tensors.items()}),
         frozendict({state: frozendict(some) for state, some in numbers.items()}),
@@ -98,7 +98,7 @@ def _read(folder: str, wanted: set[str] | None) -> States:
 
 
 def _value(folder: str, file: str, path: str) -> Part | float:
-    """Return the tensor or the number in a file."""
+    """Read the tensor or the number in a file."""
     saved = read_saved(folder, file, _NAMES)
     value = saved.value.get("param") if isinstance(saved.value, Entries) else saved.value
     if type(value) in {int, float}:
@@ -110,7 +110,7 @@ def _value(folder: str, file: str, path: str) -> Part | float:
 
 
 def _parameters(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over the paths of parameters, and their files in order."""
+    """Iterate over the paths of parameters, each with the sorted names of its files."""
     zero = Path(folder) / ZERO
     try:
         for entry in sorted(path for path in zero.iterdir() if path.is_dir()):

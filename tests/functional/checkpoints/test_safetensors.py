@@ -54,7 +54,7 @@ def test_of_any_file_the_header_says_what_safetensors_says(tmp_path_factory, wan
     tensors = {key: torch.randint(0, 2, shape).to(getattr(torch, dtype)) for key, (shape, dtype) in wanted.items()}
     content = save(tensors, metadata={"format": "pt"})
     (folder / NAME).write_bytes(content)
-    file, stored = read_header(str(folder), NAME)
+    file, stored, _ = read_header(str(folder), NAME)
     (length,) = struct.unpack("<Q", content[:8])
     assert (file.name, file.num_bytes, file.digest) == (NAME, len(content), sha256(content[8 : 8 + length]).hexdigest())
     assert stored.keys() == tensors.keys()
@@ -81,14 +81,14 @@ def test_any_byte_of_a_header_that_is_changed_changes_the_digest_or_is_refused(t
     content = save(TENSORS)
     (length,) = struct.unpack("<Q", content[:8])
     (tmp_path / NAME).write_bytes(content)
-    good, _ = read_header(str(tmp_path), NAME)
+    good, *_ = read_header(str(tmp_path), NAME)
     for place in range(8 + length):
         for bit in range(8):
             changed = bytearray(content)
             changed[place] ^= 1 << bit
             (tmp_path / NAME).write_bytes(changed)
             try:
-                found, _ = read_header(str(tmp_path), NAME)
+                found, *_ = read_header(str(tmp_path), NAME)
             except PlanError:
                 continue
             assert found.digest != good.digest
