@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..specs.distinct_ranks import Distinct
 from ..specs.listing import layout_words, source_words
+from ..specs.mesh import STAGE_AXES, factors
 from ..specs.plan import Plan
 from ..specs.plan_diff import Change, Messages, PlanDiff, RankChange, Spread, SpreadChange, TrafficChange
 from .audit import audit
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ..specs.shard import Interval
 
 _SHORT = 12  # digits of a hash
-_STAGE = ("expert_data", "expert", "tensor")
 
 
 def diff(before: Plan, after: Plan) -> PlanDiff:
@@ -160,7 +160,7 @@ def _ranks(before: Report, after: Report) -> Iterator[RankChange]:
     """Compare rank with rank where the meshes are the same: the kinds that are alike before and after."""
     if before.mesh != after.mesh:
         return
-    joined = (_joined(getattr(before.distinct, m), getattr(after.distinct, m)) for m in _STAGE)
+    joined = (_joined(before.distinct.runs(m), after.distinct.runs(m)) for m in factors(*STAGE_AXES))
     memories = [{share.coordinate: share.memory for share in report.shares} for report in (before, after)]
     for here, num_ranks in Distinct(before.mesh, *joined).places():
         one, other = memories[0][before.distinct.like(here)], memories[1][after.distinct.like(here)]

@@ -13,7 +13,7 @@ from torch import nn
 from ..specs.checkpoint import Checkpoint
 from ..specs.errors import PlanError, Problem
 from ..specs.json_values import not_plain
-from ..specs.mesh import Mesh, MeshAxis
+from ..specs.mesh import Mesh, MeshAxis, in_mesh_order
 from ..specs.param import ParamSpec
 from ..specs.paths import join
 from ..specs.plan import Plan, misfits
@@ -359,4 +359,4 @@ def _groups(steps: list[Step], wanted: tuple[tuple[MeshAxis, ...], ...]) -> tupl
                 needed.add(("tensor",))
             case _:
                 pass
-    return tuple(sorted(needed, key=lambda axes: [get_args(MeshAxis).index(m) for m in axes]))
+    return tuple(sorted(needed, key=in_mesh_order))

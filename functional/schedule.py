@@ -13,7 +13,7 @@ from ..specs.declaration import Declaration
 from ..specs.errors import Problem
 from ..specs.finding import Silence
 from ..specs.json_values import is_plain
-from ..specs.mesh import Mesh, MeshAxis
+from ..specs.mesh import STAGE_AXES, Mesh, MeshAxis
 from ..specs.paths import join, module_of
 from ..specs.pipeline import By, Even
 from ..specs.plan import Runtime
@@ -220,7 +220,7 @@ class Schedule(Declaration):
             mesh_axis: Mesh axis along which the activations are split.
         """
         sch = or_unmatched(self, modules=name is not None)
-        if mesh_axis not in ("data", "tensor"):
+        if mesh_axis not in STAGE_AXES:
             cause = f"activations are not split over mesh axis {mesh_axis!r}"
             return wrong(sch, Problem(self.selected, cause, "They are over data or tensor"))
         chosen = {path for spec in selected_tensors(self) for path in spec.paths}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import Factory, define, frozen
+from attrs import Factory, define, evolve, frozen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -179,7 +179,7 @@ def _with_experts(subject: _Subject, mesh: Mesh, seen: _Seen) -> Iterator[Candid
     yield _tried(subject, sch, seen)
     if any(spec.on("expert") for spec in sch.tree.values()):
         for expert in divisors(mesh.data)[1:]:
-            other = Mesh(mesh.pipe, mesh.data, mesh.tensor, expert)
+            other = evolve(mesh, expert=expert)
             try:
                 yield _tried(subject, _schedule(subject, other), seen)
             except ValueError as error:
@@ -296,7 +296,7 @@ def _least_bytes(subject: _Subject, sch: Schedule, config: Mapping[str, Any] | N
     mesh, (dialect, _) = sch.mesh, find_dialect(subject.target)
     if sch.problems or dialect is None or misfits(mesh, sch.tree) or dialect.check(mesh, sch.tree, sch.layout, config):
         return 0
-    whole = Mesh(data=mesh.data, tensor=mesh.tensor, expert=mesh.expert)
+    whole = evolve(mesh, pipe=1)
     pipeline = Pipeline((Stage((), (), (), ""),)) if is_cut(sch) else None
     held = memory_at(Plan(whole, sch.tree, (), subject.target, config, pipeline=pipeline), whole.coordinate(0))
     return (held.parameter_bytes + held.buffer_bytes + held.optimizer_bytes + held.master_bytes) // mesh.pipe

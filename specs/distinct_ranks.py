@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from .mesh import Coordinate, Mesh, MeshAxis
+from .mesh import STAGE_AXES, Mesh, MeshAxis, factors, field_for_each, whole_of
 from .shard import Interval
 
 if TYPE_CHECKING:
+    from .mesh import Coordinate
     from .shard import Shard
     from .tree import SpecTree
 
-_SHARED: tuple[MeshAxis, ...] = ("expert_data", "expert", "tensor")
-"""The mesh axes of one stage, outermost first."""
+_Runs = tuple[Interval, ...]
+_FACTORS = factors(*STAGE_AXES)
 
 
-@frozen
+@frozen(field_transformer=field_for_each(*_FACTORS, of=_Runs, first=False))
 class Distinct:
-    """The places along each mesh axis, in runs of places that are alike.
+    """The places along each mesh axis of a stage, ``data`` in its factors, in runs of places that are alike.
 
     Ranks are alike when they hold parts of the same sizes and both send, or both do not: the first place along an axis is
-    alone, as it sends; the others are alike where all parts have one size. Stages are each their own.
+    alone, as it sends; the others are alike where all parts have one size. Stages are each their own. A run is the first
+    place, and the one after the last.
 
     Args:
         mesh: The ranks.
-        expert_data: Runs of places along ``expert_data``: the first place, and the one after the last.
-        expert: The same along ``expert``.
-        tensor: The same along ``tensor``.
 
     >>> distinct = Distinct(Mesh(data=64, tensor=8), ((0, 1), (1, 64)), ((0, 1),), ((0, 1), (1, 8)))
     >>> [(place.rank, num) for place, num in distinct.places()]
@@ -40,40 +40,38 @@ class Distinct:
     """
 
     mesh: Mesh
-    expert_data: tuple[Interval, ...]
-    expert: tuple[Interval, ...]
-    tensor: tuple[Interval, ...]
+
+    if TYPE_CHECKING:  # the runs are fields too
+
+        def __init__(self, mesh: Mesh, *places: _Runs, **named: _Runs) -> None: ...
 
     @classmethod
     def of(cls, mesh: Mesh, tree: SpecTree) -> Distinct:
         """Return which ranks are alike for some tensors; it takes as long as an axis is, never as there are ranks."""
         split = {(spec.orig_shape[shard.axis], shard) for spec in tree.values() for shard in spec.shards}
         uneven = {(size, shard) for size, shard in split if not shard.is_even(size, mesh)}
-        runs: dict[MeshAxis, tuple[Interval, ...]] = {}
-        for mesh_axis in _SHARED:
-            within = "data" if mesh_axis.startswith("expert") else mesh_axis
-            if any(shard.mesh_axis == within == "data" for _, shard in uneven):
+        runs: dict[MeshAxis, _Runs] = {}
+        for mesh_axis in _FACTORS:
+            whole = whole_of(mesh_axis)
+            if whole != mesh_axis and any(shard.mesh_axis == whole for _, shard in uneven):
                 runs[mesh_axis] = tuple((place, place + 1) for place in range(mesh.num(mesh_axis)))
             else:
                 runs[mesh_axis] = tuple(_runs(mesh, mesh_axis, [pair for pair in uneven if pair[1].mesh_axis == mesh_axis]))
-        return cls(mesh, runs["expert_data"], runs["expert"], runs["tensor"])
+        return cls(mesh, **runs)
+
+    def runs(self, mesh_axis: MeshAxis) -> _Runs:
+        """Return the runs of places along a mesh axis of a stage that has no factors."""
+        return getattr(self, mesh_axis)
 
     def places(self) -> Iterator[tuple[Coordinate, int]]:
         """Iterate over the first coordinate of each kind, and how many ranks are like it, in the order of ranks."""
-        mesh = self.mesh
-        for pipe in range(mesh.pipe):
-            for runs in product(self.expert_data, self.expert, self.tensor):
-                (outer, _), (expert, _), (tensor, _) = runs
-                num = 1
-                for start, stop in runs:
-                    num *= stop - start
-                yield Coordinate(pipe=pipe, data=outer * mesh.expert + expert, tensor=tensor, mesh=mesh), num
+        for pipe in range(self.mesh.pipe):
+            for runs in product(*map(self.runs, _FACTORS)):
+                yield self._at(pipe, (start for start, _ in runs)), prod(stop - start for start, stop in runs)
 
     def like(self, coordinate: Coordinate) -> Coordinate:
         """Return the first coordinate that is like another."""
-        outer, expert, tensor = (_start(self._runs(m), coordinate.index(m)) for m in _SHARED)
-        mesh = self.mesh
-        return Coordinate(pipe=coordinate.pipe, data=outer * mesh.expert + expert, tensor=tensor, mesh=mesh)
+        return self._at(coordinate.pipe, (_start(self.runs(m), coordinate.index(m)) for m in _FACTORS))
 
     def alike(self, coordinate: Coordinate) -> range:
         """Return the places along ``data`` of ranks that are like one, where there are no experts; else its own.
@@ -84,7 +82,7 @@ class Distinct:
         """
         if self.mesh.expert > 1:
             return range(coordinate.data, coordinate.data + 1)
-        return next(range(*run) for run in self.expert_data if run[0] <= coordinate.data < run[1])
+        return next(range(*run) for run in self.runs("expert_data") if run[0] <= coordinate.data < run[1])
 
     def along(self, coordinate: Coordinate, mesh_axes: Iterable[MeshAxis]) -> Iterator[Coordinate]:
         """Iterate over coordinates of each kind that differ from one along some mesh axes only.
@@ -94,17 +92,14 @@ class Distinct:
         >>> [place.rank for place in distinct.along(mesh.coordinate(0), ["pipe", "tensor"])]
         [0, 1, 32, 33]
         """
-        free = {fine for m in mesh_axes for fine in (("expert_data", "expert") if m == "data" else (m,))}
-        mesh = self.mesh
-        pipes = range(mesh.pipe) if "pipe" in free else [coordinate.pipe]
-        outers, experts, tensors = (
-            [start for start, _ in self._runs(m)] if m in free else [coordinate.index(m)] for m in _SHARED
-        )
-        for pipe, outer, expert, tensor in product(pipes, outers, experts, tensors):
-            yield Coordinate(pipe=pipe, data=outer * mesh.expert + expert, tensor=tensor, mesh=mesh)
+        free = factors(*mesh_axes)
+        pipes = range(self.mesh.pipe) if "pipe" in free else [coordinate.pipe]
+        starts = ([start for start, _ in self.runs(m)] if m in free else [coordinate.index(m)] for m in _FACTORS)
+        for pipe, *places in product(pipes, *starts):
+            yield self._at(pipe, places)
 
-    def _runs(self, mesh_axis: MeshAxis) -> tuple[Interval, ...]:
-        return getattr(self, mesh_axis)
+    def _at(self, pipe: int, places: Iterable[int]) -> Coordinate:
+        return self.mesh.at(pipe=pipe, **dict(zip(_FACTORS, places, strict=True)))
 
 
 def _runs(mesh: Mesh, mesh_axis: MeshAxis, uneven: Sequence[tuple[int, Shard]]) -> Iterator[Interval]:
@@ -115,19 +110,13 @@ def _runs(mesh: Mesh, mesh_axis: MeshAxis, uneven: Sequence[tuple[int, Shard]]) 
         return
     start, before = 0, None
     for place in range(num):
-        here = _at(mesh, mesh_axis, place)
+        here = mesh.at(**{mesh_axis: place})
         sizes = tuple(shard.length(size, here) for size, shard in uneven)
         if place == 1 or (place > 1 and sizes != before):
             yield start, place
             start = place
         before = sizes
     yield start, num
-
-
-def _at(mesh: Mesh, mesh_axis: MeshAxis, place: int) -> Coordinate:
-    """Return a coordinate at a place along one mesh axis, the first along all others."""
-    data = {"expert_data": place * mesh.expert, "expert": place}.get(mesh_axis, 0)
-    return Coordinate(pipe=0, data=data, tensor=place if mesh_axis == "tensor" else 0, mesh=mesh)
 
 
 def _start(runs: tuple[Interval, ...], place: int) -> int:

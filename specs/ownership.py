@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
-from .index import Index, index_shape
-from .mesh import Coordinate
+from .index import Index, index_shape, whole_index
+from .mesh import STAGE_AXES, unsplit
 
 if TYPE_CHECKING:
-    from .mesh import Mesh
+    from .mesh import Coordinate, Mesh
     from .param import ParamSpec
     from .shard import Interval
     from .stored import Box
@@ -34,32 +34,21 @@ def held_first(spec: ParamSpec, coordinate: Coordinate) -> Index | None:
     Before it are: the place along ``pipe`` of the tensor's stage before those of other stages, place 0 along an axis that
     does not split the tensor before others, and the first of the neighbours that hold the same granules.
     """
-    split = spec.mesh_axes(coordinate)
-    if coordinate.pipe != spec.places(coordinate.mesh)[0] or not _is_first(coordinate, split):
+    whole_along = unsplit(STAGE_AXES, spec.mesh_axes(coordinate))
+    if coordinate.pipe != spec.places(coordinate.mesh)[0] or not coordinate.is_first(*whole_along):
         return None
-    index: list[tuple[Interval, ...]] = [((0, size),) if size else () for size in spec.orig_shape]
+    index = list(whole_index(spec.orig_shape))
     for shard in spec.shards:
         held = shard.held(spec.orig_shape[shard.axis], coordinate)
         index[shard.axis] = tuple((part.start, part.stop) for part in held if part.holder == 0)
     return tuple(index) if 0 not in index_shape(tuple(index)) else None
 
 
-def _is_first(coordinate: Coordinate, split: tuple[str, ...]) -> bool:
-    """Tell whether a coordinate stands at place 0 along the mesh axes that do not split a tensor."""
-    return all(coordinate.index(m) == 0 for m in ("expert_data", "expert", "tensor") if not _splits(split, m))
-
-
-def _splits(split: tuple[str, ...], mesh_axis: str) -> bool:
-    return mesh_axis in split or (mesh_axis in {"expert_data", "expert"} and "data" in split)
-
-
 def _places(spec: ParamSpec, mesh: Mesh) -> Iterator[Coordinate]:
     """Iterate over the coordinates that may be first: along each mesh axis all places where it splits, else place 0."""
-    pipe = spec.places(mesh)[0]
     split = spec.mesh_axes(mesh.coordinate(0))
-    num_data = mesh.data if "data" in split else mesh.num("expert") if "expert" in split else 1
-    for data, tensor in product(range(num_data), range(mesh.tensor if "tensor" in split else 1)):
-        yield Coordinate(pipe=pipe, data=data, tensor=tensor, mesh=mesh)
+    for places in product(*(range(mesh.num(mesh_axis)) for mesh_axis in split)):
+        yield mesh.at(pipe=spec.places(mesh)[0], **dict(zip(split, places, strict=True)))
 
 
 def local_boxes(spec: ParamSpec, coordinate: Coordinate, index: Index) -> Iterator[tuple[Box, Box]]:

@@ -12,7 +12,7 @@ from frozendict import deepfreeze, frozendict
 from .dtypes import is_known, num_bytes, short_name
 from .index import Index, whole_index
 from .json_values import check_integer, check_plain
-from .mesh import MeshAxis
+from .mesh import SPLIT_AXES, MeshAxis, whole_of
 from .shard import Shard
 from .source import Source, Unknown
 
@@ -96,9 +96,11 @@ class ParamSpec:
             if len(set(used)) < len(used):
                 msg = f"{self.path}: one {what} is split twice: {self.shards}"
                 raise ValueError(msg)
-        if self.on("data") and self.on("expert"):
-            msg = f"{self.path}: it is split over 'data' and over 'expert', which is a part of 'data'"
-            raise ValueError(msg)
+        over = [shard.mesh_axis for shard in self.shards]
+        for part, whole in ((m, whole_of(m)) for m in over):
+            if part != whole and whole in over:
+                msg = f"{self.path}: it is split over {whole!r} and over {part!r}, which is a part of {whole!r}"
+                raise ValueError(msg)
         for shard in self.shards:
             if shard.axis >= len(self.orig_shape):
                 msg = f"{self.path}: no axis {shard.axis} in shape {list(self.orig_shape)}"
@@ -172,8 +174,7 @@ class ParamSpec:
     def mesh_axes(self, coordinate: Coordinate) -> tuple[MeshAxis, ...]:
         """Return the mesh axes that really split it on this coordinate's mesh, in mesh order."""
         used = {shard.mesh_axis for shard in self.shards}
-        order: tuple[MeshAxis, ...] = ("data", "expert", "tensor")
-        return tuple(m for m in order if m in used and coordinate.mesh.num(m) > 1)
+        return tuple(m for m in SPLIT_AXES if m in used and coordinate.mesh.num(m) > 1)
 
     def on(self, mesh_axis: MeshAxis) -> Shard | None:
         """Return the split over a mesh axis, None if there is none."""

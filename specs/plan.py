@@ -13,7 +13,7 @@ from frozendict import deepfreeze, frozendict
 from .errors import PlanError, Problem
 from .finding import Silence
 from .json_values import check_plain
-from .mesh import Mesh
+from .mesh import SPLIT_AXES, Mesh
 from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
 from .program import RANDOM_SCHEME
@@ -184,8 +184,9 @@ def misfits(mesh: Mesh, tree: SpecTree, num_stages: int = 0) -> list[Problem]:
         for shard in spec.shards:
             if misfit := shard.misfit(spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis)):
                 problems.append(Problem(spec.path, misfit.cause, misfit.fix, spec.type))
-            if shard.mesh_axis == "pipe":
-                problems.append(Problem(spec.path, "a tensor is not split over 'pipe'", "Split over 'tensor'", spec.type))
+            if shard.mesh_axis not in SPLIT_AXES:
+                cause = f"a tensor is not split over {shard.mesh_axis!r}"
+                problems.append(Problem(spec.path, cause, "Split over 'tensor'", spec.type))
     return problems
 
 

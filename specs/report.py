@@ -13,7 +13,7 @@ from .file_reads import FileRead, rows, total_bytes
 from .finding import Finding, Silenced, folded
 from .fold_layers import fold
 from .memory import Memory, Share
-from .mesh import Mesh
+from .mesh import STAGE_AXES, Mesh
 from .proof import Proof
 from .stored import Folder
 from .text_table import ranges, table
@@ -183,7 +183,7 @@ class Report:
                 (" x ".join(row.mesh_axes) or "all ranks", row.op, str(row.num_calls), human_bytes(row.num_bytes)),
             )
             for row in self.execution
-            if row.coordinate.is_first("data", "tensor")
+            if row.coordinate.is_first(*STAGE_AXES)
         )
 
     def _steps(self) -> Iterator[tuple[str, ...]]:

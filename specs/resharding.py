@@ -11,7 +11,7 @@ from attrs import frozen
 
 from .dtypes import human_bytes, num_bytes
 from .index import Index, index_shape
-from .mesh import Coordinate, Mesh, MeshAxis
+from .mesh import STAGE_AXES, Coordinate, Mesh, MeshAxis, unsplit
 from .param import ParamSpec
 from .plan import Plan
 from .shard import Interval, Shard
@@ -154,7 +154,7 @@ def _assigned(shard: Shard, size: int, mesh: Mesh, own: Coordinate | None) -> li
         if place == mine:
             found.append((place, kept))
             continue
-        held = shard.held(size, _at(mesh, shard.mesh_axis, place))
+        held = shard.held(size, mesh.at(**{shard.mesh_axis: place}))
         first = tuple((part.start, part.stop) for part in held if part.holder == 0)
         found.append((place, _without(first, kept)))
     return [(place, intervals) for place, intervals in found if intervals]
@@ -164,15 +164,11 @@ def _holder(at: dict[MeshAxis, int], places: tuple[int, ...], mesh: Mesh, own: C
     """Return the rank that gives a part: this one if it has it, else one of those that do, in turn."""
     if own is not None and all(own.index(mesh_axis) == place for mesh_axis, place in at.items()):
         return own.rank
-    data = range(mesh.data)
-    if "data" in at:
-        data = range(at["data"], at["data"] + 1)
-    elif "expert" in at:
-        data = range(at["expert"], mesh.data, mesh.expert)
-    tensor = range(at["tensor"], at["tensor"] + 1) if "tensor" in at else range(mesh.tensor)
     turn, pipe = divmod(rank, len(places))
-    turn, number = divmod(turn, len(data))
-    return Coordinate(pipe=places[pipe], data=data[number], tensor=tensor[turn % len(tensor)], mesh=mesh).rank
+    found = {"pipe": places[pipe], **at}
+    for mesh_axis in unsplit(STAGE_AXES, at):
+        turn, found[mesh_axis] = divmod(turn, mesh.num(mesh_axis))
+    return mesh.at(**found).rank
 
 
 def _place(tensor: _Tensor, before: Mesh, after: Mesh, rank: int) -> object:
@@ -194,11 +190,6 @@ def _own(places: tuple[int, ...], before: Mesh, rank: int) -> Coordinate | None:
 def _some(ranks: list[int]) -> str:
     text = ranges(ranks)
     return text if len(text) <= _WIDE else f"{len(ranks)} ranks from {ranks[0]} on"
-
-
-def _at(mesh: Mesh, mesh_axis: MeshAxis, place: int) -> Coordinate:
-    data = place if mesh_axis in {"data", "expert"} else 0
-    return Coordinate(pipe=0, data=data, tensor=place if mesh_axis == "tensor" else 0, mesh=mesh)
 
 
 def _common(first: tuple[Interval, ...], second: tuple[Interval, ...]) -> tuple[Interval, ...]:

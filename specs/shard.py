@@ -11,7 +11,7 @@ from attrs import Attribute, evolve, field, frozen
 from attrs.validators import deep_iterable, ge, in_
 
 from .json_values import check_integer
-from .mesh import MeshAxis
+from .mesh import SPLIT_AXES, MeshAxis
 
 if TYPE_CHECKING:
     from .mesh import Coordinate, Mesh
@@ -105,7 +105,7 @@ class Shard:
     """
 
     axis: int = field(validator=[check_integer, ge(0)])
-    mesh_axis: MeshAxis = field(default="tensor", validator=in_(("pipe", "data", "expert", "tensor")))
+    mesh_axis: MeshAxis = field(default="tensor", validator=in_(("pipe", *SPLIT_AXES)))
     blocks: tuple[int, ...] = field(default=(), converter=_sizes, validator=deep_iterable([check_integer, ge(1)]))
     interleaved: int = field(default=1, validator=[check_integer, ge(1)])
     granule: int = field(default=1, validator=[check_integer, ge(1)])

@@ -140,8 +140,8 @@ def _elements(layout: Layout, before: Mesh, after: Mesh, segments: Iterable[Segm
 
 def _period(mesh: Mesh, shards: Iterable[Shard]) -> int:
     """Return after how many ranks of a stage the parts of a tensor come again."""
-    num = {"tensor": mesh.tensor, "expert": mesh.expert * mesh.tensor, "data": mesh.data * mesh.tensor}
-    return max((num[shard.mesh_axis] for shard in shards if mesh.num(shard.mesh_axis) > 1), default=1)
+    groups = [mesh.groups(shard.mesh_axis) for shard in shards]
+    return max((along.size * along.stride for along in groups if along.size > 1), default=1)
 
 
 def _index(shape: tuple[int, ...], shards: Iterable[Shard], mesh: Mesh, rank: int) -> Index:

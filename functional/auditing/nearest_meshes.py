@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve
 
 from ...specs.dtypes import num_bytes
-from ...specs.mesh import Coordinate, Mesh
+from ...specs.mesh import Mesh
 from ...specs.tree import SpecTree
 from ..dialects.accounting.state import heaviest_of
 from .memory import activations_of, memory_at
@@ -67,7 +67,7 @@ def _others(plan: Plan, ranks_per_node: int | None) -> Iterator[Mesh]:
     for factor in _FACTORS:
         num = factor * mesh.data * mesh.tensor
         found = [
-            Mesh(mesh.pipe, num // tensor, tensor, expert)
+            evolve(mesh, data=num // tensor, tensor=tensor, expert=expert)
             for tensor in divisors(num)
             for expert in (divisors(num // tensor) if spreads else (mesh.expert,))
             if num // tensor % expert == 0
@@ -113,5 +113,5 @@ def _least(stage: Plan, mesh: Mesh) -> int:
 
 def _holds(stage: Plan, mesh: Mesh, place: int, room: int) -> bool:
     """Tell whether training fits on a stage: of uneven parts the first rank has most, of gradients under ZeRO 2 any may."""
-    there, first = evolve(stage, mesh=mesh), Coordinate(pipe=place, data=0, tensor=0, mesh=mesh)
+    there, first = evolve(stage, mesh=mesh), mesh.at(pipe=place)
     return memory_at(there, heaviest_of(there, first, range(mesh.data))).training_bytes <= room

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ...specs.mesh import Coordinate, Mesh, MeshAxis
+from ...specs.mesh import MESH_AXES, STAGE_AXES, Coordinate, Mesh
 from ...specs.proof import Failure, Law, Proof
 from ...specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ...specs.steps import DispatchTokens, SumGradient, Sync
@@ -87,7 +87,7 @@ def _gap(shard: Shard, size: int, mesh: Mesh) -> str:
     parts = sorted(
         (held.start, held.stop)
         for place in range(mesh.num(shard.mesh_axis))
-        for held in shard.held(size, _at(mesh, shard.mesh_axis, place))
+        for held in shard.held(size, mesh.at(**{shard.mesh_axis: place}))
         if held.holder == 0
     )
     reached = 0
@@ -97,12 +97,6 @@ def _gap(shard: Shard, size: int, mesh: Mesh) -> str:
             return f"{what} entries {min(start, reached)} to {max(start, reached)} of axis {shard.axis}"
         reached = stop
     return "" if reached == size else f"nobody holds entries {reached} to {size} of axis {shard.axis}"
-
-
-def _at(mesh: Mesh, mesh_axis: MeshAxis, place: int) -> Coordinate:
-    tensor = place if mesh_axis == "tensor" else 0
-    data = place if mesh_axis in ("data", "expert") else 0
-    return Coordinate(pipe=0, data=data, tensor=tensor, mesh=mesh)
 
 
 def _source(plan: Plan, traces: Traces) -> Iterator[Failure]:
@@ -131,7 +125,7 @@ def _wrong_source(spec: ParamSpec, found: dict[Origin, list[Coordinate]], *, is_
             yield f"its spec says {spec.source}, and {places[0]} has it from another source: {origin}"
         elif len(set(places)) < len(places):
             yield f"{next(place for place in places if places.count(place) > 1)} makes it twice"
-        elif origin in ("code", "module") and (len(places) > 1 or not places[0].is_first("data", "tensor")):
+        elif origin in ("code", "module") and (len(places) > 1 or not places[0].is_first(*STAGE_AXES)):
             yield f"{' and '.join(map(str, places))} make it, each in its own way"
 
 
@@ -210,8 +204,7 @@ def _without_groups(plan: Plan, here: Coordinate, trace: Trace) -> Iterator[Fail
 
 def _members(distinct: Distinct, here: Coordinate, call: Call) -> Iterator[Coordinate]:
     """Iterate over the kinds of coordinates that are in a call's group."""
-    mesh_axes: tuple[MeshAxis, ...] = call.mesh_axes or ("pipe", "data", "tensor")
-    for member in distinct.along(here, mesh_axes):
+    for member in distinct.along(here, call.mesh_axes or MESH_AXES):
         if not call.between or member.pipe in call.between:
             yield member
 

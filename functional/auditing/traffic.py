@@ -51,7 +51,7 @@ def step_traffic(plan: Plan, ranks_per_node: int | None) -> Iterator[StepTraffic
         add(place, call.mesh_axis, call.cargo, call.op, num_micro * call.num_calls, num_micro * call.num_bytes)
     sent: dict[int, dict[int, int]] = {}
     for place in range(mesh.pipe):
-        here = Coordinate(pipe=place, data=0, tensor=0, mesh=mesh)
+        here = mesh.at(pipe=place)
         for row in (*crossings(plan, here), *reductions(plan, here)):
             add(place, row.mesh_axis, row.cargo, row.op, row.num_calls, row.num_bytes)
             if row.to is not None:

@@ -12,6 +12,7 @@ from ...specs.codec import as_plain
 from ...specs.dtypes import human_bytes
 from ...specs.errors import PlanError, Problem
 from ...specs.memory import Memory
+from ...specs.mesh import MESH_AXES
 from ...specs.text_table import table
 from ..audit import audit
 from ..dialects.deepspeed.zero_config import Zero
@@ -99,7 +100,7 @@ def _rank(plan: Plan, report: Report, rank: int) -> Iterator[str]:
     """Write what one rank holds, and what it will do while the plan is executed."""
     memory, receipt = report.memory(rank), predict(plan, rank)
     here = plan.mesh.coordinate(rank)
-    yield f"rank {rank}  pipe={here.pipe} data={here.data} tensor={here.tensor}"
+    yield f"rank {rank}  {' '.join(f'{mesh_axis}={here.index(mesh_axis)}' for mesh_axis in MESH_AXES)}"
     names = [name for name in _names() if getattr(memory, name) is not None]
     rows = ((name.removesuffix("_bytes").replace("_", " "), human_bytes(getattr(memory, name))) for name in names)
     yield from (f"  {line}" for line in table([("holds", "bytes"), *rows], right=True))

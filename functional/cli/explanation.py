@@ -13,7 +13,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.finding import Finding
 from ...specs.index import Index
 from ...specs.listing import changes, source_words
-from ...specs.mesh import Coordinate, MeshAxis
+from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.param import ParamSpec
 from ...specs.pattern import closest
 from ...specs.program import InitProgram
@@ -239,9 +239,8 @@ def _held(mesh: Mesh, spec: ParamSpec) -> Iterator[HeldBy]:
     places = spec.places(mesh)
     first = mesh.coordinate(mesh.stage(places[0])[0])
     names = spec.mesh_axes(first)
-    num_ranks = len(places) * mesh.num("data", "tensor") // mesh.num(*names)
+    num_ranks = len(places) * mesh.num(*STAGE_AXES) // mesh.num(*names)
     for indices in product(*(range(mesh.num(name)) for name in names)):
         at = dict(zip(names, indices, strict=True))
-        data = at.get("data", at.get("expert", 0))
-        here = Coordinate(pipe=first.pipe, data=data, tensor=at.get("tensor", 0), mesh=mesh)
+        here = mesh.at(pipe=first.pipe, **at)
         yield HeldBy(tuple(at.items()), here.rank, num_ranks, spec.index(here), spec.local_bytes(here))

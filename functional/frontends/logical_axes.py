@@ -12,6 +12,7 @@ from attrs import evolve
 from torch import nn
 
 from ...specs.errors import Problem
+from ...specs.mesh import SPLIT_AXES
 from ...specs.pattern import closest, compile_pattern
 from ..model.linear import linear_of
 from ..schedule import create_schedule
@@ -30,10 +31,8 @@ MESH_AXIS_OF: Mapping[str, MeshAxis] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "joined_kv": "tensor",
-    "expert": "expert",
     "experts": "expert",
-    "tensor": "tensor",
-    "data": "data",
+    **{mesh_axis: mesh_axis for mesh_axis in SPLIT_AXES},
 }
 """What axis names of t5x and MaxText are split over, and the mesh axes by their own names; other names stay whole."""
 
@@ -168,7 +167,7 @@ def _wrong_rules(rules: object, mesh_axes: object) -> Iterator[Problem]:
             if name is not None and not isinstance(name, str):
                 yield Problem(f"rules[{number}]", f"the name of an axis is a string or None, not {name!r}", "None")
     for name, mesh_axis in dict(mesh_axes).items() if isinstance(mesh_axes, Mapping) else ():
-        if mesh_axis not in ("data", "expert", "tensor"):
+        if mesh_axis not in SPLIT_AXES:
             yield Problem(f"mesh_axes[{name!r}]", f"mesh axis {mesh_axis!r} is unknown", "There are data, expert, tensor")
     if not isinstance(mesh_axes, Mapping):
         yield Problem("mesh_axes", f"they are mesh axes by axis name, not {mesh_axes!r}", "{'mlp': 'tensor'}")

@@ -9,6 +9,7 @@ from attrs import evolve, frozen
 
 from ...specs.dtypes import num_bytes
 from ...specs.index import Index, index_shape, whole_index
+from ...specs.mesh import STAGE_AXES, factors, unsplit
 from ...specs.param import ParamSpec
 from ...specs.steps import (
     AddBiasAfterSync,
@@ -327,15 +328,15 @@ def resolve(step: Step, coordinate: Coordinate, tree: SpecTree) -> Work:  # noqa
         case _ if step.stage != coordinate.pipe:
             return Nothing()
         case Generate(paths=paths, calls=calls, scratch=scratch, key=key):
-            if not coordinate.is_first("data", "tensor"):
+            if not coordinate.is_first(*STAGE_AXES):
                 return Nothing()
             return Make(paths, _whole(tree, paths), _whole(tree, scratch), calls, key)
         case EvaluateWhole(paths=paths):
-            return Evaluate(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
+            return Evaluate(_whole(tree, paths)) if coordinate.is_first(*STAGE_AXES) else Nothing()
         case EvaluateShard(paths=paths):
             return Evaluate(_parts(tree, paths, coordinate))
         case TakeWhole(paths=paths):
-            return Take(_whole(tree, paths)) if coordinate.is_first("data", "tensor") else Nothing()
+            return Take(_whole(tree, paths)) if coordinate.is_first(*STAGE_AXES) else Nothing()
         case TakeShard(paths=paths):
             return Take(_parts(tree, paths, coordinate))
         case LoadShard(paths=paths, over=over):
@@ -369,8 +370,7 @@ def _rank_at(coordinate: Coordinate, place: int) -> int:
 
 
 def _scatter(pieces: tuple[Piece, ...], over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Work:
-    others: tuple[MeshAxis, ...] = tuple(m for m in ("expert_data", "expert", "tensor") if m not in _factors(over))
-    if not coordinate.is_first(*others):
+    if not coordinate.is_first(*unsplit(STAGE_AXES, over)):
         return Nothing()
     group, is_root = coordinate.group(*over), coordinate.is_first(*over)
     parts: tuple[tuple[Piece, ...], ...] = ()
@@ -378,11 +378,6 @@ def _scatter(pieces: tuple[Piece, ...], over: tuple[MeshAxis, ...], coordinate: 
         members = map(coordinate.mesh.coordinate, group)
         parts = tuple(tuple(Piece.part(p.spec, member) for p in pieces) for member in members)
     return Exchange("scatter", over, group, is_root, pieces, parts, room=_room(pieces, coordinate))
-
-
-def _factors(over: tuple[MeshAxis, ...]) -> Iterator[MeshAxis]:
-    for mesh_axis in over:
-        yield from ("expert_data", "expert") if mesh_axis == "data" else (mesh_axis,)
 
 
 def _room(pieces: tuple[Piece, ...], coordinate: Coordinate) -> int:
@@ -393,7 +388,7 @@ def _room(pieces: tuple[Piece, ...], coordinate: Coordinate) -> int:
 
 
 def _travelling(spec: ParamSpec, over: tuple[MeshAxis, ...], coordinate: Coordinate) -> Piece:
-    if set(_factors(spec.mesh_axes(coordinate))) & set(_factors(over)):
+    if set(factors(*spec.mesh_axes(coordinate))) & set(factors(*over)):
         return Piece.whole(spec)
     return Piece.part(spec, coordinate)
 

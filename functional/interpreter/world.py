@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from attrs import astuple, fields
 
-from ...specs.mesh import MESH_AXES, Mesh, MeshAxis
+from ...specs.mesh import Mesh
 from .dry_run import AGREEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 _NUM_WORDS = AGREEMENT_BYTES // 8
 _TEXT_BYTES = 8192
-_SIZES: tuple[MeshAxis, ...] = (*MESH_AXES, "expert")
+_NUM_SIZES = len(fields(Mesh))
 
 
 class ExecutionError(RuntimeError):
@@ -51,8 +52,7 @@ def _words(plan: Plan, error: BaseException | None) -> list[int]:
     whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
     fields = plan.canonical_fields
     parts = [_digest(fields["tree"]), _digest(fields["steps"]), _digest(fields["target"] + fields["config"])]
-    sizes = [plan.mesh.num(mesh_axis) for mesh_axis in _SIZES]
-    words = [int(error is not None), *sizes, plan.seed % 2**63, *parts, *whole]
+    words = [int(error is not None), *astuple(plan.mesh), plan.seed % 2**63, *parts, *whole]
     return words + [0] * (_NUM_WORDS - len(words))
 
 
@@ -62,14 +62,14 @@ def _digest(text: str) -> int:
 
 def _difference(table: list[list[int]], rank: int) -> str:
     ours, theirs = table[0], table[rank]
-    if ours[1:5] != theirs[1:5]:
-        meshes = [Mesh(**dict(zip(_SIZES, words[1:5], strict=True))) for words in (ours, theirs)]
-        names = [str(mesh).removeprefix("mesh ") for mesh in meshes]
-        return f"rank 0 has mesh {names[0]}, rank {rank} has mesh {names[1]}"
-    if ours[5] != theirs[5]:
-        return f"rank 0 has seed {ours[5]}, rank {rank} has seed {theirs[5]}"
+    (_, *our_sizes), (_, *their_sizes) = ours[: _NUM_SIZES + 1], theirs[: _NUM_SIZES + 1]
+    if our_sizes != their_sizes:
+        return f"rank 0 has {Mesh(*our_sizes)}, rank {rank} has {Mesh(*their_sizes)}"
+    (our_seed, *our_parts), (their_seed, *their_parts) = ours[_NUM_SIZES + 1 :], theirs[_NUM_SIZES + 1 :]
+    if our_seed != their_seed:
+        return f"rank 0 has seed {our_seed}, rank {rank} has seed {their_seed}"
     names = ["its tensors", "its steps", "its target or config"]
-    found = [name for name, a, b in zip(names, ours[6:9], theirs[6:9], strict=True) if a != b]
+    found = [name for name, a, b in zip(names, our_parts, their_parts, strict=False) if a != b]
     return f"rank {rank} differs from rank 0 in {' and '.join(found) or 'its contents'}"
 
 

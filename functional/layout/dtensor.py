@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ...specs.mesh import MODEL_AXES, STAGE_AXES
 from ..model.copy import get_tensor, like, put_tensor, tied
 from .dtensor_hooks import call_locally
 
@@ -27,13 +28,15 @@ def to_dtensors(module: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh, devic
         module: What holds them; parameters and buffers keep their memory, attributes and ties.
         specs: The tensors.
         mesh: The plan's mesh.
-        device_mesh: The same with dimensions ``data`` and ``tensor``.
+        device_mesh: The same with the mesh axes of a stage as dimensions.
     """
     # one object for all: whether two meshes are the same is asked again and again
-    meshes: dict[tuple[str, ...], DeviceMesh] = {("tensor",): device_mesh["tensor"], ("data", "tensor"): device_mesh}
+    meshes: dict[tuple[str, ...], DeviceMesh] = {STAGE_AXES: device_mesh}
     for spec in specs:
         on, local = placements(spec, mesh), get_tensor(module, spec.path)
-        first = like(local, _dtensor(local.detach(), spec, on, meshes[*on]))
+        if (names := tuple(on)) not in meshes:
+            meshes[names] = device_mesh[names]
+        first = like(local, _dtensor(local.detach(), spec, on, meshes[names]))
         put_tensor(module, spec.path, first)
         for path in spec.tie:
             put_tensor(module, path, tied(get_tensor(module, path), first))
@@ -44,15 +47,14 @@ def placements(spec: ParamSpec, mesh: Mesh) -> dict[MeshAxis, int | None]:
     """Return the dimensions of the device mesh that a tensor is on, each with the axis that it splits; None for none.
 
     All are on ``tensor``, on ``data`` only those that it splits: of others ``fully_shard`` may still make its own parts, and
-    nothing says that their gradients are the same along it.
+    nothing says that their gradients are the same along an axis that carries batches.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Shard
     >>> placements(ParamSpec("down.weight", (8, 4), "float32", shards=(Shard(1),)), Mesh(data=2, tensor=2))
     {'tensor': 1}
     """
     split: dict[MeshAxis, int] = {shard.mesh_axis: shard.axis for shard in spec.shards if mesh.num(shard.mesh_axis) > 1}
-    on: tuple[MeshAxis, ...] = ("data", "tensor") if "data" in split else ("tensor",)
-    return {mesh_axis: split.get(mesh_axis) for mesh_axis in on}
+    return {mesh_axis: split.get(mesh_axis) for mesh_axis in STAGE_AXES if mesh_axis in (*split, *MODEL_AXES)}
 
 
 def _dtensor(local: Tensor, spec: ParamSpec, on: Mapping[MeshAxis, int | None], device_mesh: DeviceMesh) -> DTensor:

@@ -7,14 +7,14 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, frozen
 from frozendict import frozendict
 from torch import Tensor, nn
 
-from ...specs.mesh import Mesh, MeshAxis
+from ...specs.mesh import AXIS_NAMES, Mesh
 from ..model.copy import copy_module
 from ..model.fake_values import AnswerZero
 from ..model.read import named_tensors
@@ -71,7 +71,7 @@ class LocalModel:
                 return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
 
         local = copy_module(self.model, fake, for_planning=True)
-        sizes: dict[str, tuple[int, int]] = {m: (self.mesh.num(m), first.index(m)) for m in get_args(MeshAxis)}
+        sizes: dict[str, tuple[int, int]] = {m: (self.mesh.num(m), first.index(m)) for m in AXIS_NAMES}
         sizes |= {group_name(m, num): (num, first.index(m) % num) for m, num in needed_groups(self.layout)}
         # messages between experts are told from those of tensor parallelism, also where no other group has a name
         groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}

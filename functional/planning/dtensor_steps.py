@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from attrs import evolve
 
 from ...specs.errors import PlanError, Problem
-from ...specs.mesh import MeshAxis
+from ...specs.mesh import STAGE_AXES, in_mesh_order, whole_of
 from ...specs.steps import Agree, AsDTensors, MakeGroups, MakeOptimizer, Step, Wrap
 
 if TYPE_CHECKING:
@@ -37,20 +37,16 @@ def as_dtensors(plan: Plan) -> Plan:
         raise PlanError(problems)
     steps: list[Step] = [step for step in plan.steps if not isinstance(step, AsDTensors)]
     at = next((n for n, step in enumerate(steps) if isinstance(step, _AFTER) or step == Agree("closing")), len(steps))
-    steps.insert(at, AsDTensors(("data", "tensor")))
+    steps.insert(at, AsDTensors(STAGE_AXES))
     made = next((n for n, step in enumerate(steps) if isinstance(step, MakeGroups)), None)
     if made is None:
-        steps.insert(int(steps[0] == Agree("opening")), MakeGroups((("data",), ("tensor",))))
+        steps.insert(int(steps[0] == Agree("opening")), MakeGroups(tuple((mesh_axis,) for mesh_axis in STAGE_AXES)))
     else:
         groups = steps[made]
         assert isinstance(groups, MakeGroups), "it was looked for"
-        needed: set[tuple[MeshAxis, ...]] = {*groups.over, ("data",), ("tensor",)}
-        steps[made] = evolve(groups, over=tuple(sorted(needed, key=_in_mesh_order)))
+        needed = {*groups.over, *((mesh_axis,) for mesh_axis in STAGE_AXES)}
+        steps[made] = evolve(groups, over=tuple(sorted(needed, key=in_mesh_order)))
     return evolve(plan, steps=steps)
-
-
-def _in_mesh_order(over: tuple[MeshAxis, ...]) -> list[int]:
-    return [get_args(MeshAxis).index(mesh_axis) for mesh_axis in over]
 
 
 def _wrong_for_dtensors(plan: Plan) -> Iterator[Problem]:
@@ -67,9 +63,11 @@ def _inexpressible(spec: ParamSpec, mesh: Mesh) -> Iterator[Problem]:
     for shard in spec.shards:
         if mesh.num(shard.mesh_axis) == 1:
             continue
-        if shard.mesh_axis == "expert":
-            cause = f"axis {shard.axis} is split over 'expert', which is a part of 'data' and no dimension of a device mesh"
-            yield Problem(spec.path, cause, f"{_LOCAL}, or leave it whole along 'expert'", spec.type)
+        over = shard.mesh_axis
+        if over not in STAGE_AXES:
+            whole = f"a part of {whole_of(over)!r} and no dimension of a device mesh"
+            cause = f"axis {shard.axis} is split over {over!r}, which is {whole}"
+            yield Problem(spec.path, cause, f"{_LOCAL}, or leave it whole along {over!r}", spec.type)
         elif why := _differs_from_chunks(spec.orig_shape[shard.axis], shard, mesh):
             cause, fix = why
             yield Problem(spec.path, cause, f"{_LOCAL}, or {fix}", spec.type)

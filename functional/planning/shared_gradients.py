@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...specs.mesh import unsplit, whole_of
 from ...specs.steps import SumGradient
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:
             held = shard.held(size, first)
             for path in spec.paths:
                 module, _, name = path.rpartition(".")
-                if shard.mesh_axis == "expert":
-                    yield SumGradient(module, name, "expert_data", divide=mesh.data)
+                if (whole := whole_of(shard.mesh_axis)) != shard.mesh_axis:
+                    (rest,) = unsplit([whole], [shard.mesh_axis])
+                    yield SumGradient(module, name, rest, divide=mesh.num(whole))
                 elif any(part.num_holders > 1 for part in held):
                     sharing = tuple((part.stop - part.start, part.num_holders) for part in held)
                     yield SumGradient(module, name, shard.mesh_axis, shard.axis, sharing)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attrs import Factory, define
 
+from ...specs.mesh import BATCH_AXES, STAGE_AXES, unsplit
 from ...specs.program import InitProgram
 from ...specs.source import Loaded, Made, ModuleValues, OwnValues
 from ...specs.steps import (
@@ -108,10 +109,8 @@ def from_files(specs: Iterable[ParamSpec], mesh: Mesh, stage: int, *, dedupe: bo
 
 
 def _sharing(spec: ParamSpec, mesh: Mesh) -> tuple[MeshAxis, ...]:
-    """Return the mesh axes along ``data`` on which ranks hold the same part of a tensor."""
-    split = spec.mesh_axes(mesh.coordinate(0))
-    mesh_axis: MeshAxis = "expert_data" if "expert" in split else "data"
-    return (mesh_axis,) if "data" not in split and mesh.num(mesh_axis) > 1 else ()
+    """Return the mesh axes that carry batches along which ranks hold the same part of a tensor."""
+    return _longer_than_one(mesh, unsplit(BATCH_AXES, spec.mesh_axes(mesh.coordinate(0))))
 
 
 def _where(spec: ParamSpec) -> tuple[str, int]:
@@ -169,10 +168,10 @@ class _Road:
             yield TakeWhole(self.stage, taken)
         if evaluated := tuple(spec.path for spec in specs if isinstance(spec.source, InitProgram)):
             yield EvaluateWhole(self.stage, evaluated)
-        several = self.longer_than_one("data", "tensor")
-        rest = self.longer_than_one(*(("expert_data", "tensor") if "expert" in split else ("data", "tensor")), without=split)
+        mesh = self.first.mesh
+        several, rest = _longer_than_one(mesh, STAGE_AXES), _longer_than_one(mesh, unsplit(STAGE_AXES, split))
         # a scatter over 'expert' alone would leave others along 'tensor' for which no single group has a first rank
-        if self.strategy == "scatter" and split and rest != ("expert_data", "tensor"):
+        if self.strategy == "scatter" and split and all(mesh.has_groups(*axes) for axes in (split, rest) if axes):
             yield Scatter(self.stage, paths, split)
             if rest:
                 yield Broadcast(self.stage, paths, rest)
@@ -181,10 +180,11 @@ class _Road:
                 yield Broadcast(self.stage, paths, several)
             if split:
                 yield Slice(self.stage, paths)
-        copied = [(spec, to) for spec in specs for to in copies(spec, self.first.mesh)]
+        copied = [(spec, to) for spec in specs for to in copies(spec, mesh)]
         yield from (SendCopy(self.stage, to, (spec.path,)) for spec, to in copied)
         yield Place(self.stage, paths)
         yield from (Place(to, (spec.path,)) for spec, to in copied)
 
-    def longer_than_one(self, *mesh_axes: MeshAxis, without: tuple[MeshAxis, ...] = ()) -> tuple[MeshAxis, ...]:
-        return tuple(m for m in mesh_axes if self.first.mesh.num(m) > 1 and m not in without)
+
+def _longer_than_one(mesh: Mesh, mesh_axes: tuple[MeshAxis, ...]) -> tuple[MeshAxis, ...]:
+    return tuple(mesh_axis for mesh_axis in mesh_axes if mesh.num(mesh_axis) > 1)

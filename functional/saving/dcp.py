@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...specs.errors import PlanError, Problem
+from ...specs.mesh import STAGE_AXES
 from ...specs.ownership import held_first, local_boxes
 from ..interpreter.world import agree
 from .atomic_folder import abandon, absolute, begin, finish, partial_of
@@ -155,7 +156,7 @@ def _boxes(spec: ParamSpec, path: tuple[str, ...], local: Tensor | None, here: C
     if local is None:
         return
     if not spec.num_elements:
-        if here.data == here.tensor == 0 and here.pipe == spec.places(here.mesh)[0]:
+        if here.is_first(*STAGE_AXES) and here.pipe == spec.places(here.mesh)[0]:
             yield _Box(path, spec.orig_shape, (0,) * len(spec.orig_shape), local.new_empty(spec.orig_shape))
         return
     index = held_first(spec, here)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...specs.errors import Problem
 from ...specs.finding import CODES, LOUD
 from ...specs.json_values import is_plain
-from ...specs.mesh import MeshAxis
+from ...specs.mesh import SPLIT_AXES, STAGE_AXES, MeshAxis, factors, whole_of
 from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
 from ...specs.paths import join
@@ -31,8 +31,8 @@ def sharded(  # noqa: PLR0911  one a mistake
     if not _is_integer(axis) or not -rank <= axis < rank:
         fix = f"Its axes are 0 to {rank - 1}" if rank else "It is a scalar"
         return Problem(spec.path, f"it has no axis {axis!r}", fix, spec.type)
-    if mesh_axis not in ("pipe", "data", "expert", "tensor"):
-        return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", "There are data, expert, tensor", spec.type)
+    if mesh_axis not in ("pipe", *SPLIT_AXES):
+        return Problem(spec.path, f"mesh axis {mesh_axis!r} is unknown", f"There are {', '.join(SPLIT_AXES)}", spec.type)
     if unknown := sorted(set(split) - set(Split.__annotations__)):
         fix = f"There are {', '.join(Split.__annotations__)}"
         return Problem(spec.path, f"a split has no {', '.join(map(repr, unknown))}", fix, spec.type)
@@ -43,10 +43,9 @@ def sharded(  # noqa: PLR0911  one a mistake
         return Problem(spec.path, f"it cannot be split so: {text}", _OPTIONS, spec.type)
     if shard in spec.shards:
         return spec
-    together = {shard.mesh_axis, *(s.mesh_axis for s in spec.shards)}
     first = next((s for s in spec.shards if s.axis == shard.axis or s.mesh_axis == mesh_axis), None)
-    if first is None and {"data", "expert"} <= together:
-        first = next(s for s in spec.shards if s.mesh_axis in ("data", "expert"))
+    if first is None:
+        first = next((s for s in spec.shards if set(factors(s.mesh_axis)) & set(factors(mesh_axis))), None)
     if first is not None:
         cause = (
             f"it is split twice: along axis {first.axis} over {first.mesh_axis!r} ({spec.origin}),"
@@ -58,8 +57,9 @@ def sharded(  # noqa: PLR0911  one a mistake
 
 
 def _keep(first: Shard, second: Shard) -> str:
-    if {first.mesh_axis, second.mesh_axis} == {"data", "expert"}:
-        return "Keep one of them: 'expert' is a part of 'data'"
+    for part, whole in ((first.mesh_axis, second.mesh_axis), (second.mesh_axis, first.mesh_axis)):
+        if part != whole == whole_of(part):
+            return f"Keep one of them: {part!r} is a part of {whole!r}"
     return "Keep one of them"
 
 
@@ -94,8 +94,9 @@ def wrong_sync(  # noqa: C901, PLR0911, PLR0917  one a mistake
         if not _is_pair(features) or not 0 <= features[0] < features[1]:
             cause = f"features are the first entry and the one after the last, not {features!r}"
             return Problem(pattern, cause, "features=(512, 576)")
-    if mesh_axis not in ("data", "tensor"):
-        return Problem(pattern, f"a sync cannot run along mesh axis {mesh_axis!r}", "It runs along data or tensor")
+    if mesh_axis not in STAGE_AXES:
+        cause = f"a sync cannot run along mesh axis {mesh_axis!r}"
+        return Problem(pattern, cause, f"It runs along {' or '.join(STAGE_AXES)}")
     return None
 
 

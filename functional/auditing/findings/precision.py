@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes, num_bytes, short_name
 from ....specs.finding import Finding
-from ....specs.mesh import Coordinate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,7 @@ def full_precision(plan: Plan) -> Iterator[Finding]:
         return
     for spec in floating:
         if spec.dtype in ("float32", "float64"):
-            here = Coordinate(pipe=spec.places(plan.mesh)[0], data=0, tensor=0, mesh=plan.mesh)
+            here = plan.mesh.at(pipe=spec.places(plan.mesh)[0])
             local = spec.local_bytes(here)
             more = human_bytes(local - local * num_bytes(half) // num_bytes(spec.dtype))
             cause = (

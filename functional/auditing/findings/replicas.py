@@ -115,10 +115,8 @@ def _held_bytes(plan: Plan) -> dict[int, int]:
 def _lengths(shard: Shard, size: int, mesh: Mesh) -> tuple[int, ...]:
     """Return the entries that each place along a shard's mesh axis has."""
     places = range(mesh.num(shard.mesh_axis))
-    is_tensor = shard.mesh_axis == "tensor"
-    ranks = (Coordinate(pipe=0, data=0 if is_tensor else at, tensor=at if is_tensor else 0, mesh=mesh) for at in places)
-    return tuple(shard.length(size, here) for here in ranks)
+    return tuple(shard.length(size, mesh.at(**{shard.mesh_axis: place})) for place in places)
 
 
 def _first(mesh: Mesh, place: int) -> Coordinate:
-    return Coordinate(pipe=place, data=0, tensor=0, mesh=mesh)
+    return mesh.at(pipe=place)

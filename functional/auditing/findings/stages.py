@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
-from ....specs.mesh import Coordinate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +32,7 @@ def unbalanced(plan: Plan, report: Report) -> Iterator[Finding]:
     sizes = [0] * mesh.pipe
     for spec in plan.tree.values():
         for place in spec.places(mesh) if spec.kind == "parameter" else ():
-            sizes[place] += spec.local_bytes(Coordinate(pipe=place, data=0, tensor=0, mesh=mesh))
+            sizes[place] += spec.local_bytes(mesh.at(pipe=place))
     mean, most = sum(sizes) / mesh.pipe, max(sizes)
     if most < OVER_MEAN * mean or most - mean < OVER_BYTES:
         return

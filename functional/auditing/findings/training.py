@@ -8,7 +8,6 @@ from attrs import evolve
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
-from ....specs.mesh import Coordinate
 from ...dialects.accounting import optimizer_of, state_of
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def unknown_optimizer(plan: Plan, report: Report) -> Iterator[Finding]:
 
 def _what_follows(plan: Plan) -> str:
     """Return what the target does with a trained tensor that has no gradient."""
-    here = Coordinate(pipe=0, data=0, tensor=0, mesh=plan.mesh)
+    here = plan.mesh.at(pipe=0)
     if plan.target == "deepspeed":
         is_partitioned = state_of(plan, here).master_bytes > 0
         keeps = "its states and a float32 copy are kept" if is_partitioned else "its states are kept"

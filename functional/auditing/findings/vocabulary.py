@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
-from ....specs.mesh import Coordinate
 from .module_paths import module_of
 
 if TYPE_CHECKING:
@@ -71,6 +70,6 @@ def split(spec: ParamSpec, pad_to_multiple: int = 1) -> str:
 
 def is_undivided(plan: Plan, spec: ParamSpec) -> bool:
     """Tell whether a tensor is a large vocabulary that is whole, as its rows do not divide by the ranks along ``tensor``."""
-    here = Coordinate(pipe=0, data=0, tensor=0, mesh=plan.mesh)
+    here = plan.mesh.at(pipe=0)
     is_large = spec.local_bytes(here) >= VOCABULARY_BYTES
     return is_large and is_vocabulary(spec) and not spec.on("tensor") and spec.orig_shape[0] % plan.mesh.tensor > 0

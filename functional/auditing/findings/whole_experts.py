@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
-from ....specs.mesh import Coordinate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +28,7 @@ def whole_experts(plan: Plan) -> Iterator[Finding]:
     for module, specs in modules.items():
         if any(spec.on("expert") for spec in specs):
             continue
-        here = Coordinate(pipe=specs[0].places(mesh)[0], data=0, tensor=0, mesh=mesh)
+        here = mesh.at(pipe=specs[0].places(mesh)[0])
         size = human_bytes(sum(spec.local_bytes(here) for spec in specs))
         is_fused = all(spec.module == module for spec in specs)
         names = {spec.path.removeprefix(f"{module}.").split(".")[0] for spec in specs}

@@ -6,12 +6,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ....specs.dtypes import human_bytes
-from ....specs.mesh import Coordinate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ....specs.mesh import Mesh, MeshAxis
+    from ....specs.mesh import Coordinate, Mesh
     from ....specs.param import ParamSpec
     from ....specs.shard import Interval, Shard
 
@@ -35,7 +34,7 @@ def _strip(spec: ParamSpec, shard: Shard, mesh: Mesh) -> dict[str, Any]:
     parts: dict[Interval, list[int]] = {}
     padding: list[tuple[int, int]] = []
     for place in drawn:
-        here = _at(mesh, shard.mesh_axis, place)
+        here = mesh.at(**{shard.mesh_axis: place})
         held = shard.held(size, here)
         for part in held:
             parts.setdefault((part.start, part.stop), []).append(place)
@@ -52,7 +51,7 @@ def _strip(spec: ParamSpec, shard: Shard, mesh: Mesh) -> dict[str, Any]:
         "blocks": _blocks(shard, size),
         "empty": [place for place in drawn if not any(place in places for *_, places in segments)],
         "skipped": [] if num <= _MOST_PLACES else [_EDGE, num - _EDGE - 1],
-        "places": {str(place): _place(spec, _at(mesh, shard.mesh_axis, place)) for place in drawn},
+        "places": {str(place): _place(spec, mesh.at(**{shard.mesh_axis: place})) for place in drawn},
     }
 
 
@@ -74,9 +73,3 @@ def _blocks(shard: Shard, size: int) -> list[int]:
     """Return where blocks begin that are split one by one, but the first; none where they are too many to be seen."""
     sizes = (shard.blocks or (size // shard.interleaved,)) * shard.interleaved
     return [*accumulate(sizes)][:-1] if len(sizes) <= _MOST_BLOCKS else []
-
-
-def _at(mesh: Mesh, mesh_axis: MeshAxis, place: int) -> Coordinate:
-    """Return the coordinate at a place along one mesh axis, the first along all others."""
-    data = place if mesh_axis in {"data", "expert"} else 0
-    return Coordinate(pipe=0, data=data, tensor=place if mesh_axis == "tensor" else 0, mesh=mesh)

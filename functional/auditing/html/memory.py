@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ....specs.dtypes import human_bytes
+from ....specs.mesh import MESH_AXES
 from ....specs.text_table import ranges
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _row(memory: Memory, shares: list[Share], shown: list[str], device_memory: i
         "stage": first.pipe,
         "ranks": f"{sum(share.num_ranks for share in shares):,}",
         "first": first.rank,
-        "at": f"pipe {first.pipe}, data {first.data}, tensor {first.tensor}",
+        "at": ", ".join(f"{mesh_axis} {first.index(mesh_axis)}" for mesh_axis in MESH_AXES),
         "bytes": sizes,
         "text": {name: "not known" if size is None else human_bytes(size) for name, size in sizes.items()},
         "over": device_memory is not None and memory.peak_bytes > device_memory,

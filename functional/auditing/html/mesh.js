@@ -1,4 +1,4 @@
-// The mesh: for each stage a table of cells, rows along data, columns along tensor. A cell that is chosen shows, further down,
+// The mesh: for each stage a table of cells, columns along its last mesh axis, rows along the others of a stage. A cell that is chosen shows, further down,
 // what its ranks hold.
 
 const FEW_CELLS = 32;
@@ -8,7 +8,7 @@ const followers = [];
 function drawMesh(data) {
   const { mesh } = data;
   const lines = [];
-  lines.push(`Rows are places along ${rowAxis(mesh)}, columns along tensor.`);
+  lines.push(`Rows are places along ${mesh.down}, columns along ${mesh.across}.`);
   if (mesh.collapsed.length) lines.push(`Ranks that are alike along ${mesh.collapsed.join(" and ")} share a cell, with their number in it.`);
   lines.push(`The line in a cell is its peak of memory${data.memory.capacity ? ", red where a device has less" : ""}; choose a cell to see below what it holds.`);
   const isRoomy = mesh.stages.length * mesh.rows.length * mesh.columns.length <= FEW_CELLS;
@@ -18,16 +18,12 @@ function drawMesh(data) {
   body("mesh").append(make("p", { class: "note" }, lines.join(" ")), stages);
 }
 
-function rowAxis(mesh) {
-  return mesh.expert > 1 && mesh.collapsed.includes("data") ? "expert_data / expert" : "data";
-}
-
 function drawStage(data, stage, pipe) {
   const { rows, columns } = data.mesh;
   const cells = stage.cells.map((row) => row.map((cell) => rankCell(data, cell, pipe)));
   const grid = make("table", { class: "ranks" },
     make("thead", {}, make("tr", {},
-      make("th", {}, make("span", { class: "hidden" }, `${rowAxis(data.mesh)} by tensor`)),
+      make("th", {}, make("span", { class: "hidden" }, `${data.mesh.down} by ${data.mesh.across}`)),
       ...columns.map((column) => make("th", { scope: "col" }, column)))),
     make("tbody", {}, ...cells.map((row, number) =>
       make("tr", {}, make("th", { scope: "row" }, rows[number]), ...row.map((cell) => make("td", {}, cell))))));
@@ -63,8 +59,7 @@ function chooseRanks(data, cell) {
 // Whether some of the chosen ranks stand at a place along a mesh axis.
 function standsAt(data, cell, meshAxis, place) {
   const within = ([start, stop], number) => start <= number && number < stop;
-  const { outer, expert, tensor } = cell.places;
-  if (meshAxis === "tensor") return within(tensor, place);
-  if (meshAxis === "expert") return within(expert, place);
-  return within(outer, Math.floor(place / data.mesh.expert)) && within(expert, place % data.mesh.expert);
+  if (meshAxis in cell.places) return within(cell.places[meshAxis], place);
+  const [outer, inner, num] = data.mesh.factors[meshAxis];
+  return within(cell.places[outer], Math.floor(place / num)) && within(cell.places[inner], place % num);
 }

@@ -6,15 +6,13 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
-
-from ....specs.mesh import Coordinate
+from ....specs.mesh import STAGE_AXES, factors
 from .memory import memory_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ....specs.mesh import Mesh
+    from ....specs.mesh import Coordinate, Mesh, MeshAxis
     from ....specs.report import Report
     from ....specs.shard import Interval
 
@@ -22,51 +20,50 @@ _MOST_ROWS = 8
 _MOST_COLUMNS = 16
 _MOST_CELLS = 256
 
+*_DOWN, _ACROSS = STAGE_AXES
 
-@frozen
-class Row:
-    """Places along ``data``: runs along its two factors."""
-
-    outer: Interval
-    expert: Interval
+Runs = dict["MeshAxis", "Interval"]
+"""Places along some mesh axes, those with factors by their factors: the first, and the one after the last."""
 
 
 def mesh(report: Report) -> dict[str, Any]:
-    """Return for each stage a table of cells: rows along ``data``, columns along ``tensor``."""
+    """Return for each stage a table of cells: columns along the last mesh axis, rows along the others of a stage."""
     mesh = report.mesh
     rows, columns = _rows(report), _columns(report)
     numbers = memory_rows(report)
-    collapsed = [
-        name for name, drawn, num in (("data", rows, mesh.data), ("tensor", columns, mesh.tensor)) if len(drawn) < num
-    ]
+    collapsed = [*_DOWN] if len(rows) < mesh.num(*_DOWN) else []
+    collapsed += [_ACROSS] if len(columns) < mesh.num(_ACROSS) else []
     return {
-        "expert": mesh.expert,
         "collapsed": collapsed,
+        "down": " / ".join(factors(*_DOWN) if len(rows) < mesh.num(*_DOWN) and mesh.expert > 1 else _DOWN),
+        "across": _ACROSS,
+        "factors": {m: [*factors(m), mesh.num(factors(m)[-1])] for m in STAGE_AXES if len(factors(m)) > 1},
         "rows": [_row_text(mesh, row) for row in rows],
         "columns": [_text(column) for column in columns],
         "stages": [
             {
                 "ranks": _ranks_text(len(stage := mesh.stage(pipe)), stage[0], stage[-1]),
-                "cells": [[_cell(report, numbers, pipe, row, column) for column in columns] for row in rows],
+                "cells": [[_cell(report, numbers, pipe, row | {_ACROSS: column}) for column in columns] for row in rows],
             }
             for pipe in range(mesh.pipe)
         ],
     }
 
 
-def _rows(report: Report) -> list[Row]:
-    mesh, distinct = report.mesh, report.distinct
-    if mesh.data <= _MOST_ROWS and mesh.num_ranks <= _MOST_CELLS:
-        places = (divmod(place, mesh.expert) for place in range(mesh.data))
-        return [Row((outer, outer + 1), (expert, expert + 1)) for outer, expert in places]
-    return [Row(outer, expert) for outer, expert in product(_few(distinct.expert_data), _few(distinct.expert))]
+def _rows(report: Report) -> list[Runs]:
+    mesh, names = report.mesh, factors(*_DOWN)
+    if mesh.num(*_DOWN) <= _MOST_ROWS and mesh.num_ranks <= _MOST_CELLS:
+        along = [[(place, place + 1) for place in range(mesh.num(name))] for name in names]
+    else:
+        along = [_few(report.distinct.runs(name)) for name in names]
+    return [dict(zip(names, runs, strict=True)) for runs in product(*along)]
 
 
 def _columns(report: Report) -> list[Interval]:
-    mesh = report.mesh
-    if mesh.tensor <= _MOST_COLUMNS and len(_rows(report)) * mesh.tensor * mesh.pipe <= _MOST_CELLS:
-        return [(place, place + 1) for place in range(mesh.tensor)]
-    return _few(report.distinct.tensor)
+    mesh, num = report.mesh, report.mesh.num(_ACROSS)
+    if num <= _MOST_COLUMNS and len(_rows(report)) * num * mesh.pipe <= _MOST_CELLS:
+        return [(place, place + 1) for place in range(num)]
+    return _few(report.distinct.runs(_ACROSS))
 
 
 def _few(runs: Sequence[Interval]) -> list[Interval]:
@@ -76,54 +73,52 @@ def _few(runs: Sequence[Interval]) -> list[Interval]:
     return [*runs[: _MOST_ROWS - 2], (runs[_MOST_ROWS - 2][0], runs[-2][1]), runs[-1]]
 
 
-def _cell(report: Report, numbers: dict[Coordinate, int], pipe: int, row: Row, column: Interval) -> dict[str, Any]:
+def _cell(report: Report, numbers: dict[Coordinate, int], pipe: int, runs: Runs) -> dict[str, Any]:
     mesh = report.mesh
-    runs = (row.outer, row.expert, column)
-    first = _at(mesh, pipe, *(start for start, _ in runs)).rank
-    last = _at(mesh, pipe, *(stop - 1 for _, stop in runs)).rank
-    num = prod(map(_num, runs))
+    first = mesh.at(pipe=pipe, **{name: start for name, (start, _) in runs.items()}).rank
+    last = mesh.at(pipe=pipe, **{name: stop - 1 for name, (_, stop) in runs.items()}).rank
+    num = prod(map(_num, runs.values()))
     node = f", node {first // report.ranks_per_node}" if report.ranks_per_node and num == 1 else ""
     return {
         "first": first,
         "num": f"{num:,}",
         "ranks": _ranks_text(num, first, last),
-        "at": f"pipe {pipe}, {_row_words(mesh, row)}, tensor {_text(column)}{node}",
-        "places": {"outer": row.outer, "expert": row.expert, "tensor": column},
+        "at": ", ".join([f"pipe {pipe}", *(_words(mesh, runs, mesh_axis) for mesh_axis in STAGE_AXES)]) + node,
+        "places": runs,
         "memory": sorted({numbers[kind] for kind in _kinds(report, pipe, runs)}),
     }
 
 
-def _kinds(report: Report, pipe: int, runs: tuple[Interval, ...]) -> Iterator[Coordinate]:
+def _kinds(report: Report, pipe: int, runs: Runs) -> Iterator[Coordinate]:
     """Iterate over the distinct coordinates among the ranks of a cell."""
-    distinct = report.distinct
-    known = (distinct.expert_data, distinct.expert, distinct.tensor)
     starts = (
-        [start, *(first for first, _ in along if start < first < stop)]
-        for (start, stop), along in zip(runs, known, strict=True)
+        [start, *(first for first, _ in report.distinct.runs(name) if start < first < stop)]
+        for name, (start, stop) in runs.items()
     )
-    return (distinct.like(_at(report.mesh, pipe, *places)) for places in product(*starts))
+    found = (report.mesh.at(pipe=pipe, **dict(zip(runs, places, strict=True))) for places in product(*starts))
+    return map(report.distinct.like, found)
 
 
-def _at(mesh: Mesh, pipe: int, outer: int, expert: int, tensor: int) -> Coordinate:
-    return Coordinate(pipe=pipe, data=outer * mesh.expert + expert, tensor=tensor, mesh=mesh)
+def _row_text(mesh: Mesh, row: Runs) -> str:
+    """Write the places that a row stands for, in few characters."""
+    return ", ".join(_place(mesh, row, mesh_axis) for mesh_axis in _DOWN)
 
 
-def _row_text(mesh: Mesh, row: Row) -> str:
-    """Write which places along ``data`` a row stands for, in few characters."""
-    if mesh.expert == 1:
-        return _text(row.outer)
-    if _num(row.outer) == _num(row.expert) == 1:
-        return str(row.outer[0] * mesh.expert + row.expert[0])
-    return f"{_text(row.outer)} / {_text(row.expert)}"
+def _place(mesh: Mesh, runs: Runs, mesh_axis: MeshAxis) -> str:
+    """Write the places along a mesh axis: a number where there is one, else runs along its factors."""
+    along = {name: runs[name] for name in factors(mesh_axis) if name == factors(mesh_axis)[0] or mesh.num(name) > 1}
+    if all(_num(run) == 1 for run in along.values()):
+        return str(mesh.at(**{name: start for name, (start, _) in along.items()}).index(mesh_axis))
+    return " / ".join(map(_text, along.values()))
 
 
-def _row_words(mesh: Mesh, row: Row) -> str:
-    if mesh.expert == 1:
-        return f"data {_text(row.outer)}"
-    finer = f"expert_data {_text(row.outer)}, expert {_text(row.expert)}"
-    if _num(row.outer) == _num(row.expert) == 1:
-        return f"data {_row_text(mesh, row)} ({finer})"
-    return finer
+def _words(mesh: Mesh, runs: Runs, mesh_axis: MeshAxis) -> str:
+    """Write the places along a mesh axis, and along its factors where it has several."""
+    names = factors(mesh_axis)
+    finer = ", ".join(f"{name} {_text(runs[name])}" for name in names)
+    if mesh.num(names[-1]) == 1 or len(names) == 1:
+        return f"{mesh_axis} {_text(runs[names[0]])}"
+    return f"{mesh_axis} {_place(mesh, runs, mesh_axis)} ({finer})" if all(_num(runs[n]) == 1 for n in names) else finer
 
 
 def _ranks_text(num: int, first: int, last: int) -> str:

@@ -6,13 +6,11 @@ from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ....specs.dtypes import human_bytes
+from ....specs.mesh import in_mesh_order
 from ....specs.text_table import ranges
 
 if TYPE_CHECKING:
-    from ....specs.mesh import MeshAxis
     from ....specs.report import Report
-
-_ORDER: tuple[MeshAxis, ...] = ("pipe", "data", "expert_data", "expert", "tensor")
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -35,8 +33,7 @@ def traffic(report: Report) -> dict[str, Any]:
 
 def _matrix(report: Report) -> dict[str, Any]:
     """Sum what one rank of each stage puts on the wire along each mesh axis."""
-    used = {row.mesh_axis for row in report.training}
-    columns = [mesh_axis for mesh_axis in _ORDER if mesh_axis in used]
+    columns = sorted({row.mesh_axis for row in report.training}, key=lambda mesh_axis: in_mesh_order([mesh_axis]))
     sums = {(stage, mesh_axis): (0, 0) for stage in range(report.mesh.pipe) for mesh_axis in columns}
     for row in report.training:
         wire, between = sums[row.stage, row.mesh_axis]

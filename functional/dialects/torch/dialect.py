@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from frozendict import frozendict
 
 from ....specs.errors import Problem
+from ....specs.mesh import SPLIT_AXES
 from ..handover import Handover, Wrapped
 from ..stage_checks import nothing_trained, one_stage_a_place
 from .optimizer import check_optimizer, make_optimizer
@@ -70,8 +71,7 @@ class TorchDialect:
         return []
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
-        sizes: tuple[MeshAxis, ...] = ("pipe", "data", "expert", "tensor")
-        return tuple((mesh_axis,) for mesh_axis in sizes if mesh.num(mesh_axis) > 1)
+        return tuple((mesh_axis,) for mesh_axis in ("pipe", *SPLIT_AXES) if mesh.num(mesh_axis) > 1)
 
     def wrap(self, handover: Handover) -> Wrapped:
         from ..gradient_norm import GradientNorm
