@@ -10,8 +10,8 @@ from attrs import evolve
 from ..specs.steps import Agree, MakeGroups, MakeOptimizer, Wrap
 from .execute import execute
 from .interpreter.interpret import interpret
-from .interpreter.standing import stand
 from .interpreter.torch_effects import TorchEffects
+from .interpreter.world import own_coordinate
 from .model.read import named_tensors
 from .plan import plan_build
 
@@ -114,7 +114,7 @@ def init_target_engine(
     """
     plan = plan_build(sch, target=target, init_weights=False, config=config)
     handing = evolve(plan, steps=[step for step in plan.steps if isinstance(step, (Agree, MakeGroups, MakeOptimizer, Wrap))])
-    coordinate, error = stand(plan)
+    coordinate, error = own_coordinate(plan)
     device = next((tensor.device for _, _, tensor in named_tensors(model)), torch.device("cpu"))
     effects = TorchEffects(coordinate, device, model, model, plan.runtime.callables, optimizer)
     interpret(handing, coordinate, effects, error=error)

@@ -1,4 +1,7 @@
-"""The only effect: a plan is carried out."""
+"""The only effect: carry out a plan on this rank.
+
+``execute`` prepares what the steps need, hands them to the interpreter with real effects, and returns what it built.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from attrs import field, frozen
+from attrs import Factory, define, field, frozen
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -23,9 +26,9 @@ from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import AsDTensors
 from .audit import audit
 from .dialects import find_dialect
-from .interpreter.interpret import Effects, interpret
-from .interpreter.standing import stand
+from .interpreter.interpret import interpret
 from .interpreter.torch_effects import TorchEffects
+from .interpreter.world import own_coordinate
 from .model.callables import find
 from .model.compare import differences
 from .model.copy import copy_module, on_meta
@@ -38,26 +41,27 @@ if TYPE_CHECKING:
     from ..specs.finding import Finding
     from ..specs.receipt import Receipt
     from ..specs.steps import Step
+    from .interpreter.effects import Effects
     from .pipeline.partition import Partition
 
 _log = logging.getLogger("shardplan")
 
-Layout = Literal["local", "dtensor"]
-"""What the tensors of the module are: each rank's own parts, or DTensors that know of all."""
+TensorLayout = Literal["local", "dtensor"]
+"""Whether the module's tensors are this rank's shards, or DTensors that know the global tensor."""
 
 
 @frozen
 class Built:
-    """What executing a plan gives to one rank; unpacks as ``model, optimizer``.
+    """The result of executing a plan on one rank; unpacks as ``model, optimizer``.
 
     Args:
-        model: What is trained: the module, or the target's engine around it. None with effects of the caller's.
+        model: The model to train: the module, or the target's engine around it. None with effects of the caller's.
         optimizer: The target's optimizer, or the given one; None if there is none.
         module: This rank's own torch module: the whole model's, or that of its (first) pipeline stage.
         modules: All of this rank's stages, several under an interleaved pipeline; else the one module.
         extras: Whatever else the target returned, by name.
         device_mesh: The device mesh of ``layout="dtensor"``, with dimensions ``data`` and ``tensor``; else None.
-        receipt: What was really allocated, sent and taken.
+        receipt: What this rank really allocated, sent and placed.
     """
 
     model: Any
@@ -81,16 +85,16 @@ def execute(
     progress: bool = True,
     optimizer: Callable[..., Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
-    layout: Layout = "local",
+    layout: TensorLayout = "local",
 ) -> Built:
     """Carry out a plan on this rank; every rank of the mesh calls it. The given module stays as it is.
 
     Args:
-        plan: What to do.
-        model: The module; the one that was scheduled if left out. A plan that was loaded needs it.
-        device: Where tensors go: the current CUDA device where there is one, else the CPU.
-        effects: Other effects than real ones, e.g. a recorder; then nothing is allocated or sent here.
-        progress: Whether rank 0 shows a bar on a terminal.
+        plan: The plan.
+        model: The module; by default the scheduled module. A plan that was loaded needs it.
+        device: The device of all tensors; by default the current CUDA device, or the CPU if there is none.
+        effects: Effects instead of the real ones, e.g. a recorder; then nothing is allocated or sent here.
+        progress: Whether rank 0 shows a progress bar on a terminal.
         optimizer: Function from the trained parameters to an optimizer.
         loss_fn: Loss of a pipeline's last stage.
         layout: ``dtensor`` makes parameters and buffers DTensors of torch, over a device mesh with dimensions ``data`` and
@@ -115,111 +119,126 @@ def execute(
     if not isinstance(plan, Plan):
         msg = f"execute takes a plan, not a {type(plan).__name__}: execute(plan_build(schedule))"
         raise TypeError(msg)
-    with _no_collection():
-        return _execute(plan, model, device, effects, optimizer, loss_fn, layout=layout, progress=progress)
+    start = time.monotonic()
+    with _garbage_collection_paused():
+        if effects is not None:
+            plan = _with_layout(plan, layout)
+            interpret(plan, plan.mesh.coordinate(effects.rank), effects)
+            return Built(None, None, None, (), {}, None, effects.ledger.receipt(effects.rank, time.monotonic() - start))
+        coordinate, error = own_coordinate(plan)
+        given: Any = plan.runtime.model if model is None else model
+        ready = _prepare(plan, given, device, layout=layout, optimizer=optimizer, loss_fn=loss_fn, rank=coordinate.rank)
+        real = TorchEffects(
+            coordinate, ready.device, given, ready.module, plan.runtime.callables, optimizer, loss_fn, ready.partition
+        )
+        with _progress_bar(plan, shown=progress and coordinate.rank == 0) as on_step:
+            interpret(ready.plan, coordinate, real, error=error or ready.error, on_step=on_step)
+        return _built(real, time.monotonic() - start)
 
 
-def _execute(
+@define
+class _Ready:
+    """What the steps need on this rank. After an error the rest are stand-ins: the rank still has to join collectives.
+
+    Args:
+        plan: The plan, with the asked-for layout of tensors.
+        device: The device of all tensors.
+        module: A copy of the user's module, with its tensors on meta.
+        partition: The graphs of the pipeline's stages; None without a pipeline.
+        error: What was wrong; the opening agreement tells all ranks.
+    """
+
+    plan: Plan
+    device: torch.device = Factory(lambda: torch.device("cpu"))
+    module: nn.Module = Factory(nn.Module)
+    partition: Partition | None = None
+    error: Exception | None = None
+
+
+def _prepare(
     plan: Plan,
-    model: nn.Module | None,
+    model: nn.Module,
     device: torch.device | str | None,
-    effects: Effects[Any] | None,
+    *,
+    layout: TensorLayout,
     optimizer: Callable[..., Any] | None,
     loss_fn: Callable[..., Any] | None,
-    *,
-    layout: Layout,
-    progress: bool,
-) -> Built:
-    start = time.monotonic()
-    if effects is not None:
-        plan = _laid_out(plan, layout)
-        interpret(plan, plan.mesh.coordinate(effects.rank), effects)
-        return Built(None, None, None, (), {}, None, effects.ledger.receipt(effects.rank, time.monotonic() - start))
-    refused: PlanError | None = None
+    rank: int,
+) -> _Ready:
+    """Choose the device, check everything, cut the stages and copy the module; keep the first error."""
+    ready = _Ready(plan)
     try:
-        plan = _laid_out(plan, layout)
-    except PlanError as wrong:
-        refused = wrong
-    coordinate, error = stand(plan)
-    error = error or refused
-    parts: Partition | None = None
-    given, copied, chosen = plan.runtime.model if model is None else model, nn.Module(), torch.device("cpu")
-    try:
-        chosen = _device(device)
-        findings = _refuse(plan, given, optimizer, loss_fn)
-        parts = planned_partition(plan, given) if plan.pipeline else None
-        copied = copy_module(given, on_meta, for_planning=False)
-        for finding in findings if coordinate.rank == 0 else ():
+        ready.device = _choose_device(device)
+        ready.plan = _with_layout(plan, layout)
+        findings = _check(ready.plan, model, optimizer, loss_fn)
+        ready.partition = planned_partition(plan, model) if plan.pipeline else None
+        ready.module = copy_module(model, on_meta, for_planning=False)
+        for finding in findings if rank == 0 else ():
             _log.warning("%s", finding)
-    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
-        error = error or wrong
-    real = TorchEffects(coordinate, chosen, given, copied, plan.runtime.callables, optimizer, loss_fn, parts)
-    with _bar(plan, shown=progress and coordinate.rank == 0) as on_step:
-        interpret(plan, coordinate, real, error=error, on_step=on_step)
-    assert real.wrapped is not None, "every plan ends with a Wrap step"
-    receipt = real.ledger.receipt(coordinate.rank, time.monotonic() - start)
-    model, made, extras = real.wrapped.model, real.wrapped.optimizer, real.wrapped.extras
-    return Built(model, made, real.modules[0], real.modules, extras, real.device_mesh, receipt)
+    except Exception as error:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the opening agreement
+        ready.error = error
+    return ready
 
 
-def _laid_out(plan: Plan, layout: Layout) -> Plan:
-    if layout not in get_args(Layout):
-        raise PlanError([Problem("layout", f"{layout!r} is unknown", f"There are {', '.join(get_args(Layout))}")])
+def _built(effects: TorchEffects, seconds: float) -> Built:
+    wrapped, modules = effects.wrapped, effects.modules
+    assert wrapped is not None, "every plan ends with a Wrap step"
+    receipt = effects.ledger.receipt(effects.rank, seconds)
+    return Built(wrapped.model, wrapped.optimizer, modules[0], modules, wrapped.extras, effects.device_mesh, receipt)
+
+
+def _choose_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        chosen = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    else:
+        chosen = torch.device(device)
+    if chosen.type == "meta":
+        raise PlanError([Problem("device", "nothing can be held on meta", "device='cpu', or a CUDA device")])
+    _log.info("tensors go to %s", chosen)
+    return chosen
+
+
+def _with_layout(plan: Plan, layout: TensorLayout) -> Plan:
+    if layout not in get_args(TensorLayout):
+        raise PlanError([Problem("layout", f"{layout!r} is unknown", f"There are {', '.join(get_args(TensorLayout))}")])
     return as_dtensors(plan) if layout == "dtensor" else plan
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Look for no garbage within the block: thousands of modules are none, and would be looked through again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _check(plan: Plan, model: object, optimizer: object, loss_fn: object) -> list[Finding]:
+    """Return the audit's findings.
 
-
-def _refuse(plan: Plan, model: nn.Module | None, optimizer: object, loss_fn: object) -> list[Finding]:
+    Raises:
+        PlanError: With everything that forbids the execution: the audit's errors, wrong arguments, another model.
+    """
     findings = folded(audit(plan).findings)
-    problems = [Problem(f.path, f.cause, f.fix) for f in findings if f.severity == "error"]
-    if plan.random_scheme != RANDOM_SCHEME:
-        cause = (
-            f"the plan is for version {plan.random_scheme} of the random numbers, and this shardplan draws {RANDOM_SCHEME}"
-        )
-        problems.append(Problem("random_scheme", cause, "Plan again, or execute with the shardplan that planned it"))
-    dialect, unknown = find_dialect(plan.target)
-    problems += unknown
-    if loss_fn is not None and not callable(loss_fn):
-        cause = f"it is a function from the model's output and the targets to the loss, not a {type(loss_fn).__name__}"
-        problems.append(Problem("loss_fn", cause, "loss_fn=lambda output, target: ..."))
-    elif dialect is not None and (plan.pipeline or loss_fn is not None):
-        problems += dialect.check_loss(plan, loss_fn)
-    problems += _wrong_optimizer(plan, optimizer)
-    for name in plan.callables:
-        try:
-            find(name, plan.runtime.callables)
-        except PlanError as error:
-            problems += error.problems
-    if model is not None and not isinstance(model, nn.Module):
-        problems.append(Problem("model", f"it is a torch.nn.Module, not {model!r}", "execute(plan, model)"))
-    elif model is None:
-        problems.append(Problem("", "a plan that was loaded carries no model", "execute(plan, model)"))
-    else:
-        problems += [*differences(plan, model), *_in_scripted(plan, model)]
+    problems = [
+        *(Problem(finding.path, finding.cause, finding.fix) for finding in findings if finding.severity == "error"),
+        *_wrong_random_scheme(plan),
+        *_wrong_target(plan, loss_fn),
+        *_wrong_optimizer(plan, optimizer),
+        *_missing_callables(plan),
+        *_wrong_model(plan, model),
+    ]
     if problems:
         raise PlanError(problems)
     return findings
 
 
-def _in_scripted(plan: Plan, model: nn.Module) -> Iterator[Problem]:
-    """Iterate over tensors that a plan makes DTensors of, in scripted modules, whose code takes none."""
-    if any(isinstance(step, AsDTensors) for step in plan.steps):
-        scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
-        for spec in plan.tree.values():
-            if any(path.startswith(f"{prefix}." if prefix else "") for path in spec.paths for prefix in scripted):
-                cause = "it belongs to a scripted module, whose code takes no DTensor"
-                yield Problem(spec.path, cause, 'execute(plan, layout="local")', spec.type)
+def _wrong_random_scheme(plan: Plan) -> Iterator[Problem]:
+    if plan.random_scheme != RANDOM_SCHEME:
+        planned = f"the plan is for version {plan.random_scheme} of the random numbers"
+        cause = f"{planned}, and this shardplan draws {RANDOM_SCHEME}"
+        yield Problem("random_scheme", cause, "Plan again, or execute with the shardplan that planned it")
+
+
+def _wrong_target(plan: Plan, loss_fn: object) -> Iterator[Problem]:
+    dialect, unknown = find_dialect(plan.target)
+    yield from unknown
+    if loss_fn is not None and not callable(loss_fn):
+        cause = f"it is a function from the model's output and the targets to the loss, not a {type(loss_fn).__name__}"
+        yield Problem("loss_fn", cause, "loss_fn=lambda output, target: ...")
+    elif dialect is not None and (plan.pipeline or loss_fn is not None):
+        yield from dialect.check_loss(plan, loss_fn)
 
 
 def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:
@@ -231,19 +250,48 @@ def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:
         yield Problem("optimizer", cause, "Leave it out, or plan without config.optimizer")
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        chosen = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def _missing_callables(plan: Plan) -> Iterator[Problem]:
+    for name in plan.callables:
+        try:
+            find(name, plan.runtime.callables)
+        except PlanError as error:
+            yield from error.problems
+
+
+def _wrong_model(plan: Plan, model: object) -> Iterator[Problem]:
+    if model is None:
+        yield Problem("", "a plan that was loaded carries no model", "execute(plan, model)")
+    elif not isinstance(model, nn.Module):
+        yield Problem("model", f"it is a torch.nn.Module, not {model!r}", "execute(plan, model)")
     else:
-        chosen = torch.device(device)
-    if chosen.type == "meta":
-        raise PlanError([Problem("device", "nothing can be held on meta", "device='cpu', or a CUDA device")])
-    _log.info("tensors go to %s", chosen)
-    return chosen
+        yield from differences(plan, model)
+        if any(isinstance(step, AsDTensors) for step in plan.steps):
+            yield from _scripted_dtensors(plan, model)
+
+
+def _scripted_dtensors(plan: Plan, model: nn.Module) -> Iterator[Problem]:
+    """Iterate over planned DTensors that belong to scripted modules, whose code takes none."""
+    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    for spec in plan.tree.values():
+        if any(path.startswith(f"{prefix}." if prefix else "") for path in spec.paths for prefix in scripted):
+            cause = "it belongs to a scripted module, whose code takes no DTensor"
+            yield Problem(spec.path, cause, 'execute(plan, layout="local")', spec.type)
 
 
 @contextmanager
-def _bar(plan: Plan, *, shown: bool) -> Iterator[Callable[[Step], None]]:
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause Python's garbage collection, which would traverse thousands of live modules again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _progress_bar(plan: Plan, *, shown: bool) -> Iterator[Callable[[Step], None]]:
     if not (shown and sys.stderr.isatty()):
         yield lambda _: None
         return

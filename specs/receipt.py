@@ -7,6 +7,9 @@ from attrs import field, frozen
 from .dtypes import human_bytes
 from .mesh import MeshAxis
 
+AGREEMENT_BYTES = 8 * 16
+"""Bytes that each rank tells all others in one agreement: 16 integers of 8 bytes."""
+
 
 @frozen
 class Collective:

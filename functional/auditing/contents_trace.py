@@ -8,7 +8,7 @@ from attrs import Factory, define, frozen
 
 from ...specs.source import ModuleValues
 from ..interpreter.dry_run import DryRun
-from ..interpreter.interpret import interpret, message_bytes
+from ..interpreter.interpret import interpret
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ...specs.mesh import Coordinate, MeshAxis
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep, Step
+    from ...specs.steps import Step
     from ...specs.stored import Folder
-    from ..interpreter.resolve import Alias, Exchange, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
+    from ..interpreter import work
 
 Origin = Literal["program", "code", "file", "module", "own", "nothing", "sent"]
 """How values came to a rank: its own evaluation of an init program, init code, a file, the module's values of the first
@@ -100,88 +100,85 @@ class Trace(DryRun):
             self.wrong.insert(0, _stopped(error))  # all that is wrong besides may follow from it
         self.calls.append(Call(self.step, "agree", (), (), plan.mesh.num_ranks, 0))
 
-    def open_groups(self, work: OpenGroups) -> None:
-        super().open_groups(work)
-        self.groups.update(work.over)
-        self.groups.update((mesh_axis, str(num)) for mesh_axis, num in work.sharing)
+    def make_groups(self, task: work.MakeGroups) -> None:
+        super().make_groups(task)
+        self.groups.update(task.over)
+        self.groups.update((mesh_axis, str(num)) for mesh_axis, num in task.sharing)
 
-    def open_tie_groups(self, work: OpenTieGroups) -> None:
-        super().open_tie_groups(work)
-        self.groups.update(work.between)
+    def make_tie_groups(self, task: work.MakeTieGroups) -> None:
+        super().make_tie_groups(task)
+        self.groups.update(task.between)
 
-    def make(self, work: Make, seed: int) -> Sequence[Value]:
-        return [self._made(num, piece, "code") for num, piece in zip(super().make(work, seed), work.pieces, strict=True)]
+    def generate(self, task: work.Generate, seed: int) -> Sequence[Value]:
+        return [self._made(num, piece, "code") for num, piece in zip(super().generate(task, seed), task.pieces, strict=True)]
 
-    def evaluate(self, pieces: Sequence[Piece], seed: int) -> Sequence[Value]:
+    def evaluate(self, pieces: Sequence[work.Piece], seed: int) -> Sequence[Value]:
         return [self._made(num, p, "program") for num, p in zip(super().evaluate(pieces, seed), pieces, strict=True)]
 
-    def take(self, piece: Piece) -> Value:
+    def take(self, piece: work.Piece) -> Value:
         origin = "module" if isinstance(piece.spec.source, ModuleValues) else "own"
         return self._made(super().take(piece), piece, origin)
 
-    def load(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Value]:
-        return [self._made(num, p, "file") for num, p in zip(super().load(pieces, folder), pieces, strict=True)]
+    def load_shard(self, pieces: Sequence[work.Piece], folder: Folder) -> Sequence[Value]:
+        return [self._made(num, p, "file") for num, p in zip(super().load_shard(pieces, folder), pieces, strict=True)]
 
-    def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[Value]:
+    def load_own(self, pieces: Sequence[work.Piece], folder: Folder) -> Sequence[Value]:
         return [self._made(num, p, "file") for num, p in zip(super().load_own(pieces, folder), pieces, strict=True)]
 
     def check_loaded(self, plan: Plan, *, failed: bool) -> None:
         super().check_loaded(plan, failed=failed)
         self.calls.append(Call(self.step, "all_reduce", (), (), plan.mesh.num_ranks, 0))
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Value:
-        return Value(super().empty(shape, dtype))
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Value:
+        return Value(super().allocate(shape, dtype))
 
-    def cut(self, whole: int, piece: Piece) -> Value:
-        return _holding(super().cut(whole, piece), self._part(whole, piece))
+    def slice(self, whole: int, piece: work.Piece) -> Value:
+        return _holding(super().slice(whole, piece), self._part(whole, piece))
 
-    def view(self, whole: int, piece: Piece) -> Value:
+    def view(self, whole: int, piece: work.Piece) -> Value:
         return _holding(super().view(whole, piece), self._part(whole, piece))
 
-    def pack(self, tensors: Sequence[tuple[int, Piece | None]], room: int, dtype: str) -> Value:
+    def pack(self, tensors: Sequence[tuple[int, work.Piece | None]], num_elements: int, dtype: str) -> Value:
         parts = [_contents(whole) if piece is None else self._part(whole, piece) for whole, piece in tensors]
-        return _holding(super().pack(tensors, room, dtype), tuple(content for part in parts for content in part))
+        return _holding(super().pack(tensors, num_elements, dtype), tuple(content for part in parts for content in part))
 
-    def unpack(self, message: int, pieces: Sequence[Piece]) -> list[int]:
-        contents = _contents(message)
-        values = [Value(num) for num in super().unpack(message, pieces)]
+    def unpack(self, buffer: int, pieces: Sequence[work.Piece]) -> list[int]:
+        contents = _contents(buffer)
+        values = [Value(num) for num in super().unpack(buffer, pieces)]
         for value, content in zip(values, contents, strict=False):
             value.contents = (content,)
         return [*values]
 
-    def broadcast(self, message: int, exchange: Exchange) -> None:
-        super().broadcast(message, exchange)
-        told = tuple((piece.path, piece.index) for piece in exchange.pieces)
-        self._call(exchange, told)
-        self._exchange(message, exchange)
+    def broadcast(self, buffer: int, message: work.Message) -> None:
+        super().broadcast(buffer, message)
+        told = tuple((piece.path, piece.index) for piece in message.pieces)
+        self._call(message, told)
+        self._exchange(buffer, message)
 
-    def scatter(self, message: int, parts: Sequence[int], exchange: Exchange) -> None:
-        super().scatter(message, parts, exchange)
-        self._call(exchange, ())
-        for part, pieces in zip(parts, exchange.parts, strict=False):
+    def scatter(self, buffer: int, parts: Sequence[int], message: work.Message) -> None:
+        super().scatter(buffer, parts, message)
+        self._call(message, ())
+        for part, pieces in zip(parts, message.parts, strict=False):
             self._compare(_contents(part), pieces, "sends")
-        assert isinstance(message, Value), "the message was made here"
-        message.contents = tuple(Content(p.path, p.index, "sent") for p in exchange.pieces)
+        assert isinstance(buffer, Value), "the buffer was allocated here"
+        buffer.contents = tuple(Content(p.path, p.index, "sent") for p in message.pieces)
 
-    def install(self, spec: ParamSpec, tensor: int) -> None:
-        super().install(spec, tensor)
+    def place(self, spec: ParamSpec, tensor: int) -> None:
+        super().place(spec, tensor)
         self.installed.setdefault(spec.path, []).append(_contents(tensor))
 
-    def alias(self, work: Alias) -> None:
-        self.aliases[work.spec.path] = work.aliases if work.spec.path in self.installed else ()
+    def tie(self, task: work.Tie) -> None:
+        self.aliases[task.spec.path] = task.aliases if task.spec.path in self.installed else ()
 
-    def change(self, step: LayoutStep) -> None:
-        pass
+    def sum_tied(self, task: work.SumTied) -> None:
+        self.summed[task.spec.path] = task.between
 
-    def sum_gradients(self, work: SumGradients) -> None:
-        self.summed[work.spec.path] = work.between
-
-    def _made(self, num_bytes: int, piece: Piece, origin: Origin) -> Value:
+    def _made(self, num_bytes: int, piece: work.Piece, origin: Origin) -> Value:
         content = Content(piece.path, piece.index, origin)
         self.made.append(content)
         return _holding(num_bytes, (content,))
 
-    def _part(self, whole: int, piece: Piece) -> tuple[Content, ...]:
+    def _part(self, whole: int, piece: work.Piece) -> tuple[Content, ...]:
         """Return what a part holds that is cut from a whole tensor."""
         for content in _contents(whole):
             if content.path == piece.path and _covers(content.index, piece.index):
@@ -189,23 +186,23 @@ class Trace(DryRun):
         self.wrong.append((piece.path, "a part is cut from what does not hold it"))
         return ()
 
-    def _exchange(self, message: int, exchange: Exchange) -> None:
-        assert isinstance(message, Value), "the message was made here"
-        if exchange.is_root:
-            self._compare(message.contents, exchange.pieces, "sends")
+    def _exchange(self, buffer: int, message: work.Message) -> None:
+        assert isinstance(buffer, Value), "the buffer was allocated here"
+        if message.is_root:
+            self._compare(buffer.contents, message.pieces, "sends")
         else:
-            message.contents = tuple(Content(p.path, p.index, "sent") for p in exchange.pieces)
+            buffer.contents = tuple(Content(p.path, p.index, "sent") for p in message.pieces)
 
-    def _compare(self, contents: Sequence[Content], pieces: Sequence[Piece], verb: str) -> None:
+    def _compare(self, contents: Sequence[Content], pieces: Sequence[work.Piece], verb: str) -> None:
         found = [(content.path, content.index) for content in contents]
         for number, piece in enumerate(pieces):
             if number >= len(found) or found[number] != (piece.path, piece.index):
                 self.wrong.append((piece.path, f"it {verb} another part than the step says"))
 
-    def _call(self, exchange: Exchange, told: tuple[tuple[str, Index], ...]) -> None:
-        num_bytes = message_bytes(exchange)
-        axes, between = exchange.mesh_axes, exchange.between
-        self.calls.append(Call(self.step, exchange.op, axes, between, len(exchange.group), num_bytes, told))
+    def _call(self, message: work.Message, told: tuple[tuple[str, Index], ...]) -> None:
+        num_bytes = message.num_bytes
+        axes, between = message.mesh_axes, message.between
+        self.calls.append(Call(self.step, message.op, axes, between, len(message.group), num_bytes, told))
 
 
 Traces = dict["Coordinate", Trace]

@@ -1,4 +1,4 @@
-"""Effects without a world: they only keep the books, with a number of bytes for each tensor."""
+"""Effects without tensors or processes: a tensor is its number of bytes, and only the ledger is kept."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from attrs import Factory, define
 
 from ...specs.dtypes import num_bytes
-from ...specs.receipt import Receipt
+from ...specs.receipt import AGREEMENT_BYTES, Receipt
 from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take_all
 from ..checkpoints.expected_checksums import known_sums
 from ..checkpoints.formats.rank_file import rank_file_name
-from .interpret import interpret, message_bytes
+from .interpret import interpret
 from .ledger import Ledger
 
 if TYPE_CHECKING:
@@ -22,14 +22,11 @@ if TYPE_CHECKING:
     from ...specs.plan import Plan
     from ...specs.steps import LayoutStep
     from ...specs.stored import Folder
-    from .resolve import Alias, Distribute, Exchange, KeepStages, Make, OpenGroups, OpenTieGroups, Piece, SumGradients
-
-AGREEMENT_BYTES = 8 * 16
-"""Bytes that each rank tells the others in one agreement: 16 integers of 8 bytes."""
+    from . import work
 
 
 def predict(plan: Plan, rank: int) -> Receipt:
-    """Return the receipt that a rank will give, by running the interpreter with effects that only keep the books.
+    """Return the receipt that a rank will give, by interpreting the plan without tensors or processes.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import Allocate, Place
@@ -44,12 +41,11 @@ def predict(plan: Plan, rank: int) -> Receipt:
 
 @define
 class DryRun:
-    """Predicts the receipt of one rank; a tensor is its number of bytes.
-
-    ``execute(plan, effects=DryRun(rank=1234))`` runs the interpreter itself, without tensors or processes.
+    """Predicts the receipt of one rank: ``execute(plan, effects=DryRun(rank=1234))``.
 
     Args:
-        rank: The rank that it stands for.
+        rank: The rank.
+        ledger: Its allocations and messages.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import Allocate, Place
@@ -69,34 +65,34 @@ class DryRun:
         if plan.mesh.num_ranks > 1:
             self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
 
-    def open_groups(self, work: OpenGroups) -> None:
-        self.ledger.num_groups += work.num_groups
+    def make_groups(self, task: work.MakeGroups) -> None:
+        self.ledger.num_groups += task.num_groups
 
-    def open_tie_groups(self, work: OpenTieGroups) -> None:
-        self.ledger.num_groups += sum(map(len, work.groups))
+    def make_tie_groups(self, task: work.MakeTieGroups) -> None:
+        self.ledger.num_groups += sum(map(len, task.groups))
 
-    def make(self, work: Make, seed: int) -> Sequence[int]:
-        made = [self._allocate(piece.num_bytes) for piece in work.pieces]
-        for scratch in [self._allocate(piece.num_bytes) for piece in work.scratch]:
+    def generate(self, task: work.Generate, seed: int) -> Sequence[int]:
+        made = self._allocate_all(task.pieces)
+        for scratch in self._allocate_all(task.scratch):
             self.free(scratch)
         return made
 
-    def evaluate(self, pieces: Sequence[Piece], seed: int) -> Sequence[int]:
-        return [self._allocate(piece.num_bytes) for piece in pieces]
+    def evaluate(self, pieces: Sequence[work.Piece], seed: int) -> Sequence[int]:
+        return self._allocate_all(pieces)
 
-    def take(self, piece: Piece) -> int:
+    def take(self, piece: work.Piece) -> int:
         return self._allocate(piece.num_bytes)
 
-    def load(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[int]:
-        made = [self._allocate(piece.num_bytes) for piece in pieces]
-        found = [taken for piece in pieces for taken in take_all(stored_parts(piece.spec), piece.index)]
-        self.free(self._allocate(staging_bytes(sum(taken.num_bytes for taken in found))))
-        for taken in found:
+    def load_shard(self, pieces: Sequence[work.Piece], folder: Folder) -> Sequence[int]:
+        made = self._allocate_all(pieces)
+        reads = [taken for piece in pieces for taken in take_all(stored_parts(piece.spec), piece.index)]
+        self.free(self._allocate(staging_bytes(sum(taken.num_bytes for taken in reads))))
+        for taken in reads:
             self.ledger.read(taken.stored.file, taken.num_bytes)
         return made
 
-    def load_own(self, pieces: Sequence[Piece], folder: Folder) -> Sequence[int]:
-        made = [self._allocate(piece.num_bytes) for piece in pieces]
+    def load_own(self, pieces: Sequence[work.Piece], folder: Folder) -> Sequence[int]:
+        made = self._allocate_all(pieces)
         self.free(self._allocate(staging_bytes(sum(made))))
         self.ledger.read(rank_file_name(self.rank), sum(made))
         return made
@@ -105,53 +101,56 @@ class DryRun:
         if plan.mesh.num_ranks > 1:
             self.ledger.call("all_reduce", (), range(plan.mesh.num_ranks), 8 * (len(known_sums(plan.tree)) + 1))
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> int:
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> int:
         return self._allocate(prod(shape) * num_bytes(dtype))
 
-    def cut(self, whole: int, piece: Piece) -> int:
+    def slice(self, whole: int, piece: work.Piece) -> int:
         return self._allocate(piece.num_bytes)
 
-    def view(self, whole: int, piece: Piece) -> int:
+    def view(self, whole: int, piece: work.Piece) -> int:
         return piece.num_bytes
 
-    def pack(self, tensors: Sequence[tuple[int, Piece | None]], room: int, dtype: str) -> int:
-        return self._allocate(room * num_bytes(dtype))
+    def pack(self, tensors: Sequence[tuple[int, work.Piece | None]], num_elements: int, dtype: str) -> int:
+        return self._allocate(num_elements * num_bytes(dtype))
 
-    def unpack(self, message: int, pieces: Sequence[Piece]) -> list[int]:
-        return [self._allocate(piece.num_bytes) for piece in pieces]
+    def unpack(self, buffer: int, pieces: Sequence[work.Piece]) -> list[int]:
+        return self._allocate_all(pieces)
 
-    def broadcast(self, message: int, exchange: Exchange) -> None:
-        self.ledger.call("broadcast", exchange.mesh_axes, exchange.group, message_bytes(exchange))
+    def broadcast(self, buffer: int, message: work.Message) -> None:
+        self.ledger.call("broadcast", message.mesh_axes, message.group, message.num_bytes)
 
-    def scatter(self, message: int, parts: Sequence[int], exchange: Exchange) -> None:
-        self.ledger.call("scatter", exchange.mesh_axes, exchange.group, message_bytes(exchange))
+    def scatter(self, buffer: int, parts: Sequence[int], message: work.Message) -> None:
+        self.ledger.call("scatter", message.mesh_axes, message.group, message.num_bytes)
 
     def free(self, tensor: int) -> None:
         self.ledger.free(tensor)
 
-    def install(self, spec: ParamSpec, tensor: int) -> None:
+    def place(self, spec: ParamSpec, tensor: int) -> None:
         self.ledger.place(tensor)
 
-    def alias(self, work: Alias) -> None:
+    def tie(self, task: work.Tie) -> None:
         pass
 
-    def change(self, step: LayoutStep) -> None:
+    def change_layout(self, step: LayoutStep) -> None:
         pass
 
-    def keep_stages(self, plan: Plan, work: KeepStages) -> None:
+    def take_stages(self, plan: Plan, task: work.TakeStages) -> None:
         pass
 
-    def sum_gradients(self, work: SumGradients) -> None:
+    def sum_tied(self, task: work.SumTied) -> None:
         pass
 
-    def distribute(self, work: Distribute) -> None:
+    def as_dtensors(self, task: work.AsDTensors) -> None:
         pass
 
     def make_optimizer(self) -> None:
         pass
 
-    def hand(self, plan: Plan) -> None:
+    def wrap(self, plan: Plan) -> None:
         pass
+
+    def _allocate_all(self, pieces: Sequence[work.Piece]) -> list[int]:
+        return [self._allocate(piece.num_bytes) for piece in pieces]
 
     def _allocate(self, num_bytes: int) -> int:
         self.ledger.allocate(num_bytes)

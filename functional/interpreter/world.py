@@ -1,4 +1,4 @@
-"""All ranks tell each other whether they can go on, so that none waits for one that cannot."""
+"""The process group around a plan: this process's coordinate, and the agreement of all ranks that they can go on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from attrs import astuple, fields
 
+from ...specs.errors import PlanError, Problem
 from ...specs.mesh import Mesh
-from .dry_run import AGREEMENT_BYTES
+from ...specs.receipt import AGREEMENT_BYTES
+from ...specs.steps import MakeGroups
 
 if TYPE_CHECKING:
+    from ...specs.mesh import Coordinate
     from ...specs.plan import Plan
 
 _NUM_WORDS = AGREEMENT_BYTES // 8
@@ -21,7 +24,31 @@ _NUM_SIZES = len(fields(Mesh))
 
 
 class ExecutionError(RuntimeError):
-    """What kept a plan from being carried out: the first error of any rank, raised on every rank."""
+    """The first error of any rank while a plan is executed, raised on every rank."""
+
+
+def own_coordinate(plan: Plan) -> tuple[Coordinate, BaseException | None]:
+    """Return this process's coordinate, and an error if the world size is wrong: then the coordinate is a stand-in.
+
+    Raises:
+        PlanError: If the plan needs a process group and there is none.
+    """
+    num_ranks = plan.mesh.num_ranks
+    if not dist.is_initialized():
+        needs_group = any(isinstance(step, MakeGroups) for step in plan.steps) or (plan.pipeline and plan.target)
+        if num_ranks == 1 and not needs_group:
+            return plan.mesh.coordinate(0), None
+        whose = f"{_ranks(num_ranks)}{f' of {plan.target}' if plan.target else ''}"
+        cause = f"the plan is for {whose}, and there is no process group"
+        fix = f"torchrun --nproc-per-node {num_ranks} ..., and torch.distributed.init_process_group() before execute"
+        raise PlanError([Problem("", cause, fix)])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == num_ranks:
+        return plan.mesh.coordinate(rank), None
+    problem = Problem(
+        "", f"the plan is for {_ranks(num_ranks)} ({plan.mesh}), and the process group has {world_size}", "Plan again"
+    )
+    return plan.mesh.coordinate(rank % num_ranks), PlanError([problem])
 
 
 def agree(plan: Plan, error: BaseException | None, device: torch.device) -> None:
@@ -47,11 +74,16 @@ def agree(plan: Plan, error: BaseException | None, device: torch.device) -> None
         raise ExecutionError(msg) from error
 
 
+def _ranks(num: int) -> str:
+    return f"{num} rank{'s' if num > 1 else ''}"
+
+
 def _words(plan: Plan, error: BaseException | None) -> list[int]:
+    """Return the integers that a rank tells: whether it failed, the mesh, the seed, and digests of the plan."""
     digest = bytes.fromhex(plan.fingerprint)
     whole = [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in range(0, len(digest), 8)]
-    fields = plan.canonical_fields
-    parts = [_digest(fields["tree"]), _digest(fields["steps"]), _digest(fields["target"] + fields["config"])]
+    texts = plan.canonical_fields
+    parts = [_digest(texts["tree"]), _digest(texts["steps"]), _digest(texts["target"] + texts["config"])]
     words = [int(error is not None), *astuple(plan.mesh), plan.seed % 2**63, *parts, *whole]
     return words + [0] * (_NUM_WORDS - len(words))
 
@@ -61,20 +93,20 @@ def _digest(text: str) -> int:
 
 
 def _difference(table: list[list[int]], rank: int) -> str:
-    ours, theirs = table[0], table[rank]
-    (_, *our_sizes), (_, *their_sizes) = ours[: _NUM_SIZES + 1], theirs[: _NUM_SIZES + 1]
-    if our_sizes != their_sizes:
-        return f"rank 0 has {Mesh(*our_sizes)}, rank {rank} has {Mesh(*their_sizes)}"
-    (our_seed, *our_parts), (their_seed, *their_parts) = ours[_NUM_SIZES + 1 :], theirs[_NUM_SIZES + 1 :]
-    if our_seed != their_seed:
-        return f"rank 0 has seed {our_seed}, rank {rank} has seed {their_seed}"
+    (_, *first), (_, *other) = table[0], table[rank]
+    sizes, other_sizes = first[:_NUM_SIZES], other[:_NUM_SIZES]
+    if sizes != other_sizes:
+        return f"rank 0 has {Mesh(*sizes)}, rank {rank} has {Mesh(*other_sizes)}"
+    (seed, *parts), (other_seed, *other_parts) = first[_NUM_SIZES:], other[_NUM_SIZES:]
+    if seed != other_seed:
+        return f"rank 0 has seed {seed}, rank {rank} has seed {other_seed}"
     names = ["its tensors", "its steps", "its target or config"]
-    found = [name for name, a, b in zip(names, our_parts, their_parts, strict=False) if a != b]
+    found = [name for name, a, b in zip(names, parts, other_parts, strict=False) if a != b]
     return f"rank {rank} differs from rank 0 in {' and '.join(found) or 'its contents'}"
 
 
 def _text(error: BaseException | None, rank: int, device: torch.device) -> str:
-    """Return the failed rank's own words on every rank."""
+    """Return the text of the failed rank's error on every rank."""
     room = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device=device)
     if dist.get_rank() == rank:
         assert error is not None, "this rank said that it failed"

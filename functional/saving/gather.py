@@ -15,8 +15,7 @@ from ...specs.dtypes import num_bytes
 from ...specs.index import index_shape
 from ...specs.ownership import clip, holders, local_boxes
 from ...specs.plan import Plan
-from ..interpreter.standing import stand
-from ..interpreter.world import agree
+from ..interpreter.world import agree, own_coordinate
 from .held_tensors import held_tensors
 from .messages import messages, messages_on, narrowed
 
@@ -74,7 +73,7 @@ def agreed(plan: Plan, model: Any) -> tuple[Mapping[str, Tensor], Coordinate]:
     if not isinstance(plan, Plan):
         msg = f"the plan comes first, and this is a {type(plan).__name__}: save_checkpoint(plan, model, folder)"
         raise TypeError(msg)
-    here, error = stand(plan)
+    here, error = own_coordinate(plan)
     held: Mapping[str, Tensor] = {}
     try:
         held = held_tensors(plan, model, here)

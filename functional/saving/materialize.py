@@ -17,8 +17,9 @@ from ...specs.program import InitProgram
 from ...specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
 from ...specs.steps import Generate
 from ..checkpoints.formats.rank_file import RankFile, rank_file_name
-from ..interpreter.resolve import Make, Piece
+from ..interpreter import work
 from ..interpreter.torch_effects import TorchEffects
+from ..interpreter.work import Piece
 from ..model.callables import find
 from ..model.compare import differences
 from ..model.copy import copy_module, on_meta
@@ -81,7 +82,7 @@ def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | No
                 file.seek(where.starts[name])
                 file.write(bytes_of(tensor))
                 sums[name] = sum_of(tensor)
-            loaded = {taken: effects.sums.get(taken, 0) for taken in own.loaded}
+            loaded = {taken: effects.loading.sums.get(taken, 0) for taken in own.loaded}
             file.seek(0)
             file.write(
                 layout(types, evolve(own, sums={name: sums[name] for name in types}, loaded=loaded).metadata()).header
@@ -137,7 +138,7 @@ def _made(plan: Plan, held: Iterable[ParamSpec], here: Coordinate, effects: Torc
                 yield spec.path, effects.evaluate([piece], plan.seed)[0]
             case Loaded():
                 assert plan.folder is not None, "what is read is planned with its folder"
-                yield spec.path, effects.load([piece], plan.folder)[0]
+                yield spec.path, effects.load_shard([piece], plan.folder)[0]
             case ModuleValues() | OwnValues():
                 yield spec.path, effects.take(piece)
             case Made():
@@ -156,7 +157,7 @@ def _cut(
 ) -> Iterator[tuple[str, Tensor]]:
     whole = tuple(Piece.whole(plan.tree[path]) for path in step.paths)
     scratch = tuple(Piece.whole(plan.tree[path]) for path in step.scratch)
-    made = effects.make(Make(step.paths, whole, scratch, step.calls, step.key), plan.seed)
+    made = effects.generate(work.Generate(step.paths, whole, scratch, step.calls, step.key), plan.seed)
     for piece, tensor in zip(whole, made, strict=True):
         if piece.path in coded:
-            yield piece.path, effects.cut(tensor, Piece.part(piece.spec, here))
+            yield piece.path, effects.slice(tensor, Piece.part(piece.spec, here))

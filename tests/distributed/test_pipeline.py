@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
-from shardplan.functional.interpreter.resolve import Exchange
+from shardplan.functional.interpreter import work
 from shardplan.specs import Mesh, dumps, loads
 from tests.helpers.models import llama, schedule, split_llama, split_t5, t5
 from tests.helpers.parts import picked
@@ -252,9 +252,9 @@ def test_a_rank_holds_and_receives_the_tensors_of_its_stages_alone(case):
         own_bytes = sum(spec.local_bytes(here) for spec in plan.tree.values() if here.pipe in spec.places(case.mesh))
         assert one["bytes"] == one["receipt"].held_bytes == own_bytes
         for step in plan.steps:
-            work = resolve(step, here, plan.tree)
-            if isinstance(work, Exchange):
-                assert {piece.path for piece in work.pieces} <= mine
+            task = resolve(step, here, plan.tree)
+            if isinstance(task, work.Message):
+                assert {piece.path for piece in task.pieces} <= mine
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

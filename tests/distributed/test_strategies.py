@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build, predict, resolve
-from shardplan.functional.interpreter.resolve import Exchange
+from shardplan.functional.interpreter import work
 from shardplan.specs import Mesh
 from shardplan.specs.steps import Broadcast, EvaluateWhole, Generate, Scatter, TakeWhole
 from tests.helpers.models import Plain, schedule
@@ -51,10 +51,10 @@ def test_scatter_gives_no_other_rank_a_whole_tensor():
     for rank in range(1, 4):
         here = mesh.coordinate(rank)
         for step in plan.steps:
-            work = resolve(step, here, plan.tree)
-            if isinstance(work, Exchange):
-                assert all(piece.shape != piece.spec.orig_shape for piece in work.pieces if piece.path in split)
-            assert not isinstance(step, (Generate, EvaluateWhole, TakeWhole)) or type(work).__name__ == "Nothing"
+            task = resolve(step, here, plan.tree)
+            if isinstance(task, work.Message):
+                assert all(piece.shape != piece.spec.orig_shape for piece in task.pieces if piece.path in split)
+            assert not isinstance(step, (Generate, EvaluateWhole, TakeWhole)) or isinstance(task, work.Nothing)
 
 
 def sort_draws(weight):

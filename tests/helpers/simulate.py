@@ -9,7 +9,6 @@ from attrs import Factory, define
 
 from shardplan.functional import execute
 from shardplan.functional.init.evaluate import Job, evaluate
-from shardplan.functional.interpreter.dry_run import AGREEMENT_BYTES
 from shardplan.functional.interpreter.interpret import interpret
 from shardplan.functional.interpreter.torch_effects import TorchEffects, _bytes
 from shardplan.functional.layout.apply import Local
@@ -18,6 +17,7 @@ from shardplan.functional.layout.hooks import group_name
 from shardplan.functional.model.copy import copy_module, get_tensor
 from shardplan.specs import InitProgram, ModuleValues
 from shardplan.specs.index import whole_index
+from shardplan.specs.receipt import AGREEMENT_BYTES
 
 
 @define
@@ -60,63 +60,63 @@ class SimulatedEffects(TorchEffects):
         if plan.mesh.num_ranks > 1:
             self.ledger.call("all_gather", (), range(plan.mesh.num_ranks), AGREEMENT_BYTES)
 
-    def open_groups(self, work):
+    def make_groups(self, task):
         mesh = self.coordinate.mesh
-        for mesh_axes in work.over:
+        for mesh_axes in task.over:
             for ranks in mesh.groups(*mesh_axes):
                 self.ledger.num_groups += 1
                 if self.rank in ranks:
                     self.groups[mesh_axes] = ranks
-        for mesh_axis, num in work.sharing:
+        for mesh_axis, num in task.sharing:
             self.ledger.num_groups += len(mesh.neighbours(mesh_axis, num))
             name = group_name(mesh_axis, num)
-            self.sharing[name] = SyncGroup(name, num, self.coordinate.index(mesh_axis) % num)
+            self.neighbour_groups[name] = SyncGroup(name, num, self.coordinate.index(mesh_axis) % num)
 
-    def open_tie_groups(self, work):
-        for between, groups in zip(work.between, work.groups, strict=True):
+    def make_tie_groups(self, task):
+        for between, groups in zip(task.between, task.groups, strict=True):
             self.ledger.num_groups += len(groups)
             self.tie_groups.update((between, ranks) for ranks in groups if self.rank in ranks)
 
-    def broadcast(self, message, exchange):
-        self._meet(exchange)
-        for other in exchange.group if exchange.is_root else ():
+    def broadcast(self, buffer, message):
+        self._meet(message)
+        for other in message.group if message.is_root else ():
             if other != self.rank:
-                self.network.send(self.step, exchange.group, other, message)
-        if not exchange.is_root:
-            self.network.receive(self.step, exchange.group, self.rank, message)
-        self._note("broadcast", message, exchange)
+                self.network.send(self.step, message.group, other, buffer)
+        if not message.is_root:
+            self.network.receive(self.step, message.group, self.rank, buffer)
+        self._note(buffer, message)
 
-    def scatter(self, message, parts, exchange):
-        self._meet(exchange)
-        if exchange.is_root:
-            assert {part.nbytes for part in parts} == {message.nbytes}, "members of a scatter get equally many bytes"
-            for other, part in zip(exchange.group, parts, strict=True):
-                self.network.send(self.step, exchange.group, other, part)
-        self.network.receive(self.step, exchange.group, self.rank, message)
-        self._note("scatter", message, exchange)
+    def scatter(self, buffer, parts, message):
+        self._meet(message)
+        if message.is_root:
+            assert {part.nbytes for part in parts} == {buffer.nbytes}, "members of a scatter get equally many bytes"
+            for other, part in zip(message.group, parts, strict=True):
+                self.network.send(self.step, message.group, other, part)
+        self.network.receive(self.step, message.group, self.rank, buffer)
+        self._note(buffer, message)
 
-    def install(self, spec, tensor):
-        super().install(spec, tensor)
+    def place(self, spec, tensor):
+        super().place(spec, tensor)
         assert spec.path not in self.installed, "it is placed twice"
         self.installed[spec.path] = tensor
 
-    def keep_stages(self, plan, work):
+    def take_stages(self, plan, task):
         """The module stays whole here."""
 
-    def hand(self, plan):
+    def wrap(self, plan):
         """Nothing runs it here."""
 
     @property
     def _local(self):
         mesh = self.coordinate.mesh
         groups = {m[0]: SyncGroup(m[0], mesh.num(m[0]), self.coordinate.index(m[0])) for m in self.groups if len(m) == 1}
-        return Local(self.coordinate, groups | self.sharing, self.callables)
+        return Local(self.coordinate, groups | self.neighbour_groups, self.callables)
 
-    def _meet(self, exchange):
+    def _meet(self, message):
         """A group is there before it is used, and is the one that the message is for."""
-        group = self.tie_groups[exchange.between] if exchange.between else self.groups[exchange.mesh_axes]
-        assert sorted(group) == sorted(exchange.group)
-        assert exchange.is_root == (self.rank == exchange.group.start)
+        group = self.tie_groups[message.between] if message.between else self.groups[message.mesh_axes]
+        assert sorted(group) == sorted(message.group)
+        assert message.is_root == (self.rank == message.group.start)
 
 
 def simulate(plan):

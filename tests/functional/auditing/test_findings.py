@@ -48,7 +48,7 @@ def test_what_is_nearly_so_is_not_said(code):
 def test_every_code_has_its_section_and_its_code():
     assert {code: title for code, (title, *_) in SECTIONS.items()} == CODES
     assert list(SECTIONS) == list(CODES) == list(HURT) == list(NEAR)
-    sources = "".join(path.read_text() for path in (ROOT / "functional" / "findings").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "functional" / "auditing" / "findings").glob("*.py"))
     assert set(re.findall(r'"(SP\d+)"', sources)) == set(CODES)
 
 
