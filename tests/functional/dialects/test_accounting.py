@@ -15,7 +15,7 @@ from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.dialects.accounting import gradient_traffic as reductions
 from shardplan.functional.dialects.accounting import in_flight, num_microbatches, optimizer_of, state_of
 from shardplan.functional.dialects.torch.optimizer import ARGUMENTS
-from shardplan.functional.execute import _refuse
+from shardplan.functional.execute import _check
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, SpecTree
 from tests.helpers.models import schedule
 
@@ -48,7 +48,7 @@ def test_an_optimizer_beside_the_named_one_is_refused(target):
     config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0} if target == "deepspeed" else {}
     planned = plan({**config, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, target)
     with pytest.raises(PlanError, match=r"optimizer: one is given, and config\.optimizer names one"):
-        _refuse(planned, planned.runtime.model, torch.optim.SGD, None)
+        _check(planned, planned.runtime.model, torch.optim.SGD, None)
 
 
 @pytest.mark.parametrize(
