@@ -1,0 +1,63 @@
+"""The steps that make process groups, as the other steps of a plan need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ...specs.mesh import MeshAxis, in_mesh_order
+from ...specs.steps import (
+    Broadcast,
+    DispatchTokens,
+    MakeGroups,
+    MakeTieGroups,
+    MaskPadding,
+    Scatter,
+    SendCopy,
+    Step,
+    SumGradient,
+    SumTied,
+    Sync,
+    VocabParallel,
+)
+
+MeshAxes = tuple[MeshAxis, ...]
+
+
+def group_steps(  # noqa: C901  one case a step
+    steps: Sequence[Step], of_dialect: Sequence[MeshAxes]
+) -> Iterator[Step]:
+    """Iterate over the steps that make the groups in which ranks communicate.
+
+    Args:
+        steps: All other steps of the plan.
+        of_dialect: Mesh axes along which the target needs groups of its own.
+
+    >>> from shardplan.specs import Mesh
+    >>> print(*group_steps([Sync("up", "forward_post", "all_reduce"), SumTied("head.weight", (0, 3))], [("data",)]))
+    MakeGroups(over=(('data',), ('tensor',)), sharing=()) MakeTieGroups(between=((0, 3),))
+    """
+    over: set[MeshAxes] = set(of_dialect)
+    sharing: dict[tuple[MeshAxis, int], None] = {}
+    between: set[tuple[int, ...]] = set()
+    for step in steps:
+        match step:
+            case Scatter(over=mesh_axes) | Broadcast(over=mesh_axes):
+                over.add(mesh_axes)
+            case SumGradient(mesh_axis=mesh_axis, sharing=parts) if parts:
+                sharing |= {(mesh_axis, num): None for _, num in parts if num > 1}
+            case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis):
+                over.add((mesh_axis,))
+            case DispatchTokens():
+                over.add(("expert",))
+            case MaskPadding() | VocabParallel():
+                over.add(("tensor",))
+            case SendCopy(stage=stage, to=to):
+                between.add((stage, to))
+            case SumTied(between=stages):
+                between.add(stages)
+            case _:
+                pass
+    if over or sharing:
+        yield MakeGroups(tuple(sorted(over, key=in_mesh_order)), tuple(sharing))
+    if between:
+        yield MakeTieGroups(tuple(sorted(between)))

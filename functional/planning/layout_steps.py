@@ -1,0 +1,99 @@
+"""The layout steps of a plan: the declared ones that matter on its mesh, and those that follow from the splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ...specs.errors import Problem
+from ...specs.paths import join, module_of
+from ...specs.steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    LayoutStep,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    Sync,
+    VocabParallel,
+)
+from ..model.linear import has_forward_of_its_own, linear_of
+from .shared_gradients import shared_gradients
+
+if TYPE_CHECKING:
+    from ...specs.mesh import Mesh
+    from ...specs.tree import SpecTree
+    from ..layout.local_model import LocalModel
+
+
+def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[list[LayoutStep], list[Problem]]:
+    """Return the changes of how modules compute on a mesh, and what is wrong with them.
+
+    A bias behind a summed output is added after the sum. Sums of gradients come last, so that the other changes of a module
+    see the result of the operator that sums.
+
+    Args:
+        subject: The model, its mesh, and its tensors with their splits.
+        declared: The steps that the schedule's verbs have declared.
+    """
+    mesh, tree = subject.mesh, subject.tree
+    steps = [step for step in declared if _matters(step, mesh)]
+    sums = [step for step in steps if isinstance(step, SumGradient)]
+    sums += shared_gradients(mesh, tree)
+    problems = list(_unequal_gathers(mesh, tree, steps))
+    for path, op in _summed_outputs(steps).items():
+        if not _adds_bias_to_parts(subject, path):
+            continue
+        steps.append(AddBiasAfterSync(path))
+        if op == "reduce_scatter" and tree[join(path, "bias")].requires_grad:
+            sums.append(SumGradient(path, "bias"))
+        module = subject.model.get_submodule(path)
+        if has_forward_of_its_own(module):
+            cause = (
+                f"its bias belongs after the sum over ranks, and {type(module).__name__} has a forward of its own,"
+                f" so that it would be added {mesh.tensor} times"
+            )
+            problems.append(Problem(path, cause, "Use a plain nn.Linear, or bias=False", tree[join(path, "weight")].type))
+    return [*(step for step in steps if not isinstance(step, SumGradient)), *dict.fromkeys(sums)], problems
+
+
+def _matters(step: LayoutStep, mesh: Mesh) -> bool:
+    """Tell whether a step changes anything on a mesh."""
+    match step:
+        case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis):
+            return mesh.num(mesh_axis) > 1
+        case VocabParallel() | AddBiasAfterSync() | ForkRng() | MaskPadding():
+            return mesh.tensor > 1
+        case DispatchTokens():
+            return mesh.expert > 1
+        case SetAttributes() | SetToLocalSize():
+            return True
+
+
+def _summed_outputs(steps: Iterable[LayoutStep]) -> dict[str, str]:
+    """Return the modules whose outputs are summed over ranks, each with its collective operator."""
+    return {s.module: s.op for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
+
+
+def _adds_bias_to_parts(subject: LocalModel, path: str) -> bool:
+    """Tell whether a module is linear with a bias, and each rank has some of its input features."""
+    module, weight = subject.model.get_submodule(path), subject.tree.get(join(path, "weight"))
+    kind = linear_of(module)
+    if kind is None or weight is None or getattr(module, "bias", None) is None:
+        return False
+    shard = weight.on("tensor")
+    return shard is not None and shard.axis == kind.in_axis
+
+
+def _unequal_gathers(mesh: Mesh, tree: SpecTree, steps: Iterable[LayoutStep]) -> Iterator[Problem]:
+    """Iterate over gathers of outputs whose number differs from rank to rank, and that do not know these numbers."""
+    gathered = {
+        s.module for s in steps if isinstance(s, Sync) and s.op == "all_gather" and s.when == "forward_post" and not s.sizes
+    }
+    for spec in tree.values():
+        uneven = any(s.axis == 0 and not s.is_even(spec.orig_shape[0], mesh) for s in spec.shards)
+        for module in {module_of(path) for path in spec.paths} & gathered if uneven else ():
+            cause = "its parts differ in size from rank to rank, and a gather of its module's outputs takes equal ones"
+            yield Problem(spec.path, cause, f"sch.at[{module!r}].colwise(gather_output=True, uneven=True)", spec.type)
