@@ -1,4 +1,4 @@
-"""The audit: what each rank will hold, send and risk, read off the steps that will run. No torch."""
+"""The audit: what each rank will hold, send and risk, read off the steps that will run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from .auditing.findings.silences import unused
 from .auditing.memory import shares
 from .auditing.proofs import prove
 from .auditing.traffic import execution_traffic, step_traffic
-from .dialects.accounting.microbatches import num_microbatches
-from .dialects.deepspeed.config_numbers import wrong_numbers
+from .dialects import dialect_of
 
 if TYPE_CHECKING:
     from ..specs.mesh import Coordinate
@@ -40,7 +39,7 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
         device_memory: Bytes of one device; with it a rank that needs more is an error.
 
     Raises:
-        PlanError: If the configuration of a saved plan has no numbers where memory and messages are computed from them.
+        PlanError: If a saved plan's configuration has other values where memory and messages are computed from numbers.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import Allocate, Place
@@ -50,6 +49,9 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
     (64, True)
     """
     _check(plan, ranks_per_node, device_memory)
+    dialect = dialect_of(plan.target)
+    if problems := list(dialect.wrong_numbers(plan.config or {})):
+        raise PlanError(problems)
     distinct = Distinct.of(plan.mesh, plan.tree)
     traces = trace(plan, distinct)
     receipts = {here: done.ledger.receipt(here.rank) for here, done in traces.items()}
@@ -57,19 +59,19 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
         title=f"audit of plan {plan.fingerprint[:12]}, {plan.mesh}, target={plan.target or 'none'}",
         mesh=plan.mesh,
         distinct=distinct,
-        shares=tuple(shares(plan, distinct, {here: receipt.peak_bytes for here, receipt in receipts.items()})),
+        shares=tuple(shares(plan, dialect, distinct, {here: receipt.peak_bytes for here, receipt in receipts.items()})),
         execution=tuple(execution_traffic(receipts)),
         reads=tuple(_reads(receipts, dict(distinct.places()))),
         folder=plan.folder,
-        training=tuple(step_traffic(plan, ranks_per_node)),
+        training=tuple(step_traffic(plan, dialect, ranks_per_node)),
         boundaries=tuple(_boundary(number, stage) for number, stage in enumerate(plan.stages[:-1])),
         replicated=_replicated(plan),
         proofs=prove(plan, distinct, traces),
-        num_microbatches=num_microbatches(plan),
+        num_microbatches=dialect.training(plan).num_microbatches,
         ranks_per_node=ranks_per_node,
         device_memory=device_memory,
     )
-    loud, quiet = silenced(find(plan, report), plan.silences, plan.tree)
+    loud, quiet = silenced(find(plan, report, dialect), plan.silences, plan.tree)
     return evolve(report, findings=(*loud, *unused(plan, report, quiet)), silenced=tuple(quiet))
 
 
@@ -77,8 +79,6 @@ def _check(plan: object, ranks_per_node: object, device_memory: object) -> None:
     if not isinstance(plan, Plan):
         msg = f"audit takes a plan, not a {type(plan).__name__}: audit(plan_build(schedule))"
         raise TypeError(msg)
-    if plan.target == "deepspeed" and (problems := list(wrong_numbers(plan.config or {}))):
-        raise PlanError(problems)
     for name, value in (("ranks_per_node", ranks_per_node), ("device_memory", device_memory)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             example = "8" if name == "ranks_per_node" else "80 * 2**30"

@@ -219,7 +219,7 @@ def _check(plan: Plan, model: object, optimizer: object, loss_fn: object) -> lis
         *_missing_callables(plan),
         *_wrong_model(plan, model),
     ]
-    if problems:
+    if problems := problems or _not_installed(plan):
         raise PlanError(problems)
     return findings
 
@@ -232,13 +232,18 @@ def _wrong_random_scheme(plan: Plan) -> Iterator[Problem]:
 
 
 def _wrong_target(plan: Plan, loss_fn: object) -> Iterator[Problem]:
-    dialect, unknown = find_dialect(plan.target)
-    yield from unknown
+    dialect, _ = find_dialect(plan.target)  # the audit has an error for an unknown target
     if loss_fn is not None and not callable(loss_fn):
         cause = f"it is a function from the model's output and the targets to the loss, not a {type(loss_fn).__name__}"
         yield Problem("loss_fn", cause, "loss_fn=lambda output, target: ...")
     elif dialect is not None and (plan.pipeline or loss_fn is not None):
         yield from dialect.check_loss(plan, loss_fn)
+
+
+def _not_installed(plan: Plan) -> list[Problem]:
+    """Return why the target's runtime cannot be used here; asked last, as importing a runtime takes seconds."""
+    dialect, _ = find_dialect(plan.target)
+    return dialect.check_installed() if dialect is not None else []
 
 
 def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:

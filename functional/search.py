@@ -20,7 +20,7 @@ from ..specs.traffic import StepTraffic
 from .audit import audit
 from .auditing.memory import memory_at
 from .auditing.nearest_meshes import divisors
-from .dialects import find_dialect
+from .dialects import dialect_of, find_dialect
 from .layout.local_model import LocalModel, following
 from .pipeline.plan_stages import is_cut
 from .plan import plan_build
@@ -250,11 +250,11 @@ def _tried(subject: _Subject, sch: Schedule, seen: _Seen) -> Candidate:
 
 
 def _config(subject: _Subject, sch: Schedule) -> Mapping[str, Any] | None:
-    """Return the configuration for a mesh; torch refuses what it says of a pipeline where there is none."""
-    config = subject.config(sch.mesh)
-    if subject.target != "torch" or is_cut(sch) or not isinstance(config, Mapping):
+    """Return the configuration for a mesh, without the options for a pipeline where the model is not cut."""
+    config, options = subject.config(sch.mesh), dialect_of(subject.target).pipeline_options
+    if not options or is_cut(sch) or not isinstance(config, Mapping):
         return config
-    return {name: value for name, value in config.items() if name not in ("schedule", "num_microbatches")}
+    return {name: value for name, value in config.items() if name not in options}
 
 
 def charged(rows: Iterable[StepTraffic]) -> tuple[int, int]:
@@ -298,7 +298,8 @@ def _least_bytes(subject: _Subject, sch: Schedule, config: Mapping[str, Any] | N
         return 0
     whole = evolve(mesh, pipe=1)
     pipeline = Pipeline((Stage((), (), (), ""),)) if is_cut(sch) else None
-    held = memory_at(Plan(whole, sch.tree, (), subject.target, config, pipeline=pipeline), whole.coordinate(0))
+    plan = Plan(whole, sch.tree, (), subject.target, config, pipeline=pipeline)
+    held = memory_at(plan, dialect_of(subject.target), whole.coordinate(0))
     return (held.parameter_bytes + held.buffer_bytes + held.optimizer_bytes + held.master_bytes) // mesh.pipe
 
 
@@ -353,8 +354,8 @@ def _assumed(subject: _Subject) -> Iterator[str]:
     yield f"the part of a step that a pipeline is busy. A device is taken to compute at {flops} and to send at {inside}"
     yield f"inside its node and {between} between nodes (H100), one after the other. It ranks meshes, and foretells no time."
     yield "A ring that leaves its node anywhere is charged as a whole at the speed between nodes."
-    if subject.target == "torch":
-        yield "Of a config for torch, schedule and num_microbatches are for the meshes with stages."
+    if options := dialect_of(subject.target).pipeline_options:
+        yield f"Of a config for {subject.target}, {' and '.join(options)} are for the meshes with stages."
     yield "Example inputs are one micro-batch of one replica: with more replicas a step sees more."
     if subject.example_inputs is None:
         yield "There are no example inputs: neither activations nor computation are counted."

@@ -43,11 +43,13 @@ CODES = {
     "SP030": "a device's memory does not suffice",
     "SP031": "an optimizer that is not known",
     "SP032": "a silence that silences nothing",
+    "SP033": "a target that nobody accounts for",
+    "SP034": "another version of the runtime",
 }
 """What a finding can be about."""
 
-LOUD = ("SP001", "SP002", "SP003", "SP004", "SP005", "SP007", "SP032")
-"""What cannot be silenced: a law that does not hold for the plan, and a silence itself."""
+LOUD = ("SP001", "SP002", "SP003", "SP004", "SP005", "SP007", "SP032", "SP033")
+"""Codes that cannot be silenced: laws that do not hold for the plan, a silence itself, and a target that is not counted."""
 
 _NAMES = re.compile(r"\{\d+\.\.\d+\}|[^.]+")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,8 +62,16 @@ def test_specs_import_neither_torch_nor_deepspeed_nor_numpy():
     assert python(f"import sys, shardplan.specs, {', '.join(modules)}\n{PRINT_HEAVY}") == "[]\n"
 
 
-def test_a_saved_plan_is_shown_and_audited_without_torch(tmp_path):
-    plan = plan_build(split_plain(plain(), Mesh(data=2, tensor=2)))
+@pytest.mark.parametrize(
+    ("target", "config"),
+    [
+        (None, None),
+        ("torch", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}),
+        ("deepspeed", {"train_batch_size": 4, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}),
+    ],
+)
+def test_a_saved_plan_is_shown_and_audited_without_torch(tmp_path, target, config):
+    plan = plan_build(split_plain(plain(), Mesh(data=2, tensor=2)), target=target, config=config)
     saved = tmp_path / "plan.json"
     saved.write_text(dumps(plan))
     code = f"""
@@ -113,6 +122,53 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
         _ = functional.executed
 
 
+def named_runtimes(path):
+    """Lines of a file that compare something with a runtime's name, or match it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        elif isinstance(node, ast.Dict):
+            operands = [key for key in node.keys if key is not None]
+        else:
+            continue
+        texts = (text for operand in operands for text in ast.walk(operand) if isinstance(text, ast.Constant))
+        if any(text.value in RUNTIMES for text in texts):
+            yield node.lineno if hasattr(node, "lineno") else 0
+
+
+RUNTIMES = ("deepspeed", "torch")
+
+
+def outside_dialects():
+    files = [*(ROOT / "specs").rglob("*.py"), *(ROOT / "functional").rglob("*.py")]
+    return [path for path in files if ROOT / "functional" / "dialects" not in path.parents]
+
+
+def test_nothing_outside_dialects_asks_for_a_runtime_by_name():
+    assert [(path.name, line) for path in outside_dialects() for line in named_runtimes(path)] == []
+
+
+@pytest.mark.parametrize(
+    "line", ["x = plan.target == 'deepspeed'", "x = target in ('torch', None)", "x = {'torch': 1}[plan.target]"]
+)
+def test_a_question_by_name_is_seen(tmp_path, line):
+    (tmp_path / "asks.py").write_text(line)
+    assert list(named_runtimes(tmp_path / "asks.py")) == [1]
+
+
+def test_runtimes_are_imported_by_their_own_folders_alone():
+    imported = {path.name for path in outside_dialects() if re.search(r"dialects\.(deepspeed|torch)\b", path.read_text())}
+    assert imported == set()
+    users = {
+        path
+        for path in (ROOT / "functional").rglob("*.py")
+        if re.search(r"^\s*(import|from) deepspeed\b", path.read_text(), re.MULTILINE)
+    }
+    assert {path.parent.name for path in users} == {"deepspeed"}
+
+
 @pytest.fixture
 def copy(tmp_path):
     """The packages under their import names, with the contracts, where a line can be added."""
@@ -158,10 +214,9 @@ def test_a_contract_can_fail(copy, name):
 
 
 EFFECTFUL = {
-    "functional/dialects/deepspeed/dialect.py",
-    "functional/dialects/deepspeed/pipeline.py",
-    "functional/dialects/gradient_norm.py",
-    "functional/dialects/torch/pipeline.py",
+    "functional/dialects/deepspeed/wrap.py",
+    "functional/dialects/torch/gradient_norm.py",
+    "functional/dialects/torch/wrap.py",
     "functional/execute.py",
     "functional/interpreter/torch_effects.py",
     "functional/interpreter/torch_loading.py",

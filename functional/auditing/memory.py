@@ -1,4 +1,4 @@
-"""What the ranks of each distinct coordinate hold, while the plan is executed and while it trains. No torch."""
+"""Memory of the ranks at each distinct coordinate, while the plan is executed and while it trains."""
 
 from __future__ import annotations
 
@@ -7,42 +7,50 @@ from typing import TYPE_CHECKING
 
 from ...specs.memory import Memory, Share
 from ...specs.source import ModuleValues, OwnValues
-from ..dialects.accounting.boundary_memory import boundary_bytes
-from ..dialects.accounting.pipeline_schedules import in_flight
-from ..dialects.accounting.state import heaviest_of, state_of
 from .stage_of_module import stages_of
 
 if TYPE_CHECKING:
     from ...specs.distinct_ranks import Distinct
     from ...specs.mesh import Coordinate
     from ...specs.plan import Plan
+    from ..dialects import Dialect
 
 
-def shares(plan: Plan, distinct: Distinct, executing: Mapping[Coordinate, int]) -> Iterator[Share]:
-    """Iterate over what ranks hold, in the order of ranks.
+def shares(plan: Plan, dialect: Dialect, distinct: Distinct, executing: Mapping[Coordinate, int]) -> Iterator[Share]:
+    """Iterate over the memory of ranks, in their order; of ranks that hold the same tensors, of the fullest.
 
     Args:
         plan: The plan.
+        dialect: The dialect of its target.
         distinct: Which ranks are alike.
         executing: For each distinct coordinate the most bytes at one time while the plan is executed.
     """
-    activations = activations_of(plan)
+    activations = activations_of(plan, dialect)
     for here, num_ranks in distinct.places():
-        worst = heaviest_of(plan, here, distinct.alike(here))
-        yield Share(here, num_ranks, memory_at(plan, worst, executing[here], activations.get(here.pipe)))
+        memory = memory_at(plan, dialect, here, distinct.alike(here), executing[here], activations.get(here.pipe))
+        yield Share(here, num_ranks, memory)
 
 
-def memory_at(plan: Plan, here: Coordinate, executing_bytes: int = 0, activations: tuple[int, int] | None = None) -> Memory:
-    """Return what the rank at a coordinate holds.
+def memory_at(
+    plan: Plan,
+    dialect: Dialect,
+    here: Coordinate,
+    alike: range | None = None,
+    executing_bytes: int = 0,
+    activations: tuple[int, int] | None = None,
+) -> Memory:
+    """Return the memory of the rank at a coordinate.
 
     Args:
         plan: The plan.
-        here: Where it stands.
+        dialect: The dialect of its target.
+        here: The rank's coordinate.
+        alike: Places along ``data`` whose ranks hold the same tensors; if given, the memory of the fullest of them.
         executing_bytes: The most bytes at one time while the plan is executed, as its receipt says.
-        activations: What autograd keeps, and what it keeps with checkpoints; None if it is not known.
+        activations: Bytes that autograd keeps, and that it keeps with checkpoints; None if they are not known.
     """
     mine = [spec for spec in plan.tree.values() if here.pipe in spec.places(plan.mesh)]
-    state = state_of(plan, here)
+    state = dialect.state(plan, here, alike)
     return Memory(
         parameter_bytes=state.parameter_bytes,
         buffer_bytes=sum(spec.local_bytes(here) for spec in mine if spec.kind != "parameter"),
@@ -50,7 +58,7 @@ def memory_at(plan: Plan, here: Coordinate, executing_bytes: int = 0, activation
         optimizer_bytes=state.optimizer_bytes,
         master_bytes=state.master_bytes,
         bucket_bytes=state.bucket_bytes,
-        boundary_bytes=boundary_bytes(plan, here),
+        boundary_bytes=state.boundary_bytes,
         activation_bytes=activations[0] if activations else None,
         checkpointed_bytes=activations[1] if activations else None,
         executing_bytes=executing_bytes,
@@ -59,10 +67,10 @@ def memory_at(plan: Plan, here: Coordinate, executing_bytes: int = 0, activation
     )
 
 
-def activations_of(plan: Plan) -> dict[int, tuple[int, int]]:
-    """Return for each place along ``pipe`` what autograd keeps, and what it keeps where each block is checkpointed.
+def activations_of(plan: Plan, dialect: Dialect) -> dict[int, tuple[int, int]]:
+    """Return for each place along ``pipe`` the bytes that autograd keeps, and that it keeps with each block checkpointed.
 
-    A checkpoint keeps a block's inputs; while a block is computed again all that autograd keeps of it is there once more
+    A checkpoint keeps a block's inputs; while a block is recomputed, autograd keeps all of that block's activations again
     (Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost).
     """
     if plan.microbatch is None:
@@ -70,13 +78,13 @@ def activations_of(plan: Plan) -> dict[int, tuple[int, int]]:
     kept, inputs, largest = ([0] * max(plan.mesh.pipe, len(plan.stages)) for _ in range(3))
     stage_of = stages_of(plan, [saved.module for saved in plan.microbatch.saved])
     for saved in plan.microbatch.saved:
-        stage = stage_of[saved.module] if saved.module else -1  # what the model itself computes last is its loss
+        stage = stage_of[saved.module] if saved.module else -1  # the model's own last computation is its loss
         kept[stage] += saved.saved_bytes
         inputs[stage] += saved.input_bytes if saved.is_block else saved.saved_bytes
         largest[stage] = max(largest[stage], saved.saved_bytes if saved.is_block else 0)
     found: dict[int, tuple[int, int]] = {}
     for stage in range(len(kept)):
-        place, num = stage % plan.mesh.pipe, in_flight(plan, stage)
+        place, num = stage % plan.mesh.pipe, dialect.in_flight(plan, stage)
         before = found.get(place, (0, 0))
         found[place] = before[0] + num * kept[stage], before[1] + num * inputs[stage] + largest[stage]
     return found

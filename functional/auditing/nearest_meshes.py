@@ -13,11 +13,12 @@ from attrs import evolve
 from ...specs.dtypes import num_bytes
 from ...specs.mesh import Mesh
 from ...specs.tree import SpecTree
-from ..dialects.accounting.state import heaviest_of
+from ..dialects import dialect_of
 from .memory import activations_of, memory_at
 
 if TYPE_CHECKING:
     from ...specs.plan import Plan
+    from ..dialects import Dialect
 
 _FACTORS = (1, 2, 4, 8)
 _FEW = 3
@@ -45,7 +46,8 @@ def nearest_meshes(plan: Plan, device_memory: int, ranks_per_node: int | None = 
     mesh pipe=1 data=1 tensor=8
     mesh pipe=1 data=4 tensor=4
     """
-    kept = activations_of(plan)
+    dialect = dialect_of(plan.target)
+    kept = activations_of(plan, dialect)
     stages = [_stage(plan, place) for place in range(plan.mesh.pipe)]
     heaviest = sorted(range(len(stages)), key=lambda place: -_least(stages[place], plan.mesh))
 
@@ -54,7 +56,7 @@ def nearest_meshes(plan: Plan, device_memory: int, ranks_per_node: int | None = 
         # the cheap reason first
         if any(_least(stages[place], mesh) > left for place, left in zip(heaviest, room, strict=True)):
             return False
-        return all(_holds(stages[place], mesh, place, left) for place, left in zip(heaviest, room, strict=True))
+        return all(_holds(stages[place], dialect, mesh, place, left) for place, left in zip(heaviest, room, strict=True))
 
     return tuple(islice(filter(fits, _others(plan, ranks_per_node)), _FEW))
 
@@ -111,7 +113,7 @@ def _least(stage: Plan, mesh: Mesh) -> int:
     return 2 * sum(wide) // mesh.data
 
 
-def _holds(stage: Plan, mesh: Mesh, place: int, room: int) -> bool:
+def _holds(stage: Plan, dialect: Dialect, mesh: Mesh, place: int, room: int) -> bool:
     """Tell whether training fits on a stage: of uneven parts the first rank has most, of gradients under ZeRO 2 any may."""
     there, first = evolve(stage, mesh=mesh), mesh.at(pipe=place)
-    return memory_at(there, heaviest_of(there, first, range(mesh.data))).training_bytes <= room
+    return memory_at(there, dialect, first, alike=range(mesh.data)).training_bytes <= room

@@ -1,4 +1,4 @@
-"""What ranks send: while the plan is executed, and in each step of training. No torch."""
+"""Messages of ranks: while the plan is executed, and in each step of training."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ...specs.mesh import Coordinate, MeshAxis
+from ...specs.paths import join
+from ...specs.steps import SumGradient
 from ...specs.traffic import Cargo, StepTraffic, Traffic
-from ..dialects.accounting.boundary_traffic import crossings
-from ..dialects.accounting.gradient_traffic import reductions
-from ..dialects.accounting.microbatches import num_microbatches
+from ..dialects.accounting.messages import Messages
 from .stage_of_module import stages_of
 
 if TYPE_CHECKING:
     from ...specs.mesh import Groups, Mesh
     from ...specs.plan import Plan
     from ...specs.receipt import Receipt
+    from ..dialects import Dialect
 
 _PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often the ring algorithms send (n - 1) / n of the bytes."""
@@ -31,12 +32,12 @@ def execution_traffic(receipts: Mapping[Coordinate, Receipt]) -> Iterator[Traffi
             yield Traffic(here, op, mesh_axes, len(each), sum(each))
 
 
-def step_traffic(plan: Plan, ranks_per_node: int | None) -> Iterator[StepTraffic]:
+def step_traffic(plan: Plan, dialect: Dialect, ranks_per_node: int | None) -> Iterator[StepTraffic]:
     """Iterate over the messages of a training step, stage by stage.
 
-    What activations take is known where a micro-batch was followed; what crosses between stages where the model is cut.
+    Messages of activations are known where a micro-batch was followed, messages between stages where the model is cut.
     """
-    mesh, num_micro = plan.mesh, num_microbatches(plan)
+    mesh, num_micro = plan.mesh, dialect.training(plan).num_microbatches
     rows: dict[tuple[int, MeshAxis, Cargo, str], tuple[int, int]] = {}
 
     def add(place: int, mesh_axis: MeshAxis, cargo: Cargo, op: str, num_calls: int, num_bytes: int) -> None:
@@ -52,7 +53,7 @@ def step_traffic(plan: Plan, ranks_per_node: int | None) -> Iterator[StepTraffic
     sent: dict[int, dict[int, int]] = {}
     for place in range(mesh.pipe):
         here = mesh.at(pipe=place)
-        for row in (*crossings(plan, here), *reductions(plan, here)):
+        for row in (*dialect.messages(plan, here), *expert_sums(plan, here, num_micro)):
             add(place, row.mesh_axis, row.cargo, row.op, row.num_calls, row.num_bytes)
             if row.to is not None:
                 sent.setdefault(place, {})[row.to] = row.num_bytes
@@ -65,6 +66,25 @@ def step_traffic(plan: Plan, ranks_per_node: int | None) -> Iterator[StepTraffic
         yield StepTraffic(place, mesh_axis, cargo, op, num_calls, num_bytes, wire, between)
 
 
+def expert_sums(plan: Plan, coordinate: Coordinate, num_microbatches: int) -> Iterator[Messages]:
+    """Iterate over the sums of experts' gradients over ``expert_data``, which the plan does in each backward pass.
+
+    Where a micro-batch was followed they are among its calls.
+    """
+    followed = plan.microbatch.calls if plan.microbatch else ()
+    if plan.mesh.expert_data == 1 or any(call.mesh_axis == "expert_data" for call in followed):
+        return
+    summed = [
+        plan.tree[join(step.module, step.name)]
+        for step in plan.steps
+        if isinstance(step, SumGradient) and step.mesh_axis == "expert_data"
+    ]
+    sizes = [spec.local_bytes(coordinate) for spec in summed if coordinate.pipe in spec.places(plan.mesh)]
+    if sizes:
+        num_calls, num_bytes = num_microbatches * len(sizes), num_microbatches * sum(sizes)
+        yield Messages("expert_data", "gradients", "all_reduce", num_calls, num_bytes)
+
+
 def wire_bytes(op: str, num_ranks: int, num_bytes: int) -> int:
     """Return the bytes that one rank sends, by the ring algorithms (Patarasu and Yuan 2009, section 4).
 
@@ -75,7 +95,7 @@ def wire_bytes(op: str, num_ranks: int, num_bytes: int) -> int:
 
 
 def _messages_leaving(mesh: Mesh, place: int, sent: Mapping[int, int], ranks_per_node: int) -> int:
-    """Return the bytes to other places along ``pipe`` that leave their node, of the rank of which most do."""
+    """Return the largest number of bytes that any rank sends to stages on other nodes."""
     first, stride = mesh.stage(place).start, mesh.groups("pipe").stride
     return max(
         sum(
@@ -88,13 +108,13 @@ def _messages_leaving(mesh: Mesh, place: int, sent: Mapping[int, int], ranks_per
 
 
 def _leaving(mesh: Mesh, place: int, mesh_axis: MeshAxis, ranks_per_node: int) -> float:
-    """Return the part of a ring's bytes that leave their node: of its hops in the order of ranks; in the worst group."""
+    """Return the share of a ring's hops, in the order of ranks, that leave their node; in the worst group."""
     groups = mesh.groups(mesh_axis)
     return max(_crossing(group, ranks_per_node) for group in _aligned_otherwise(mesh, place, groups, ranks_per_node))
 
 
 def _aligned_otherwise(mesh: Mesh, place: int, groups: Groups, ranks_per_node: int) -> Iterator[range]:
-    """Iterate over groups with ranks of a stage that stand otherwise to the nodes: the pattern repeats after that."""
+    """Iterate over groups of a stage, one for each way of lying across nodes; after that the pattern repeats."""
     stage, block = mesh.stage(place), groups.size * groups.stride
     first = groups.of(stage.start).start
     for start in range(first, stage.stop, block)[:ranks_per_node]:

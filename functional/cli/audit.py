@@ -15,7 +15,7 @@ from ...specs.memory import Memory
 from ...specs.mesh import MESH_AXES
 from ...specs.text_table import table
 from ..audit import audit
-from ..dialects.deepspeed.zero_config import Zero
+from ..dialects import dialect_of
 from ..interpreter.dry_run import predict
 from .option_types import BYTES, FILE, read_plan
 from .output import echo, echo_json, write
@@ -104,8 +104,8 @@ def _rank(plan: Plan, report: Report, rank: int) -> Iterator[str]:
     names = [name for name in _names() if getattr(memory, name) is not None]
     rows = ((name.removesuffix("_bytes").replace("_", " "), human_bytes(getattr(memory, name))) for name in names)
     yield from (f"  {line}" for line in table([("holds", "bytes"), *rows], right=True))
-    if plan.target == "deepspeed" and Zero.of(plan).stage == 2:  # noqa: PLR2004  ZeRO 2
-        yield "  ZeRO 2 leaves ranks that are alike different gradients: these are those of the rank with the most"
+    if uneven := dialect_of(plan.target).training(plan).uneven_state:
+        yield f"  {uneven}"
     yield (
         f"  executing: {receipt.num_tensors} tensors, peak {human_bytes(receipt.peak_bytes)},"
         f" {len(receipt.collectives)} collectives of {human_bytes(receipt.received_bytes)}, {receipt.num_groups} groups"

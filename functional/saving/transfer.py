@@ -16,6 +16,7 @@ from ...specs.index import whole_index
 from ...specs.ownership import holders, local_boxes
 from ...specs.resharding import Transfer
 from ..checkpoints.optimizer_states import settings_for
+from ..dialects import dialect_of
 from ..interpreter.world import agree
 from .held_tensors import held_tensors
 from .messages import messages, messages_on, narrowed
@@ -97,8 +98,7 @@ def _check(resharding: Reshard, source_optimizer: object, target_optimizer: obje
     if (source_optimizer is None) != (target_optimizer is None):
         cause = "one of the two optimizers is given"
         problems.append(Problem("optimizer", cause, "transfer(..., source_optimizer=..., target_optimizer=...)"))
-    if resharding.target.target == "deepspeed":
-        cause = "DeepSpeed keeps copies of its own, which would stay as they are"
+    if cause := dialect_of(resharding.target.target).training(resharding.target).own_copies:
         problems.append(Problem("target", cause, _BY_FILES))
     if problems:
         raise PlanError(problems)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardplan.functional import build, consolidate_model, create_schedule, execute, init_target_engine, plan_build
-from shardplan.functional.dialects.deepspeed.dialect import from_topology, to_topology
+from shardplan.functional.dialects.deepspeed.wrap import from_topology, to_topology
 from shardplan.specs import Mesh
 from tests.distributed.test_training import check, deepspeed_config
 from tests.helpers.models import MODELS, schedule

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from shardplan.functional import create_schedule, execute, plan_build
-from shardplan.functional.dialects.accounting import boundary_bytes, in_flight, num_microbatches, state_of
-from shardplan.functional.dialects.accounting import boundary_traffic as crossings
-from shardplan.functional.dialects.accounting import gradient_traffic as reductions
+from shardplan.functional.auditing.traffic import expert_sums
+from shardplan.functional.dialects import dialect_of
 from shardplan.specs import Mesh
 from shardplan.specs.steps import SumTied
 from tests.distributed.test_layouts import experts
@@ -193,7 +192,7 @@ class Observer:
 
     def step(self):
         model, optimizer = self.built
-        num = num_microbatches(self.plan)
+        num = dialect_of(self.plan.target).training(self.plan).num_microbatches
         generator = torch.Generator().manual_seed(self.here.data)
         ids = torch.randint(1, 60, (ROWS * num, LENGTH), generator=generator)
         if self.plan.pipeline:
@@ -249,9 +248,10 @@ class Observer:
 
 def predicted(plan, rank):
     here = plan.mesh.coordinate(rank)
-    state = state_of(plan, here)
+    dialect = dialect_of(plan.target)
+    state = dialect.state(plan, here)
     sent = Counter()
-    for row in (*reductions(plan, here), *crossings(plan, here)):
+    for row in (*dialect.messages(plan, here), *expert_sums(plan, here, dialect.training(plan).num_microbatches)):
         group = "pair" if row.op == "send" else tuple(here.group(row.mesh_axis))
         if row.mesh_axis == "pipe" and row.op == "all_reduce":
             (between,) = {step.between for step in plan.steps if isinstance(step, SumTied)}
@@ -264,8 +264,8 @@ def predicted(plan, rank):
         "optimizer": state.optimizer_bytes,
         "masters": state.master_bytes,
         "buckets": state.bucket_bytes,
-        "crossing": boundary_bytes(plan, here),
-        "kept": {stage: in_flight(plan, stage) for stage in kept},
+        "crossing": state.boundary_bytes,
+        "kept": {stage: dialect.in_flight(plan, stage) for stage in kept},
         "sent": {key: size for key, size in sent.items() if key[1] == "pair" or len(key[1]) > 1},
     }
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, plan_build, predict
-from shardplan.functional.dialects.accounting.state import state_of
+from shardplan.functional.dialects import dialect_of
 from shardplan.specs import Mesh
 from tests.helpers.models import llama, plain, schedule
 
@@ -216,10 +216,10 @@ def test_of_ranks_that_zero_2_leaves_different_gradients_the_most_is_told(data):
     }
     plan = plan_build(schedule("plain", Mesh(data=data, tensor=2)), target="deepspeed", config=config)
     report = audit(plan)
-    kept: dict = {}
+    dialect, kept = dialect_of("deepspeed"), {}
     for rank in range(plan.mesh.num_ranks):
         here = plan.mesh.coordinate(rank)
-        kept.setdefault(report.distinct.like(here), []).append(state_of(plan, here).gradient_bytes)
+        kept.setdefault(report.distinct.like(here), []).append(dialect.state(plan, here).gradient_bytes)
     assert {share.coordinate: share.memory.gradient_bytes for share in report.shares} == {
         alike: max(each) for alike, each in kept.items()
     }

@@ -10,7 +10,7 @@ from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
 from shardplan.specs import Mesh
-from shardplan.specs.steps import Allocate, EvaluateShard, MakeGroups, Place, SumGradient, SumTied
+from shardplan.specs.steps import Allocate, EvaluateShard, MakeGroups, Place, SumGradient, SumTied, Wrap
 from tests.helpers.families import family
 from tests.helpers.models import llama, plain, schedule, split_plain
 
@@ -186,6 +186,12 @@ def large(**config):
     return plan_build(sch, target="deepspeed", config=config)
 
 
+def for_target(target):
+    """A plan as it is saved by somebody who has this target."""
+    plan = evolve(plan_build(schedule("plain"), target="torch"), target=target)
+    return with_steps(plan, lambda step: [evolve(step, target=target) if isinstance(step, Wrap) else step])
+
+
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 MIB = 2**20
 TWO_BY_TWO = Mesh(data=2, tensor=2)
@@ -217,6 +223,8 @@ HURT = {
     "SP030": lambda: (large(**ADAMW), {"device_memory": 256 * MIB}),
     "SP031": lambda: (large(), {}),
     "SP032": lambda: (plan_build(vocabulary(32000, head=True).at["lm_head"].silence("SP021", reason=COPY)), {}),
+    "SP033": lambda: (for_target("fsdp2"), {}),
+    "SP034": lambda: (large(**ADAMW), {}),
 }
 """What is said of: a plan, and what the audit is told."""
 
@@ -246,5 +254,10 @@ NEAR = {
     "SP030": lambda: (large(**ADAMW), {"device_memory": 384 * MIB}),
     "SP031": lambda: (large(**ADAMW), {}),
     "SP032": lambda: (plan_build(vocabulary(32000, head=False).at["lm_head"].silence("SP021", reason=COPY)), {}),
+    "SP033": lambda: (for_target("torch"), {}),
+    "SP034": lambda: (large(**ADAMW), {}),
 }
 """What is nearly so: a plan, and what the audit is told."""
+
+INSTALLED = {"SP034": ("0.20.1", "0.19.9")}
+"""The version of DeepSpeed on the machine where a finding is said, and where it is nearly so."""

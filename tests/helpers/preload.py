@@ -18,7 +18,7 @@ for name in (
         "torch._export.non_strict_utils",
         "triton",
     ),
-    *("shardplan.functional.dialects.deepspeed.dialect", "shardplan.functional.dialects.torch.dialect"),
+    *("shardplan.functional.dialects.deepspeed.wrap", "shardplan.functional.dialects.torch.wrap"),
     *("tests.helpers.families", "tests.helpers.models"),
 ):
     importlib.import_module(name)

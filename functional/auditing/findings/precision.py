@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes, num_bytes, short_name
@@ -12,17 +11,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ....specs.plan import Plan
+    from ...dialects import Dialect
 
 HALF_SHARE = 0.5
 """Of the elements of all floating-point parameters: with so many in one of 16 bits, the model is meant to compute in it."""
 
 
-def full_precision(plan: Plan) -> Iterator[Finding]:
+def full_precision(plan: Plan, dialect: Dialect) -> Iterator[Finding]:
     """Find float32 and float64 parameters where most elements are bfloat16 or float16; buffers may be what they like.
 
     Of any size: what a small one costs is not its bytes, but that a product with it is float32, and what follows too.
     """
-    if _casts(plan):
+    if dialect.training(plan).cast_to is not None:
         return
     floating = [s for s in plan.tree.values() if s.kind == "parameter" and s.dtype.startswith(("float", "bfloat"))]
     elements: dict[str, int] = {}
@@ -42,9 +42,3 @@ def full_precision(plan: Plan) -> Iterator[Finding]:
             )
             fix = f"model.get_parameter({spec.path!r}) to torch.{half} before the schedule, or .silence('SP025', reason=...)"
             yield Finding("SP025", "warning", spec.path, cause, fix)
-
-
-def _casts(plan: Plan) -> bool:
-    """Whether the target casts all floating-point parameters to one dtype: DeepSpeed with bf16 or fp16 does."""
-    sections = [(plan.config or {}).get(name) for name in ("bf16", "fp16")]
-    return plan.target == "deepspeed" and any(isinstance(s, Mapping) and s.get("enabled") for s in sections)

@@ -54,15 +54,3 @@ def counted_twice(plan: Plan) -> Iterator[Finding]:
             num = plan.mesh.num(step.mesh_axis)
             cause = f"{step} sums its {what} over {num} ranks that hold the same tensors, so that it counts {num} times"
             yield Finding("SP013", "warning", step.module, cause, "Split its tensors, or synchronise the module before it")
-
-
-def not_averaged(plan: Plan) -> Iterator[Finding]:
-    """Find a mesh along whose ``data`` no runtime averages gradients."""
-    if plan.target is None and plan.mesh.data > 1:
-        cause = f"data={plan.mesh.data}, and without a target nothing averages gradients over it"
-        has_experts = any(spec.on("expert") for spec in plan.tree.values()) and plan.mesh.expert > 1
-        target = "torch" if has_experts else "deepspeed"
-        others = ", all but those of experts, which the plan averages" if has_experts else ""
-        yield Finding(
-            "SP014", "warning", "", cause, f"Use target={target!r}, or average them yourself before each step{others}"
-        )

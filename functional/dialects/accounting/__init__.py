@@ -1,22 +1,22 @@
-"""What a runtime keeps and sends while it trains, on one rank, told from the plan alone; without torch."""
+"""Records and helpers from which dialects say what their runtime keeps and sends while it trains."""
 
-from .boundary_memory import boundary_bytes
-from .boundary_traffic import crossings
-from .gradient_traffic import reductions
-from .microbatches import num_microbatches
-from .optimizer import optimizer_of
-from .pipeline_schedules import in_flight
-from .records import Reduction, State
-from .state import state_of
+from .local_parameters import LocalParameter, backward_order, local_parameters, total_bytes, total_numel
+from .messages import Messages, crossings, tied_sums
+from .state import State, whole_state
+from .training import Optimizer, Training, named_optimizer
 
 __all__ = [
-    "Reduction",
+    "LocalParameter",
+    "Messages",
+    "Optimizer",
     "State",
-    "boundary_bytes",
+    "Training",
+    "backward_order",
     "crossings",
-    "in_flight",
-    "num_microbatches",
-    "optimizer_of",
-    "reductions",
-    "state_of",
+    "local_parameters",
+    "named_optimizer",
+    "tied_sums",
+    "total_bytes",
+    "total_numel",
+    "whole_state",
 ]

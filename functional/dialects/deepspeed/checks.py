@@ -1,17 +1,20 @@
-"""What DeepSpeed would refuse at launch, and what it gets wrong without a word: said while planning. Pure.
+"""Checks of configurations, splits and stages that DeepSpeed refuses at launch or trains wrongly, and of its version.
 
-Each refusal was seen with DeepSpeed 0.19.8, by training beside a single process.
+Each problem was seen with DeepSpeed 0.19.8, by training beside a single process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ....specs.errors import Problem
+from ....specs.finding import Finding
 from ....specs.json_values import thawed
+from ....specs.paths import join
 from ....specs.steps import SumGradient
-from .config_numbers import wrong_numbers
+from .config import wrong_numbers
 
 if TYPE_CHECKING:
     from ....specs.mesh import Mesh
@@ -21,18 +24,22 @@ if TYPE_CHECKING:
 
 _SENT_IN = ("fp32", "fp16", "bf16")
 _ADDED_IN = (*_SENT_IN, "float32", "float16", "bfloat16", "float", "half")
-"""What DeepSpeed knows: ``get_communication_data_type`` and ``DtypeEnum`` in runtime/config.py of 0.19.8."""
+"""The names that DeepSpeed knows: ``get_communication_data_type`` and ``DtypeEnum`` in runtime/config.py of 0.19.8."""
+READ = "0.19"
+"""Memory, messages and checks were read off the code of this version, and measured with it."""
+
+_INSTALL = f"pip install 'deepspeed=={READ}.*'"
 _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
 
 
 def check_config(mesh: Mesh, config: Mapping[str, Any]) -> list[Problem]:
-    """Return what is wrong with a DeepSpeed configuration on a mesh."""
+    """Return the problems of a DeepSpeed configuration on a mesh."""
     wrong = [*wrong_numbers(config), *_sections(config), *_clipping(config)]
     return wrong or [*_batch(mesh, config), *_zero(mesh, config)]
 
 
 def check_layout(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Iterate over splits whose gradients DeepSpeed would reduce, count or find in another way."""
+    """Iterate over splits whose gradients DeepSpeed would average or sum wrongly, or count wrongly in the norm."""
     for spec in tree.values():
         if spec.kind != "parameter":
             continue
@@ -48,12 +55,12 @@ def check_layout(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], confi
     section = config.get("zero_optimization", {})
     if isinstance(section, Mapping) and section.get("stage", 0) == 3:  # noqa: PLR2004  ZeRO 3
         for step in shared:
-            path = f"{step.module}.{step.name}".lstrip(".")
+            path = join(step.module, step.name)
             cause = "its gradient is summed on its way into its module, before ZeRO 3 has gathered it there"
             yield Problem(path, cause, _FIX_ZERO, tree[path].type)
     for step in shared if config.get("gradient_clipping", 1.0) else ():
         if len({num for _, num in step.sharing}) > 1:
-            path = f"{step.module}.{step.name}".lstrip(".")
+            path = join(step.module, step.name)
             cause = (
                 "some of its blocks are repeated on several ranks, and DeepSpeed's norm counts a tensor as a whole or not"
             )
@@ -62,9 +69,9 @@ def check_layout(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], confi
 
 
 def check_boundaries(mesh: Mesh, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Iterate over what DeepSpeed cannot send from stage to stage.
+    """Iterate over boundaries that DeepSpeed cannot send over.
 
-    With ``tensor`` it splits over its ranks what it sends, unless it is told not to, and then sends one gradient only.
+    With ``tensor`` it sends tensors in parts, unless it is told not to, and then sends exactly one gradient back.
     """
     section = config.get("pipeline", {})
     wanted = [
@@ -86,6 +93,31 @@ def check_boundaries(mesh: Mesh, pipeline: Pipeline, config: Mapping[str, Any]) 
             yield Problem("config.pipeline", cause, fix)
 
 
+def another_version() -> Iterator[Finding]:
+    """Find that another version is installed than the accounting knows; nothing where DeepSpeed is not installed."""
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        return
+    if installed.split(".")[:2] != READ.split("."):
+        cause = (
+            f"DeepSpeed {installed} is installed, and its memory, its messages and what it gets wrong are known of {READ}:"
+            f" they may differ"
+        )
+        yield Finding("SP034", "warning", "", cause, _INSTALL)
+
+
+def not_installed() -> list[Problem]:
+    """Return why DeepSpeed cannot be imported here: it is missing, or broken."""
+    try:
+        import deepspeed  # noqa: F401  whether it can be imported is all that is asked
+    except Exception as error:  # noqa: BLE001  a broken package may raise anything
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "deepspeed"
+        found = "it is not installed" if is_missing else f"its import fails: {type(error).__name__}: {error}"
+        return [Problem("target", f"'deepspeed' needs the package deepspeed, and {found}", _INSTALL)]
+    return []
+
+
 def _batch(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     total, micro, steps = (config.get(name) for name in names)
@@ -105,7 +137,7 @@ def _batch(mesh: Mesh, config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Iterate over sections and dtypes that decide what is kept and sent, and are written otherwise than DeepSpeed reads."""
+    """Iterate over sections and dtypes that decide memory and messages, and are not written as DeepSpeed reads them."""
     for name in ("bf16", "fp16"):
         section, fix = config.get(name, {}), f'Write "{name}": {{"enabled": true}}, or false'
         if not isinstance(section, Mapping):

@@ -1,32 +1,38 @@
-"""DeepSpeed: what it takes, what it gets silently wrong, and how it wraps. Imported only when it is used."""
+"""The dialect of DeepSpeed. DeepSpeed itself is imported only by ``check_installed`` and ``wrap``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
-from frozendict import frozendict
-
 from ....specs.errors import Problem
-from ....specs.json_values import thawed
 from ....specs.mesh import Mesh, MeshAxis
-from ..handover import Handover, Wrapped, counted_parts
+from ..accounting.training import Training
 from ..stage_checks import nothing_trained, one_stage_a_place
-from .checks import check_boundaries, check_config, check_layout
-from .pipeline import mend_buffers, to_pipeline_module
+from .boundaries import in_flight
+from .checks import another_version, check_boundaries, check_config, check_layout, not_installed
+from .config import Zero, num_microbatches, optimizer_of, wrong_numbers
+from .memory import deepspeed_state
+from .traffic import deepspeed_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from ....specs.finding import Finding
+    from ....specs.mesh import Coordinate
     from ....specs.pipeline import Pipeline
     from ....specs.plan import Plan
     from ....specs.steps import LayoutStep
     from ....specs.tree import SpecTree
+    from ..accounting.messages import Messages
+    from ..accounting.state import State
+    from ..handover import Handover, Wrapped
 
 
 class DeepSpeedDialect:
     """``target="deepspeed"``: ``deepspeed.initialize`` with the plan's config and the mesh as ``mpu``."""
+
+    pipeline_options: Sequence[str] = ()
 
     def check(
         self, mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any] | None
@@ -50,6 +56,40 @@ class DeepSpeedDialect:
             *check_boundaries(mesh, pipeline, config or {}),
         ]
 
+    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
+        return (("data",), ("tensor",))
+
+    def wrong_numbers(self, config: Mapping[str, Any]) -> Iterable[Problem]:
+        return wrong_numbers(config)
+
+    def training(self, plan: Plan) -> Training:
+        zero = Zero.of(plan)
+        keeps = "its states are kept" if zero.wrapper == "none" else "its states and a float32 copy are kept"
+        uneven = "ZeRO 2 leaves ranks that are alike different gradients: these are those of the rank with the most"
+        return Training(
+            num_microbatches=num_microbatches(plan),
+            optimizer=optimizer_of(plan),
+            cast_to=zero.half,
+            without_gradient=f"DeepSpeed reduces zeros for it, {keeps}, and weight decay changes it",
+            uneven_state=uneven if zero.stage == 2 else "",  # noqa: PLR2004  ZeRO 2
+            own_copies="DeepSpeed keeps copies of its own, which would stay as they are",
+        )
+
+    def in_flight(self, plan: Plan, stage: int) -> int:
+        return in_flight(plan, stage)
+
+    def state(self, plan: Plan, coordinate: Coordinate, alike: range | None = None) -> State:
+        return deepspeed_state(plan, coordinate, alike)
+
+    def messages(self, plan: Plan, coordinate: Coordinate) -> Iterable[Messages]:
+        return deepspeed_messages(plan, coordinate)
+
+    def findings(self, plan: Plan) -> Iterable[Finding]:
+        return another_version()
+
+    def check_installed(self) -> list[Problem]:
+        return not_installed()
+
     def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
         if not plan.pipeline:
             return [Problem("loss_fn", "it is for a pipeline, and this plan has one stage", "Compute the loss yourself")]
@@ -59,97 +99,7 @@ class DeepSpeedDialect:
             return [Problem("loss_fn", cause, "execute(plan, loss_fn=lambda output, target: ...)")]
         return []
 
-    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
-        return (("data",), ("tensor",))
-
     def wrap(self, handover: Handover) -> Wrapped:
-        import deepspeed
-        import torch.distributed as dist
+        from .wrap import wrap
 
-        (module,), plan = handover.modules, handover.plan
-        if handover.device.type == "cpu":
-            # else a C++ build of a minute for an all-reduce in shared memory; gloo does it
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        for parameter, counted in counted_parts(module, plan, plan.mesh.coordinate(dist.get_rank())):
-            if counted.is_split and counted.parts is None:
-                # what DeepSpeed's is_model_parallel_parameter reads, so that the gradient norm counts every part once:
-                # without it a parameter counts on the first rank along 'tensor' alone, which holds no second copy
-                parameter.model_parallel = True
-                parameter.tensor_model_parallel = True
-        initialize: Any = deepspeed.initialize  # its annotation of model_parameters is wrong
-        engine, made, dataloader, scheduler = initialize(
-            model=to_pipeline_module(handover, to_topology(plan.mesh)) if plan.pipeline else module,
-            model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
-            optimizer=handover.optimizer,
-            config=thawed(plan.config),
-            mpu=None if plan.pipeline else MeshUnit(plan.mesh, handover.groups),
-            dist_init_required=False,
-        )
-        if plan.pipeline:
-            mend_buffers(engine)
-        return Wrapped(engine, made, frozendict(dataloader=dataloader, lr_scheduler=scheduler))
-
-
-@frozen
-class MeshUnit:
-    """The mesh as what DeepSpeed calls ``mpu``: sizes, places and groups of model and data parallelism.
-
-    Without a pipeline the model-parallel group is the group along ``tensor``.
-    """
-
-    mesh: Mesh
-    groups: Mapping[tuple[MeshAxis, ...], Any]
-
-    def get_model_parallel_rank(self) -> int:
-        """Place along ``tensor``."""
-        return self._index("tensor")
-
-    def get_model_parallel_world_size(self) -> int:
-        """Ranks along ``tensor``."""
-        return self.mesh.tensor
-
-    def get_model_parallel_group(self) -> Any:
-        """Process group along ``tensor``."""
-        return self.groups[("tensor",)]
-
-    def get_data_parallel_rank(self) -> int:
-        """Place along ``data``."""
-        return self._index("data")
-
-    def get_data_parallel_world_size(self) -> int:
-        """Ranks along ``data``."""
-        return self.mesh.data
-
-    def get_data_parallel_group(self) -> Any:
-        """Process group along ``data``."""
-        return self.groups[("data",)]
-
-    # what deepspeed.checkpointing.configure asks for
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def _index(self, mesh_axis: MeshAxis) -> int:
-        import torch.distributed as dist
-
-        return self.mesh.coordinate(dist.get_rank()).index(mesh_axis)
-
-
-def to_topology(mesh: Mesh) -> Any:
-    """Return DeepSpeed's ``PipeModelDataParallelTopology`` of a mesh; ``tensor`` is its ``model``."""
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-
-    return PipeModelDataParallelTopology(num_pp=mesh.pipe, num_mp=mesh.tensor, num_dp=mesh.data)
-
-
-def from_topology(topology: Any) -> Mesh:
-    """Return the mesh of a DeepSpeed topology.
-
-    Raises:
-        ValueError: If its axes are not pipe, data and model, in this order: its ranks would be others.
-    """
-    axes = list(topology.get_axis_names())
-    if axes != ["pipe", "data", "model"]:
-        msg = f"a topology with axes {axes} numbers its ranks otherwise; a mesh has pipe, data, model, in this order"
-        raise ValueError(msg)
-    return Mesh(pipe=topology.get_dim("pipe"), data=topology.get_dim("data"), tensor=topology.get_dim("model"))
+        return wrap(handover)

@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps for training, by the code of its release 0.19.8 (deepspeed/runtime)."""
+"""Memory that DeepSpeed keeps for training, by the code of its release 0.19.8 (deepspeed/runtime)."""
 
 from __future__ import annotations
 
@@ -11,89 +11,69 @@ from attrs import evolve
 
 from ....specs.dtypes import num_bytes
 from ..accounting.local_parameters import LocalParameter, backward_order, local_parameters, total_bytes, total_numel
-from ..accounting.optimizer import num_states, step_bytes
-from ..accounting.records import State
-from .buckets import closed_after, closed_before
-from .zero_config import ALL_REDUCE_NUMEL, Zero
+from ..accounting.state import State
+from ..accounting.training import UNKNOWN, Optimizer
+from .boundaries import boundary_bytes
+from .config import ALL_REDUCE_NUMEL, Zero, optimizer_of
+from .partitions import closed_after, closed_before, flat_numel, partition_numel, persistent
 
 if TYPE_CHECKING:
     from ....specs.mesh import Coordinate
     from ....specs.plan import Plan
 
-_ALIGNMENT = 2
-"""Elements at whose multiples each partition begins: ``nccl_start_alignment_factor`` in runtime/zero/stage_1_and_2.py and
-runtime/bf16_optimizer.py."""
 
+def deepspeed_state(plan: Plan, coordinate: Coordinate, alike: range | None) -> State:
+    """Return the bytes that DeepSpeed keeps on one rank, or the most on the ranks at the places ``alike`` along ``data``.
 
-def deepspeed_state(plan: Plan, coordinate: Coordinate) -> State:
-    """Return what DeepSpeed keeps on one rank."""
-    zero = Zero.of(plan)
+    ZeRO 2 keeps whole gradients of all parameters that a rank's partition meets, more on one rank than on another.
+    Optimizer states and parameters that go to the host or to a disk (``offload_optimizer``, ``offload_param``) are counted
+    as if they stayed on the device.
+
+    >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
+    >>> tree = SpecTree([ParamSpec("weight", (16, 4), "float32")])
+    >>> config = {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}, "zero_optimization": {"stage": 1}}
+    >>> plan = Plan(mesh := Mesh(data=2), tree, (), target="deepspeed", config=config)
+    >>> state = deepspeed_state(plan, mesh.coordinate(0), alike=None)
+    >>> state.parameter_bytes, state.gradient_bytes, state.optimizer_bytes, state.master_bytes
+    (256, 256, 128, 128)
+    """
+    zero, optimizer = Zero.of(plan), optimizer_of(plan) or UNKNOWN
     parameters = local_parameters(plan, coordinate, zero.half)
     trained = [parameter for parameter in parameters if parameter.is_trained and parameter.numel]
+    boundary = boundary_bytes(plan, coordinate)
     if not trained:
-        return State(parameter_bytes=total_bytes(parameters))
+        return State(parameter_bytes=total_bytes(parameters), boundary_bytes=boundary)
     match zero.wrapper:
         case "none" | "half":
-            return _whole(plan, zero, parameters, trained)
+            state = _whole(zero, optimizer, parameters, trained)
         case "bf16" | "zero":
-            return _flat(plan, zero, coordinate, parameters, trained)
+            places = alike or range(coordinate.data, coordinate.data + 1)
+            state = _flat(zero, optimizer, coordinate.mesh.data, places, parameters, trained)
         case "zero3":
-            return _partitioned(plan, zero, parameters, trained)
+            state = _partitioned(zero, optimizer, coordinate.mesh.data, parameters, trained)
+    return evolve(state, boundary_bytes=boundary)
 
 
-def heaviest(plan: Plan, coordinate: Coordinate, places: range) -> Coordinate:
-    """Return the coordinate that keeps the most of those at some places along ``data`` whose tensors are alike.
-
-    They differ under ZeRO 2, where a rank keeps whole gradients of all parameters that it has a part of.
-    """
-    zero = Zero.of(plan)
-    trained = [p for p in local_parameters(plan, coordinate, zero.half) if p.is_trained and p.numel]
-    if zero.wrapper != "zero" or zero.stage == 1 or not trained or _is_compact(zero, trained[0].dtype):
-        return coordinate
-    part = flat_numel(trained, coordinate.mesh.data) // coordinate.mesh.data
-    ends = list(accumulate(parameter.numel for parameter in trained))
-    place = max(places, key=lambda place: _met_bytes(zero, trained[0].dtype, ends, part, place))
-    return evolve(coordinate, data=place)
-
-
-def flat_numel(trained: Sequence[LocalParameter], num_ranks: int) -> int:
-    """Return the elements of the flat buffer that ZeRO 1 and 2 put the trained parameters into, padding at its end."""
-    return _up_to(total_numel(trained), _ALIGNMENT * num_ranks)
-
-
-def partition_numel(numel: int, num_ranks: int) -> int:
-    """Return the elements of one rank's part of a parameter under ZeRO 3, which pads each on its own.
-
-    ``_padding_size`` in runtime/zero/partition_parameters.py.
-    """
-    return -(-numel // num_ranks)
-
-
-def persistent(zero: Zero, parameters: Sequence[LocalParameter]) -> list[LocalParameter]:
-    """Return what ZeRO 3 keeps whole: ``mark_persistent_parameters`` in runtime/zero/parameter_offload.py."""
-    kept: list[LocalParameter] = []
-    for parameter in parameters:
-        limit = zero.most_persistent_numel
-        if parameter.numel <= zero.persistent_numel and (limit is None or parameter.numel + total_numel(kept) <= limit):
-            kept.append(parameter)
-    return kept
-
-
-def _whole(plan: Plan, zero: Zero, parameters: Sequence[LocalParameter], trained: Sequence[LocalParameter]) -> State:
+def _whole(
+    zero: Zero, optimizer: Optimizer, parameters: Sequence[LocalParameter], trained: Sequence[LocalParameter]
+) -> State:
     """ZeRO 0: everything whole; with bf16 or fp16 the optimizer works on float32 copies (fp16/unfused_optimizer.py)."""
     masters = 4 * total_numel(trained) if zero.wrapper == "half" else 0
     worked_on = masters or total_bytes(trained)
     return State(
         parameter_bytes=total_bytes(parameters),
         gradient_bytes=total_bytes(trained),
-        optimizer_bytes=num_states(plan) * worked_on + step_bytes(plan) * len(trained),
+        optimizer_bytes=optimizer.state_bytes(worked_on, len(trained)),
         master_bytes=masters,
         bucket_bytes=_flattened_bytes(zero, trained),
     )
 
 
 def _flattened_bytes(zero: Zero, trained: Sequence[LocalParameter]) -> int:
-    """What ``allreduce_bucket`` (runtime/engine.py) copies at one time: one tensor alone is not copied, another dtype is."""
+    """Return the bytes that ``allreduce_bucket`` (runtime/engine.py) copies at one time.
+
+    A bucket of several tensors is flattened into a copy; where gradients are sent in another dtype it is converted too.
+    """
     most = 0
     for dtype in {parameter.dtype for parameter in trained}:
         for bucket in closed_after([p.numel for p in trained if p.dtype == dtype], ALL_REDUCE_NUMEL):
@@ -104,14 +84,14 @@ def _flattened_bytes(zero: Zero, trained: Sequence[LocalParameter]) -> int:
 
 
 def _flat(
-    plan: Plan,
     zero: Zero,
-    coordinate: Coordinate,
+    optimizer: Optimizer,
+    num_ranks: int,
+    places: range,
     parameters: Sequence[LocalParameter],
     trained: Sequence[LocalParameter],
 ) -> State:
-    """ZeRO 1 and 2: trained parameters in one flat buffer, of which a rank has a float32 copy of its part."""
-    num_ranks = coordinate.mesh.data
+    """ZeRO 1 and 2: trained parameters in one flat buffer; each rank has a float32 copy of its partition."""
     padded = flat_numel(trained, num_ranks)
     part = padded // num_ranks
     frozen = total_bytes(parameters) - total_bytes(trained)
@@ -121,33 +101,34 @@ def _flat(
         gradients += total_bytes(p for p in trained if p.has_gradient) if zero.keeps_half_gradients else 0
         buckets = padded * num_bytes(zero.communicate) if zero.communicate != zero.accumulate else 0
     else:
-        gradients = _zero_gradient_bytes(zero, coordinate, trained, part)
+        gradients = _zero_gradient_bytes(zero, places, trained, part)
         buckets = _zero_bucket_bytes(zero, trained, part, dtype)
     return State(
         parameter_bytes=padded * num_bytes(dtype) + frozen,
         gradient_bytes=gradients,
-        optimizer_bytes=num_states(plan) * part * 4 + step_bytes(plan),
+        optimizer_bytes=optimizer.state_bytes(part * 4, 1),
         master_bytes=part * 4,
         bucket_bytes=buckets,
     )
 
 
-def _zero_gradient_bytes(zero: Zero, coordinate: Coordinate, trained: Sequence[LocalParameter], part: int) -> int:
-    """ZeRO 1: whole gradients until the step. ZeRO 2: those of all parameters that the rank has a part of, whole.
+def _zero_gradient_bytes(zero: Zero, places: range, trained: Sequence[LocalParameter], part: int) -> int:
+    """ZeRO 1: whole gradients until the step. ZeRO 2: whole gradients of all parameters that the rank's partition meets.
 
     ``copy_grads_in_partition`` and ``get_flat_partition`` in runtime/zero/stage_1_and_2.py; where gradients are accumulated
-    in float32 and parameters are not, ``_build_compact_grad_partition_buffer`` keeps the part alone.
+    in float32 and parameters are not, ``_build_compact_grad_partition_buffer`` keeps those of the partition alone.
     """
     dtype = trained[0].dtype
     if zero.stage == 1:
         return sum(p.numel for p in trained if p.has_gradient) * num_bytes(zero.accumulate)
     if _is_compact(zero, dtype):
         return part * num_bytes(zero.accumulate)
-    return _met_bytes(zero, dtype, list(accumulate(p.numel for p in trained)), part, coordinate.data)
+    ends = list(accumulate(p.numel for p in trained))
+    return max(_met_bytes(zero, dtype, ends, part, place) for place in places)
 
 
 def _met_bytes(zero: Zero, dtype: str, ends: Sequence[int], part: int, place: int) -> int:
-    """Return the bytes of all parameters of which a place along ``data`` has a part, and of the padding there."""
+    """Return the bytes of all parameters that the partition of a place along ``data`` meets, and of the padding there."""
     start, stop = place * part, (place + 1) * part
     first = bisect_right(ends, start)
     last = min(bisect_left(ends, stop), len(ends) - 1)
@@ -157,16 +138,16 @@ def _met_bytes(zero: Zero, dtype: str, ends: Sequence[int], part: int, place: in
 
 
 def _zero_bucket_bytes(zero: Zero, trained: Sequence[LocalParameter], part: int, dtype: str) -> int:
-    """The buckets that ``setup_buckets`` allocates, and the copy that ``allreduce_bucket`` makes of one.
+    """Return the bytes of the buckets that ``setup_buckets`` allocates, and of the copy that ``allreduce_bucket`` makes.
 
-    A bucket that lies in the part of one rank alone is sent as it is (``average_tensor`` in runtime/zero/stage_1_and_2.py).
+    A bucket that lies in a single rank's partition is sent as it is (``average_tensor`` in runtime/zero/stage_1_and_2.py).
     """
     held = num_bytes(zero.accumulate if zero.stage == 1 else dtype)
     starts: list[int] = [0]
     for parameter in trained:
         starts.append(starts[-1] + parameter.numel)
     pairs = [(start, p.numel) for start, p in zip(starts, trained, strict=False)]
-    pairs = pairs if zero.stage == 1 else pairs[::-1]  # ZeRO 2 sends what the backward pass gives, the last layer first
+    pairs = pairs if zero.stage == 1 else pairs[::-1]  # ZeRO 2 sends gradients as they come, the last layer first
     copied = 0
     taken = iter(pairs)
     for bucket in closed_before([numel for _, numel in pairs], zero.bucket_numel):
@@ -183,9 +164,14 @@ def _is_compact(zero: Zero, dtype: str) -> bool:
     return zero.accumulate == "float32" and dtype != "float32"
 
 
-def _partitioned(plan: Plan, zero: Zero, parameters: Sequence[LocalParameter], trained: Sequence[LocalParameter]) -> State:
-    """ZeRO 3: each parameter in parts, small ones whole besides; gradients and float32 copies of the parts (stage3.py)."""
-    num_ranks = plan.mesh.data
+def _partitioned(
+    zero: Zero,
+    optimizer: Optimizer,
+    num_ranks: int,
+    parameters: Sequence[LocalParameter],
+    trained: Sequence[LocalParameter],
+) -> State:
+    """ZeRO 3: partitions of each parameter, of their gradients and of float32 copies; small parameters also whole."""
     parts = sum(partition_numel(p.numel, num_ranks) * num_bytes(p.dtype) for p in parameters)
     kept = persistent(zero, parameters) if num_ranks > 1 else []
     whole = sum(partition_numel(p.numel, num_ranks) * num_ranks * num_bytes(p.dtype) for p in kept)
@@ -193,15 +179,14 @@ def _partitioned(plan: Plan, zero: Zero, parameters: Sequence[LocalParameter], t
     return State(
         parameter_bytes=parts + whole,
         gradient_bytes=sum(numels) * num_bytes(zero.accumulate),
-        optimizer_bytes=num_states(plan) * sum(numels) * 4
-        + step_bytes(plan) * len(_sub_groups(numels, zero.sub_group_numel)),
+        optimizer_bytes=optimizer.state_bytes(sum(numels) * 4, len(_sub_groups(numels, zero.sub_group_numel))),
         master_bytes=sum(numels) * 4,
         bucket_bytes=_scattered_bytes(zero, trained, num_ranks),
     )
 
 
 def _sub_groups(numels: Sequence[int], limit: int) -> list[int]:
-    """Return the elements of each tensor that the optimizer works on: ``_create_fp16_sub_groups`` in stage3.py."""
+    """Return the elements of each tensor that the optimizer works on: ``_create_fp16_sub_groups`` in zero/stage3.py."""
     groups = [0]
     for numel in numels:
         if groups[-1] >= limit:
@@ -211,14 +196,10 @@ def _sub_groups(numels: Sequence[int], limit: int) -> list[int]:
 
 
 def _scattered_bytes(zero: Zero, trained: Sequence[LocalParameter], num_ranks: int) -> int:
-    """The bucket, and the copy with padding that ``reduce_scatter_coalesced`` (runtime/comm) makes of it."""
+    """Return the bytes of ZeRO 3's bucket, and of the padded copy that ``reduce_scatter_coalesced`` (runtime/comm) makes."""
     copied = 0
     for bucket in closed_before([p.numel for p in backward_order(trained)], zero.bucket_numel):
         is_copied = zero.scatters and (len(bucket) > 1 or bucket[0] % num_ranks)
         copied = max(copied, sum(partition_numel(n, num_ranks) * num_ranks for n in bucket) if is_copied else 0)
     buffer = zero.bucket_numel if zero.is_contiguous else 0
     return (buffer + copied) * num_bytes(zero.communicate)
-
-
-def _up_to(numel: int, multiple: int) -> int:
-    return -(-numel // multiple) * multiple

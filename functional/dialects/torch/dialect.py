@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from frozendict import frozendict
+from attrs import evolve
 
 from ....specs.errors import Problem
 from ....specs.mesh import SPLIT_AXES
-from ..handover import Handover, Wrapped
+from ..accounting.training import Training, named_optimizer
 from ..stage_checks import nothing_trained, one_stage_a_place
-from .optimizer import check_optimizer, make_optimizer
+from .accounting import in_flight, num_microbatches, torch_messages, torch_state
+from .optimizer import check_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from ....specs.mesh import Mesh, MeshAxis
+    from ....specs.finding import Finding
+    from ....specs.mesh import Coordinate, Mesh, MeshAxis
     from ....specs.pipeline import Pipeline
     from ....specs.plan import Plan
     from ....specs.steps import LayoutStep
     from ....specs.tree import SpecTree
+    from ..accounting.messages import Messages
+    from ..accounting.state import State
+    from ..handover import Handover, Wrapped
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
 """torch's pipeline schedules: all forwards first, one forward one backward, the same with several stages a place."""
@@ -37,6 +42,8 @@ class TorchDialect:
     ``optimizer``, which is then made over the trained parameters. ``extras["clip_grad_norm_"]`` clips by the norm of the
     whole model's gradient.
     """
+
+    pipeline_options: Sequence[str] = ("schedule", "num_microbatches")
 
     def check(
         self, mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any] | None
@@ -56,11 +63,38 @@ class TorchDialect:
     ) -> list[Problem]:
         if pipeline is None:
             cause = "it is for a pipeline, and the model is not cut"
-            asked = [name for name in ("schedule", "num_microbatches") if isinstance(config, Mapping) and name in config]
+            asked = [name for name in self.pipeline_options if isinstance(config, Mapping) and name in config]
             return [Problem(f"config.{name}", cause, "Leave it out") for name in asked]
         if config is None:
             return [Problem("config", "torch's pipelining needs the number of micro-batches", _EXAMPLE)]
         return [*nothing_trained(mesh, tree), *_wrong_schedule(mesh, tree, pipeline, config)]
+
+    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
+        return tuple((mesh_axis,) for mesh_axis in ("pipe", *SPLIT_AXES) if mesh.num(mesh_axis) > 1)
+
+    def wrong_numbers(self, config: Mapping[str, Any]) -> Iterable[Problem]:
+        return _wrong_num(config) if "num_microbatches" in config else ()
+
+    def training(self, plan: Plan) -> Training:
+        facts = Training(num_microbatches(plan), named_optimizer(plan.config))
+        if plan.mesh.data == 1 or plan.pipeline is not None:
+            return facts
+        return evolve(facts, without_gradient="DistributedDataParallel waits for it, and the second step fails")
+
+    def in_flight(self, plan: Plan, stage: int) -> int:
+        return in_flight(plan, stage)
+
+    def state(self, plan: Plan, coordinate: Coordinate, alike: range | None = None) -> State:
+        return torch_state(plan, coordinate)
+
+    def messages(self, plan: Plan, coordinate: Coordinate) -> Iterable[Messages]:
+        return torch_messages(plan, coordinate)
+
+    def findings(self, plan: Plan) -> Iterable[Finding]:
+        return ()
+
+    def check_installed(self) -> list[Problem]:
+        return []
 
     def check_loss(self, plan: Plan, loss_fn: Callable[..., Any] | None) -> list[Problem]:
         if not plan.pipeline:
@@ -70,31 +104,27 @@ class TorchDialect:
             return [Problem("loss_fn", cause, "execute(plan, loss_fn=lambda output, target: ...)")]
         return []
 
-    def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
-        return tuple((mesh_axis,) for mesh_axis in ("pipe", *SPLIT_AXES) if mesh.num(mesh_axis) > 1)
-
     def wrap(self, handover: Handover) -> Wrapped:
-        from ..gradient_norm import GradientNorm
-        from ..handover import split_experts
-        from .pipeline import TorchPipeline, ignore, replicated
+        from .wrap import wrap
 
-        norm = GradientNorm.of(handover)
-        extras = frozendict(clip_grad_norm_=norm.clip)
-        optimizer = make_optimizer(handover)
-        if handover.plan.pipeline:
-            return Wrapped(TorchPipeline(handover, norm), optimizer, extras)
-        ignore(handover.modules[0], split_experts(handover.plan))
-        return Wrapped(replicated(handover.modules[0], handover), optimizer, extras)
+        return wrap(handover)
+
+
+def _wrong_num(config: Mapping[str, Any]) -> list[Problem]:
+    num = config.get("num_microbatches")
+    if isinstance(num, int) and not isinstance(num, bool) and num > 0:
+        return []
+    return [Problem("config.num_microbatches", f"it is a positive integer, not {num!r}", _EXAMPLE)]
 
 
 def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapping[str, Any]) -> Iterator[Problem]:
-    schedule, num = config.get("schedule", "1f1b"), config.get("num_microbatches")
+    schedule, num = config.get("schedule", "1f1b"), config.get("num_microbatches", 0)
     num_stages = len(pipeline.stages)
     if schedule not in get_args(PipelineSchedule):
         yield Problem("config.schedule", f"{schedule!r} is unknown", f"There are {', '.join(get_args(PipelineSchedule))}")
         return
-    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-        yield Problem("config.num_microbatches", f"it is a positive integer, not {num!r}", _EXAMPLE)
+    if wrong := _wrong_num(config):
+        yield from wrong
         return
     if schedule == "1f1b" and num < num_stages:
         cause = f"1f1b keeps {num_stages} stages busy with as many micro-batches, and there are {num}"
@@ -120,7 +150,7 @@ def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapp
 
 
 def _unknown_sizes(pipeline: Pipeline) -> Iterator[Problem]:
-    """Iterate over sizes of what crosses that cannot be computed before it comes."""
+    """Iterate over tensors that cross with sizes that the next stage cannot compute before they come."""
     example = {size.name: size.example for size in pipeline.sizes}
     for number, stage in enumerate(pipeline.stages[:-1]):
         for output in stage.outputs:

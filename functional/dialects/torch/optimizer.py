@@ -1,15 +1,12 @@
-"""The optimizer that a configuration for torch names, in the words of DeepSpeed's section of that name."""
+"""Checks of the optimizer that a configuration for torch names, in a section like DeepSpeed's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ....specs.errors import Problem
 from ....specs.pattern import closest
-
-if TYPE_CHECKING:
-    from ..handover import Handover
 
 _ADAM = (
     "lr",
@@ -28,13 +25,13 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "AdamW": _ADAM,
     "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused"),
 }
-"""The optimizers of ``torch.optim`` whose states are known, and what they take besides the parameters (torch 2.13)."""
+"""The optimizers of ``torch.optim`` whose states are known, and their arguments besides the parameters (torch 2.13)."""
 
 _EXAMPLE = '"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}'
 
 
 def check_optimizer(config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Iterate over what is wrong with the optimizer that a configuration names; nothing if it names none. Pure."""
+    """Iterate over the problems of the optimizer that a configuration names; there are none if it names no optimizer."""
     if "optimizer" not in config:
         return
     section = config["optimizer"]
@@ -57,15 +54,3 @@ def check_optimizer(config: Mapping[str, Any]) -> Iterator[Problem]:
     for name in sorted(set(params) - set(ARGUMENTS[kind])) if isinstance(params, Mapping) else ():
         fix = f"There are {', '.join(ARGUMENTS[kind])}"
         yield Problem(f"config.optimizer.params.{name}", f"torch.optim.{kind} takes no {name}", fix)
-
-
-def make_optimizer(handover: Handover) -> Any:
-    """Return the caller's optimizer, or the one that the plan's configuration names; None if there is neither."""
-    section = (handover.plan.config or {}).get("optimizer")
-    if handover.optimizer is not None or section is None:
-        return handover.optimizer
-    import torch
-
-    found = dict.fromkeys(parameter for module in handover.modules for parameter in module.parameters())
-    trained = [parameter for parameter in found if parameter.requires_grad]
-    return getattr(torch.optim, section["type"])(trained, **section.get("params", {}))

@@ -1,92 +1,249 @@
-"""Runtimes of other packages."""
+"""Runtimes: one of another package, ones that nobody accounts for, and DeepSpeed where it is missing, broken or another."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from attrs import evolve
 
-from shardplan.functional import audit, execute, plan_build
+from shardplan.functional import audit, execute, plan_build, search
+from shardplan.functional.dialects import dialect_of
+from shardplan.functional.execute import _refuse
 from shardplan.specs import Mesh, PlanError, dumps, loads
+from shardplan.specs.steps import Wrap
 from tests.helpers.models import schedule
+from tests.helpers.observed import Messages
+from tests.helpers.ranks import results, run_ranks
 
-OTHER = """
-from shardplan.functional.dialects.handover import Wrapped
-from shardplan.specs import Problem
+ROOT = Path(__file__).parents[3]
+TOY = "tests.functional.dialects.toy_dialect:ToyDialect"
+CONFIG = {"num_microbatches": 2}
+DEEPSPEED = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0}
 
 
-class Shouting:
-    def check(self, mesh, tree, layout, config):
-        return [] if config else [Problem("config", "nothing to shout", "Write a word")]
-
-    def check_pipeline(self, mesh, tree, pipeline, config):
-        if pipeline is None:
-            return [Problem("config", "it is to be shouted whole", "Cut nothing")] if config.get("parts") else []
-        return [Problem("", f"one word cannot be shouted in {len(pipeline.stages)} parts", "Cut nothing")]
-
-    def check_loss(self, plan, loss_fn):
-        return [Problem("loss_fn", "a word has no loss", "Leave it out")]
-
-    def groups(self, mesh):
-        return ()
-
-    def wrap(self, handover):
-        word = handover.plan.config["word"]
-        return Wrapped(model=(word.upper(), *handover.modules), optimizer=None, extras={"volume": 11})
-"""
+def install(folder, name, version="1.0", **dialects):
+    """Put a package there as it is installed: its folder of metadata, with entry points."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = "".join(f"{target} = {place}\n" for target, place in dialects.items())
+    (info / "entry_points.txt").write_text(f"[shardplan.dialects]\n{points}")
+    return str(folder)
 
 
 @pytest.fixture
-def shouting(tmp_path, monkeypatch):
-    """A package that is installed as packages are: a module and its entry point."""
-    (tmp_path / "shouting.py").write_text(OTHER)
-    info = tmp_path / "shouting-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[shardplan.dialects]\nshout = shouting:Shouting\n")
+def folder(tmp_path, monkeypatch):
+    """A folder from which Python imports, before all others."""
     monkeypatch.syspath_prepend(tmp_path)
-    yield
-    sys.modules.pop("shouting", None)
+    return tmp_path
 
 
-@pytest.mark.usefixtures("shouting")
-def test_a_dialect_of_another_package_checks_and_wraps():
-    with pytest.raises(PlanError, match="config: nothing to shout\n      Write a word"):
-        plan_build(schedule("plain"), target="shout")
-    plan = plan_build(schedule("plain"), target="shout", config={"word": "hello"})
-    built = execute(plan, device="cpu")
-    assert built.model == ("HELLO", built.module)
-    assert built.extras["volume"] == 11
-    with pytest.raises(PlanError, match="There are None, deepspeed, shout, torch; the closest is shout"):
-        plan_build(schedule("plain"), target="shoot")
+@pytest.fixture
+def toy(folder):
+    return install(folder, "toy", toy=TOY)
 
 
-@pytest.mark.usefixtures("shouting")
-def test_a_dialect_of_another_package_refuses_stages_and_losses():
-    config = {"word": "hello"}
-    with pytest.raises(
-        PlanError, match="1 problem\n  \\(model\\): one word cannot be shouted in 2 parts\n      Cut nothing"
-    ):
+def toy_plan(mesh, config=CONFIG):
+    return plan_build(schedule("plain", mesh), target="toy", config=config)
+
+
+def retargeted(plan, target):
+    """A plan as it is saved by somebody who has a runtime that is not here."""
+    steps = [evolve(step, target=target) if isinstance(step, Wrap) else step for step in plan.steps]
+    return loads(dumps(evolve(plan, target=target, steps=steps)))
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_dialect_of_another_package_checks_plans():
+    with pytest.raises(PlanError, match=r"config: the toy needs its configuration\n      config={"):
+        plan_build(schedule("plain"), target="toy")
+    with pytest.raises(PlanError, match="There are None, deepspeed, torch, toy; the closest is toy"):
+        plan_build(schedule("plain"), target="tou")
+    with pytest.raises(PlanError, match=r"1 problem\n  \(model\): the toy is whole, and the model is cut into 2 stages"):
         plan_build(
             schedule("plain", Mesh(pipe=2)).at["blocks.0"].cut_pipeline_stage(),
-            target="shout",
-            config=config,
+            target="toy",
+            config=CONFIG,
             example_inputs={"ids": torch.zeros(2, 8, dtype=torch.long)},
         )
-    with pytest.raises(PlanError, match="1 problem\n  config: it is to be shouted whole\n      Cut nothing"):
-        plan_build(schedule("plain"), target="shout", config={**config, "parts": 2})
-    with pytest.raises(PlanError, match="loss_fn: a word has no loss\n      Leave it out"):
-        execute(plan_build(schedule("plain"), target="shout", config=config), device="cpu", loss_fn=len)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_dialect_of_another_package_accounts_for_itself():
+    plan = toy_plan(Mesh(data=16))
+    report = audit(plan)
+    memory, (sent,) = report.worst.memory, report.training
+    size = sum(spec.num_bytes for spec in plan.tree.values() if spec.requires_grad)
+    assert report.num_microbatches == 2
+    assert (memory.gradient_bytes, memory.optimizer_bytes, memory.bucket_bytes) == (size,) * 3
+    assert (sent.cargo, sent.op, sent.num_bytes) == ("gradients", "all_reduce", 2 * size)
+    assert [(finding.code, finding.cause) for finding in report.findings] == [("SP022", "a toy with 16 ranks is slow")]
+    assert report.ok
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_dialect_of_another_package_wraps():
+    plan = toy_plan(Mesh())
+    with pytest.raises(PlanError, match="loss_fn: the toy computes its own loss\n      Leave it out"):
+        execute(plan, device="cpu", loss_fn=len)
+    built = execute(plan, device="cpu")
+    before = built.module.embed.weight.clone()
+    built.model.step(torch.ones(2, 8, dtype=torch.long))
+    assert built.extras["volume"] == 11
+    assert not torch.equal(built.module.embed.weight, before)
+    states = sum(state["momentum_buffer"].nbytes for state in built.optimizer.state.values())
+    assert states == audit(plan).worst.memory.optimizer_bytes
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_search_is_for_a_dialect_of_another_package_too():
+    given = {"num_ranks": 2, "device_memory": 2**30, "init_weights": False, "target": "toy", "config": CONFIG}
+    found = search(lambda mesh: schedule("plain", mesh), **given)
+    assert {str(candidate.mesh) for candidate in found.candidates if candidate.fits} == {
+        "mesh pipe=1 data=1 tensor=2",
+        "mesh pipe=1 data=2 tensor=1",
+    }
+
+
+def train_toy(rank, folder):
+    sys.path.insert(0, folder)
+    built = execute(toy_plan(Mesh(data=2)), device="cpu", progress=False)
+    with Messages(lambda *_: None, (0, 1)) as messages:
+        built.model.step(torch.full((2, 8), rank, dtype=torch.long))
+    return messages.sent, built.module.head.weight.detach()
+
+
+def test_a_dialect_of_another_package_sends_what_it_says(toy):
+    (sent, first), (_, second) = results(run_ranks(train_toy, 2, toy))
+    (row,) = audit(toy_plan(Mesh(data=2))).training
+    assert sent == {("all_reduce", (0, 1)): row.num_bytes}
+    assert torch.equal(first, second)
+
+
+def test_a_saved_plan_for_a_runtime_that_is_not_here_is_an_error_of_the_audit():
+    plan = retargeted(plan_build(schedule("plain", Mesh(data=2))), "fsdp2")
+    report = audit(plan)
+    (finding,) = report.findings
+    assert (finding.code, finding.severity, finding.fix) == ("SP033", "error", "There are None, deepspeed, torch")
+    assert finding.cause.startswith("target 'fsdp2' is unknown: memory and messages of training are counted as if")
+    assert not report.ok
+    assert report.worst.memory.parameter_bytes  # what is known is said
+    with pytest.raises(PlanError, match=r"target 'fsdp2' is unknown: .*\n      There are None, deepspeed, torch") as caught:
+        _refuse(plan, schedule("plain").runtime.model, None, None)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_dialect_that_does_not_account_for_itself_is_an_error_of_the_audit(folder, monkeypatch):
+    install(folder, "old", old="old_dialect:Old")
+    methods = "".join(
+        f"    {name} = ToyDialect.{name}\n" for name in ("check", "check_pipeline", "check_loss", "groups", "wrap")
+    )
+    text = (
+        "from tests.functional.dialects.toy_dialect import ToyDialect\n\n\nclass Old:\n    wrong_numbers = lambda *_: ()\n"
+    )
+    (folder / "old_dialect.py").write_text(text + methods)
+    monkeypatch.delitem(sys.modules, "old_dialect", raising=False)
+    plan = plan_build(schedule("plain"), target="old", config=CONFIG)
+    (finding,) = audit(plan).findings
+    lacking = "pipeline_options, training, in_flight, state, messages, findings"
+    cause = f"Old, the dialect of target 'old', does not account for itself: it has no {lacking}"
+    assert (finding.code, finding.cause.partition(": memory")[0]) == ("SP033", cause)
+    with pytest.raises(PlanError, match="Old, the dialect of target 'old', does not account for itself"):
+        execute(plan, device="cpu")
+
+
+def test_a_dialect_whose_package_is_broken_is_a_problem_and_no_traceback(folder):
+    install(folder, "broken", broken="no_such_module:Broken")
+    with pytest.raises(PlanError, match="target: 'broken' cannot be loaded from no_such_module:Broken: ModuleNotFoundError"):
+        plan_build(schedule("plain"), target="broken")
+    assert [f.code for f in audit(retargeted(plan_build(schedule("plain")), "broken")).findings] == ["SP033"]
+
+
+BLOCKED = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deepspeed":
+            raise {error}
+
+
+sys.meta_path.insert(0, Blocker())
+
+import torch
+import torch.distributed as dist
+from shardplan.functional import audit, execute, plan_build
+from shardplan.specs import Mesh
+from tests.helpers.models import schedule
+
+ids = torch.ones(2, 8, dtype=torch.long)
+for target, config in ((None, None), ("torch", {{"optimizer": {{"type": "SGD", "params": {{"lr": 0.1}}}}}})):
+    built = execute(plan_build(schedule("plain"), target=target, config=config), device="cpu")
+    built.model(ids).sum().backward()
+plan = plan_build(schedule("plain"), target="deepspeed", config={config})
+print("audit", audit(plan).ok)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+try:
+    execute(plan, device="cpu")
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        ('ModuleNotFoundError("No module named \'deepspeed\'", name="deepspeed")', "it is not installed"),
+        ("ImportError('an older torch is needed')", "its import fails: ImportError: an older torch is needed"),
+        ("RuntimeError('no CUDA_HOME')", "its import fails: RuntimeError: no CUDA_HOME"),
+    ],
+)
+def test_without_deepspeed_its_target_alone_is_refused(error, cause):
+    code = BLOCKED.format(error=error, config=DEEPSPEED)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    audited, _, said = done.stdout.partition("\n")
+    assert audited == "audit True"
+    assert f"target: 'deepspeed' needs the package deepspeed, and {cause}\n      pip install 'deepspeed==0.19.*'" in said
+
+
+@pytest.mark.parametrize(("version", "is_other"), [("0.19.0", False), ("0.19.12", False), ("0.20.1", True), ("1.19", True)])
+def test_another_version_of_deepspeed_is_a_finding_that_names_both(folder, version, is_other):
+    install(folder, "deepspeed", version)
+    plan = plan_build(schedule("plain"), target="deepspeed", config=DEEPSPEED)
+    found = [finding for finding in audit(plan).findings if finding.code == "SP034"]
+    assert len(found) == is_other
+    assert all(re.search(rf"{version} is installed.* of 0\.19:", finding.cause) for finding in found)
+    assert not audit(plan_build(schedule("plain"), target="torch")).findings
+
+
+def test_nothing_is_said_of_a_version_where_deepspeed_is_not_installed(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from shardplan.functional.dialects.deepspeed import checks
+
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(checks, "version", version)
+    assert list(checks.another_version()) == []
+
+
+def test_numbers_of_a_saved_plan_for_torch_are_looked_at():
+    plan = plan_build(schedule("plain"), target="torch", config={})
+    with pytest.raises(PlanError, match=r"config\.num_microbatches: it is a positive integer, not 'auto'"):
+        audit(loads(dumps(evolve(plan, config={"num_microbatches": "auto"}))))
+    assert dialect_of("torch").training(plan).num_microbatches == 1
 
 
 def test_a_size_of_zero_that_is_no_number_is_refused():
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
-    }
+    config = {**DEEPSPEED, "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}
     with pytest.raises(PlanError, match=r"config.zero_optimization.reduce_bucket_size: it is a number, not 'auto'"):
         plan_build(schedule("plain"), target="deepspeed", config=config)
 
@@ -121,7 +278,7 @@ def test_a_size_of_zero_that_is_no_number_is_refused():
     ],
 )
 def test_what_deepspeed_reads_otherwise_or_not_at_all_is_refused(section, value, text):
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, section: value}
+    config = {**DEEPSPEED, section: value}
     with pytest.raises(PlanError) as refused:
         plan_build(schedule("plain"), target="deepspeed", config=config)
     assert text in str(refused.value)
@@ -137,8 +294,7 @@ def test_what_deepspeed_reads_otherwise_or_not_at_all_is_refused(section, value,
     ],
 )
 def test_a_saved_plan_without_numbers_is_a_problem_and_no_traceback(name, change):
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0}
-    plan = plan_build(schedule("plain", Mesh(data=2)), target="deepspeed", config=config)
-    saved = dumps(evolve(plan, config={**config, **change}))
+    plan = plan_build(schedule("plain", Mesh(data=2)), target="deepspeed", config=DEEPSPEED)
+    saved = dumps(evolve(plan, config={**DEEPSPEED, **change}))
     with pytest.raises(PlanError, match=rf"config.{name}: it is .* not 'auto'"):
         audit(loads(saved))

@@ -1,4 +1,4 @@
-"""The norm of a gradient that is spread over stages and over parts of tensors."""
+"""The norm of a gradient that is spread over stages and shards."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from .handover import counted_parts
+from ..handover import counted_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .handover import Counted, Handover
+    from ..handover import Counted, Handover
 
 
 @frozen
 class GradientNorm:
-    """Counts every element of the model's gradient once, wherever it is.
+    """Count every element of the model's gradient once, whichever rank holds it.
 
     Args:
-        counted: The parameters of this rank, each once, with what of them counts here: its parts of split ones, those of
-            the first holder where several ranks hold a part; whole ones on the first rank along ``tensor``; what several
-            stages hold on the stage that owns it.
+        counted: The parameters of this rank, each once, with the parts of their gradients that count here: of split
+            parameters the rank's own parts, on the first holder where several ranks hold a part; whole parameters count on
+            the first rank along ``tensor``; parameters that several stages hold count on the stage that owns them.
         trained: All trained parameters of this rank.
-        groups: The process groups along which the squares are added up.
-        experts: The group along ``expert``, for squares of experts; None if they are not split.
+        groups: The process groups over which the squares are summed.
+        experts: The group along ``expert``, for squares of experts; None if experts are not split.
         device: Where the gradients are.
     """
 
@@ -77,7 +77,7 @@ class GradientNorm:
         return norm
 
     def _squares(self, *, of_experts: bool) -> Tensor:
-        """Return the sum of the squares of what counts on this rank, of experts that are split or of all else."""
+        """Return the sum of the squares that count on this rank: of split experts, or of all other parameters."""
         squares = [
             torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
             for parameter, counted in self.counted

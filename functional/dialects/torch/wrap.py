@@ -1,4 +1,4 @@
-"""A pipeline on torch's own ``torch.distributed.pipelining``."""
+"""Hand modules to torch: ``DistributedDataParallel`` over ``data``, and ``torch.distributed.pipelining`` over stages."""
 
 from __future__ import annotations
 
@@ -6,38 +6,60 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from frozendict import frozendict
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...pipeline.stage_module import check_inputs, facts_of
-from ..handover import split_experts
+from ..handover import Wrapped, split_experts
+from .gradient_norm import GradientNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ....specs.pipeline import Activation, Pipeline
-    from ..gradient_norm import GradientNorm
     from ..handover import Handover
 
 _INPUTS_WRONG = "another rank was given inputs or a target that are not as planned"
 _LOSS_FAILED = "the loss function raised on a rank of the last stage"
 _TENSOR = object()
-"""Stands for a tensor in what a stage returned."""
+"""Stands for a tensor in the output of a stage."""
 
 _SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved_1f1b": ScheduleInterleaved1F1B}
 
 
-def ignore(module: nn.Module, paths: list[str]) -> None:
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Attribute in which DDP keeps the paths that it ignores."""
+
+
+def wrap(handover: Handover) -> Wrapped:
+    """Return DDP around the module, or a pipeline around this rank's stages, with the optimizer and ``clip_grad_norm_``."""
+    norm, optimizer = GradientNorm.of(handover), _make_optimizer(handover)
+    extras = frozendict(clip_grad_norm_=norm.clip)
+    if handover.plan.pipeline:
+        return Wrapped(TorchPipeline(handover, norm), optimizer, extras)
+    _ignore(handover.modules[0], split_experts(handover.plan))
+    return Wrapped(_replicated(handover.modules[0], handover), optimizer, extras)
+
+
+def _make_optimizer(handover: Handover) -> Any:
+    """Return the caller's optimizer, or the one that the plan's configuration names; None if there is neither."""
+    section = (handover.plan.config or {}).get("optimizer")
+    if handover.optimizer is not None or section is None:
+        return handover.optimizer
+    found = dict.fromkeys(parameter for module in handover.modules for parameter in module.parameters())
+    trained = [parameter for parameter in found if parameter.requires_grad]
+    return getattr(torch.optim, section["type"])(trained, **section.get("params", {}))
+
+
+def _ignore(module: nn.Module, paths: list[str]) -> None:
     """Let DDP neither average nor compare some parameters."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, paths)  # noqa: SLF001  torch's name for it
 
 
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-
-
-def replicated(module: nn.Module, handover: Handover) -> nn.Module:
+def _replicated(module: nn.Module, handover: Handover) -> nn.Module:
     """Return a module whose gradients are averaged over ``data``; the plan has made its values equal already."""
     ignored = getattr(module, _IGNORED, [])
     averaged = (p for name, p in module.named_parameters() if name not in ignored)
@@ -47,7 +69,7 @@ def replicated(module: nn.Module, handover: Handover) -> nn.Module:
 
 
 class TorchPipeline:
-    """Trains the stages of a plan, this rank's among them; every rank of the mesh makes the same calls.
+    """Train the stages of a plan, this rank's among them; every rank of the mesh makes the same calls.
 
     ::
 
@@ -58,8 +80,8 @@ class TorchPipeline:
             optimizer.zero_grad()
 
     Args:
-        handover: The stages, and what they need.
-        norm: Of the gradient.
+        handover: This rank's stages, and the plan, groups and loss that they train with.
+        norm: The norm of the whole model's gradient.
     """
 
     def __init__(self, handover: Handover, norm: GradientNorm) -> None:
@@ -74,38 +96,38 @@ class TorchPipeline:
         self._schedule_type: Any = _SCHEDULES[plan.config.get("schedule", "1f1b")]
         self._flat = [_Flat(module) for module in handover.modules]
         for flat in self._flat:
-            # what no operation reads gets no gradient, and DDP would wait for it
-            ignore(flat, [f"stage.{path}" for path in (*facts_of(flat.stage).unused, *split_experts(plan))])
-        self._replicated = [replicated(module, handover) for module in self._flat]
+            # DDP would wait for gradients of tensors that no operation reads
+            _ignore(flat, [f"stage.{path}" for path in (*facts_of(flat.stage).unused, *split_experts(plan))])
+        self._replicated = [_replicated(module, handover) for module in self._flat]
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._group = handover.groups.get(("pipe",))
         self._has_target = False
         self._error: Exception | None = None
 
     def train_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
-        """Run all micro-batches forward and backward, and add up what stages hold in common; return the mean loss.
+        """Run all micro-batches forward and backward, sum the gradients of tied tensors, and return the mean loss.
 
-        Gradients are added to those that are there; stepping the optimizer is the caller's.
+        Gradients are accumulated; the caller steps the optimizer.
 
         Args:
             inputs: The model's inputs in the order of ``example_inputs``, all micro-batches of this data rank along axis 0;
-                on ranks of the first stage, ignored on others.
-            target: What the loss is computed against, along axis 0 too; on ranks of the last stage, ignored on others.
+                read on ranks of the first stage alone.
+            target: The target of the loss, along axis 0 too; read on ranks of the last stage alone.
 
         Returns:
             The mean over micro-batches and data ranks, on every rank.
 
         Raises:
-            ValueError: On every rank, if on one the inputs or the target are no equal micro-batches, or inputs are of other
-                sizes than planned.
-            Exception: On every rank, what the loss raises; there a RuntimeError on ranks of other stages.
+            ValueError: On every rank, if on any rank the inputs or the target do not divide into equal micro-batches, or
+                inputs have other sizes than planned.
+            Exception: On every rank, if the loss raises: its error on ranks of the last stage, elsewhere a RuntimeError.
         """
         for module in self.modules:
             module.train()
         schedule = self._schedule(inputs, target)
         before = [parameter.grad for parameter, *_ in self._handover.tied]
         for parameter, *_ in self._handover.tied:
-            parameter.grad = None  # what an earlier call has summed is not summed again
+            parameter.grad = None  # gradients of an earlier call were summed by it
         loss = self._run(schedule.step, inputs, target)
         for (parameter, _, group), summed in zip(self._handover.tied, before, strict=True):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -115,7 +137,7 @@ class TorchPipeline:
         return loss
 
     def eval_batch(self, *inputs: Tensor, target: Tensor | None = None) -> Tensor:
-        """Return the mean loss of all micro-batches without gradients; the arguments are those of ``train_batch``."""
+        """Return the mean loss of all micro-batches without gradients; arguments as for ``train_batch``."""
         for module in self.modules:
             module.eval()
         schedule = self._schedule(inputs, target)
@@ -131,10 +153,10 @@ class TorchPipeline:
         return any(facts_of(module).number == len(self._pipeline.stages) - 1 for module in self.modules)
 
     def _run(self, step: Callable[..., Any], inputs: Sequence[Tensor], target: Tensor | None) -> Tensor:
-        """Run a schedule; return the mean loss on every rank, or raise on every rank what the loss raised."""
+        """Run a schedule; return the mean loss on every rank, or raise on every rank if the loss raised."""
         losses: list[Tensor] = []
         self._has_target, self._error = target is not None, None
-        chunked = torch.empty(self._num_microbatches) if target is None else target  # the schedule cuts one in any case
+        chunked = torch.empty(self._num_microbatches) if target is None else target  # the schedule cuts a target in any case
         step(*(inputs if self._is_first else ()), target=chunked, losses=losses, return_outputs=False)
         device = self._handover.device
         loss = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else torch.zeros((), device=device)
@@ -149,23 +171,23 @@ class TorchPipeline:
         return message[0] / self._handover.plan.mesh.data
 
     def _schedule(self, inputs: Sequence[Tensor], target: Tensor | None) -> Any:
-        """Return the schedule for micro-batches of these sizes, which the first stage tells the others."""
+        """Return the schedule for micro-batches of the sizes that the first stage sends to all others."""
         sizes = self._sizes(inputs, target)
         if sizes not in self._schedules:
             named = dict(zip((size.name for size in self._pipeline.sizes), sizes, strict=True))
             stages = [self._stage(place, named) for place in range(len(self.modules))]
             several = self._schedule_type is ScheduleInterleaved1F1B
-            self._schedules.clear()  # each keeps its buffers
+            self._schedules.clear()  # a schedule keeps its buffers
             self._schedules[sizes] = self._schedule_type(
                 stages if several else stages[0],
                 n_microbatches=self._num_microbatches,
                 loss_fn=self._loss,
-                scale_grads=False,  # the loss is scaled: what two stages share would be scaled twice
+                scale_grads=False,  # the loss is scaled: gradients of tied tensors would be scaled twice
             )
         return self._schedules[sizes]
 
     def _sizes(self, inputs: Sequence[Tensor], target: Tensor | None) -> tuple[int, ...]:
-        """Return the variable sizes of one micro-batch, on every rank; or raise on every rank what is wrong on one."""
+        """Return the variable sizes of one micro-batch, on every rank; raise on every rank if a batch is wrong on any."""
         message = torch.zeros(1 + len(self._pipeline.sizes), dtype=torch.int64)
         error: Exception | None = None
         try:
@@ -177,7 +199,7 @@ class TorchPipeline:
             message[0], error = 1, wrong
         message = message.to(self._handover.device)
         for mesh_axis in ("pipe", "data", "tensor"):
-            # sizes are summed over pipe, where the first stage alone has some; over the others an error alone is told
+            # sizes are summed over pipe, where the first stage alone has some; over data and tensor the error flag alone
             if (group := self._handover.groups.get((mesh_axis,))) is not None:
                 dist.all_reduce(message if mesh_axis == "pipe" else message[:1], group=group)
         is_wrong, *sizes = message.tolist()
@@ -223,7 +245,7 @@ class TorchPipeline:
         )
 
     def _loss(self, output: Any, target: Any) -> Tensor:
-        """Return the user's loss; one that raises does so when all stages are done, as they wait for its gradient."""
+        """Return the user's loss; if it raises, keep the error until all stages are done, as they wait for its gradient."""
         assert self._handover.loss_fn is not None, "the opening agreement checks it"
         tensors = output if isinstance(output, tuple) else (output,)
         last = next(flat for flat in self._flat if facts_of(flat.stage).number == len(self._pipeline.stages) - 1)
@@ -236,7 +258,7 @@ class TorchPipeline:
 
 
 class _Flat(nn.Module):
-    """A stage that returns a tuple of tensors, as torch's pipelining wants of each, the last one too."""
+    """A stage that returns a tuple of tensors, as torch's pipelining wants of every stage, the last included."""
 
     def __init__(self, stage: Any) -> None:
         super().__init__()
@@ -248,7 +270,7 @@ class _Flat(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
-        """Return what the stage returned, put together from its tensors."""
+        """Return the stage's output, rebuilt from its tensors."""
         found = iter(tensors)
         leaves = [next(found) if leaf is _TENSOR else leaf for leaf in self._rest]
         return tree_unflatten(leaves, self._spec)
