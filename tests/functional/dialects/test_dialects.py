@@ -13,7 +13,7 @@ from attrs import evolve
 
 from shardplan.functional import audit, execute, plan_build, search
 from shardplan.functional.dialects import dialect_of
-from shardplan.functional.execute import _refuse
+from shardplan.functional.execute import _check
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from shardplan.specs.steps import Wrap
 from tests.helpers.models import schedule
@@ -134,7 +134,7 @@ def test_a_saved_plan_for_a_runtime_that_is_not_here_is_an_error_of_the_audit():
     assert not report.ok
     assert report.worst.memory.parameter_bytes  # what is known is said
     with pytest.raises(PlanError, match=r"target 'fsdp2' is unknown: .*\n      There are None, deepspeed, torch") as caught:
-        _refuse(plan, schedule("plain").runtime.model, None, None)
+        _check(plan, schedule("plain").runtime.model, None, None)
     assert len(caught.value.problems) == 1
 
 
