@@ -1,36 +1,38 @@
-"""What holds for a plan on all its ranks, read off what the distinct ones do. No torch."""
+"""The seven laws of a plan, proven for all its ranks from the traces of its distinct coordinates."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
 from ...specs.mesh import MESH_AXES, STAGE_AXES, Coordinate, Mesh
+from ...specs.paths import join
 from ...specs.proof import Failure, Law, Proof
 from ...specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
-from ...specs.steps import DispatchTokens, SumGradient, Sync
-from .once import not_once, num_once
+from ...specs.steps import DispatchTokens, MakeOptimizer, SumGradient, SumTied, Sync, TakeStages, Wrap
+from ..planning.shared_gradients import shared_gradients
 
 if TYPE_CHECKING:
     from ...specs.distinct_ranks import Distinct
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
     from ...specs.shard import Shard
-    from .contents_trace import Call, Content, Origin, Trace, Traces
+    from .contents_trace import Content, JoinedCollective, Origin, Trace, Traces
 
 
 def prove(plan: Plan, distinct: Distinct, traces: Traces) -> tuple[Proof, ...]:
-    """Return each law, and where it fails.
+    """Return a proof of each law: the cases that were checked, and the failures.
 
-    The steps are followed for the ranks of each distinct coordinate, by the interpreter itself; which entries of an axis
-    they hold is looked at for every place along the axis. What is proven of collectives is their order while the plan is
-    executed; while training it is the model's code that issues them, in its order, on groups that are seen to be there.
+    The interpreter itself follows the steps at each distinct coordinate; the entries of a split axis are checked at every
+    place along its mesh axis. The order of collectives is proven for the execution alone: while training, the model's code
+    issues them in its own order, and their groups are checked to exist.
 
     Args:
-        plan: What to prove it of.
+        plan: The plan.
         distinct: Which ranks are alike.
-        traces: What they do: ``trace(plan, distinct)``.
+        traces: A trace for each distinct coordinate: ``trace(plan, distinct)``.
 
     >>> from shardplan.specs import Distinct, Mesh, ParamSpec, Plan, SpecTree
     >>> from shardplan.specs.steps import Allocate, Place
@@ -42,22 +44,22 @@ def prove(plan: Plan, distinct: Distinct, traces: Traces) -> tuple[Proof, ...]:
     Coordinate(pipe=0, data=0, tensor=0) never gets it
     """
     num_tensors = len(plan.tree)
-    num_calls = sum(len(trace.calls) for trace in traces.values())
+    num_joined = sum(len(trace.collectives) for trace in traces.values())
     ties = [spec for spec in plan.tree.values() if spec.tie or len(spec.places(plan.mesh)) > 1]
     found: list[tuple[Law, int, Iterable[Failure]]] = [
         ("cover", num_tensors, _cover(plan, traces)),
         ("source", num_tensors, _source(plan, traces)),
         ("ties", len(ties), _ties(plan, ties, traces)),
-        ("once", num_once(plan), not_once(plan)),
+        ("once", _num_once(plan), _once(plan)),
         ("stages", num_tensors, _stages(plan, traces)),
-        ("order", num_calls, _order(plan, distinct, traces)),
+        ("order", num_joined, _order(plan, distinct, traces)),
         ("values", num_tensors, _values(plan)),
     ]
     return tuple(Proof(law, num, tuple(dict.fromkeys(failures))) for law, num, failures in found)
 
 
 def _cover(plan: Plan, traces: Traces) -> Iterator[Failure]:
-    """Every coordinate of a tensor's stages gets its part of it, once; the parts tile the tensor."""
+    """Each coordinate of a tensor's stages places its shard exactly once, and the shards tile the tensor."""
     for spec in plan.tree.values():
         for shard in spec.shards:
             if cause := _gap(shard, spec.orig_shape[shard.axis], plan.mesh):
@@ -68,22 +70,22 @@ def _cover(plan: Plan, traces: Traces) -> Iterator[Failure]:
         for spec in plan.tree.values():
             if here.pipe not in spec.places(plan.mesh):
                 continue
-            installed = trace.installed.get(spec.path, [])
-            if len(installed) != 1:
-                yield Failure(spec.path, f"{here} {'gets it more than once' if installed else 'never gets it'}")
-            elif cause := _other_part(spec, here, installed[0]):
+            placed = trace.placed.get(spec.path, [])
+            if len(placed) != 1:
+                yield Failure(spec.path, f"{here} {'gets it more than once' if placed else 'never gets it'}")
+            elif cause := _other_part(spec, here, placed[0]):
                 yield Failure(spec.path, f"{here} {cause}")
 
 
 def _other_part(spec: ParamSpec, here: Coordinate, contents: tuple[Content, ...]) -> str:
     if not contents or [(content.path, content.index) for content in contents] == [(spec.path, spec.index(here))]:
-        return ""  # without contents it has no values, which is another law's business
+        return ""  # a tensor without contents has no values: the law of sources reports that
     return f"holds {' and '.join(f'{c.path} {c.index}' for c in contents)}, and its part is {spec.index(here)}"
 
 
 @cache
 def _gap(shard: Shard, size: int, mesh: Mesh) -> str:
-    """Return what is wrong with the parts of an axis: entries that nobody holds, or that are held too often."""
+    """Describe the first entries of an axis that no place holds, or that several places hold; ``""`` if there are none."""
     parts = sorted(
         (held.start, held.stop)
         for place in range(mesh.num(shard.mesh_axis))
@@ -100,9 +102,9 @@ def _gap(shard: Shard, size: int, mesh: Mesh) -> str:
 
 
 def _source(plan: Plan, traces: Traces) -> Iterator[Failure]:
-    """What a tensor's values come from is what its spec says, at one place only where it is not a pure function."""
+    """A tensor's values come from the source of its spec, and from a single rank unless every rank computes the same."""
     makers: dict[str, dict[Origin, list[Coordinate]]] = {}
-    filled = {path for trace in traces.values() for path, installed in trace.installed.items() if any(installed)}
+    filled = {path for trace in traces.values() for path, placed in trace.placed.items() if any(placed)}
     for here, trace in traces.items():
         for content in trace.made:
             makers.setdefault(content.path, {}).setdefault(content.origin, []).append(here)
@@ -146,7 +148,7 @@ def _planned(spec: ParamSpec) -> Origin:
 
 
 def _ties(plan: Plan, ties: list[ParamSpec], traces: Traces) -> Iterator[Failure]:
-    """All paths of a tensor become one object wherever it is held; what several stages hold has one gradient."""
+    """All paths of a tensor are one object on every rank, and stages that share it sum its gradient."""
     for spec in ties:
         places = spec.places(plan.mesh)
         for here, trace in traces.items():
@@ -160,39 +162,96 @@ def _ties(plan: Plan, ties: list[ParamSpec], traces: Traces) -> Iterator[Failure
                 yield Failure(spec.path, f"{here} does not sum its gradient over places {places} along 'pipe'")
 
 
+def _num_once(plan: Plan) -> int:
+    """Return the number of sums of gradients, plus one for the handover."""
+    return 1 + len(list(shared_gradients(plan.mesh, plan.tree))) + sum(isinstance(step, SumTied) for step in plan.steps)
+
+
+def _once(plan: Plan) -> Iterator[Failure]:
+    """Each shared gradient is summed exactly once, and the module is handed over exactly once.
+
+    A tensor that is split over ``expert`` or has repeated granules needs one ``SumGradient`` for each use, with the mesh
+    axis, the neighbours and the divisor that its split asks for. Other sums are part of the modules' computation, which the
+    schedule declares and a plan cannot check.
+    """
+    sums: dict[tuple[str, str, str], list[SumGradient]] = {}
+    for step in plan.steps:
+        if isinstance(step, SumGradient):
+            sums.setdefault((step.module, step.name, step.mesh_axis), []).append(step)
+    for wanted in shared_gradients(plan.mesh, plan.tree):
+        found = sums.get((wanted.module, wanted.name, wanted.mesh_axis), [])
+        if found != [wanted]:
+            yield Failure(join(wanted.module, wanted.name), f"{_found(found)}, and its split asks for one: {wanted}")
+    tied = Counter(step.path for step in plan.steps if isinstance(step, SumTied))
+    for path, num in tied.items():
+        if num > 1:
+            yield Failure(path, f"its gradient is summed along 'pipe' {num} times")
+    yield from _handover(plan)
+
+
+def _found(sums: list[SumGradient]) -> str:
+    match sums:
+        case []:
+            return "no step sums its gradient"
+        case [other]:
+            return f"a step sums its gradient otherwise: {other}"
+        case _:
+            return f"{len(sums)} steps sum its gradient"
+
+
+def _handover(plan: Plan) -> Iterator[Failure]:
+    """The module's stages are taken, its optimizer made, and the module handed to the target."""
+    targets = [step.target for step in plan.steps if isinstance(step, Wrap)]
+    if len(targets) != 1:
+        yield Failure("", f"{len(targets) or 'no'} steps hand the module to its target (Wrap), and one must")
+    elif targets != [plan.target]:
+        yield Failure("", f"its target is {plan.target}, and the module is handed to {targets[0]}")
+    num_optimizers = sum(isinstance(step, MakeOptimizer) for step in plan.steps)
+    if num_optimizers > 1:
+        yield Failure("", f"{num_optimizers} steps make an optimizer (MakeOptimizer), and one at most may")
+    num_taken, is_cut = sum(isinstance(step, TakeStages) for step in plan.steps), plan.pipeline is not None
+    if num_taken != is_cut:
+        whole = "has stages, and one must" if is_cut else "is not cut, and none may"
+        yield Failure("", f"{num_taken or 'no'} steps keep the stages of a rank (TakeStages): the model {whole}")
+
+
 def _stages(plan: Plan, traces: Traces) -> Iterator[Failure]:
-    """Whatever a rank makes, gets or places belongs to its stage."""
+    """A rank makes, receives and places only tensors of its stages."""
     places = {spec.path: spec.places(plan.mesh) for spec in plan.tree.values()}
     for here, trace in traces.items():
-        touched = {content.path for content in trace.made} | set(trace.installed)
-        touched |= {path for call in trace.calls for path, _ in call.broadcast}
+        touched = {content.path for content in trace.made} | set(trace.placed)
+        touched |= {path for joined in trace.collectives for path, _ in joined.broadcast}
         for path in sorted(path for path in touched if here.pipe not in places[path]):
-            yield Failure(path, f"{here} touches it, and it belongs to {_named(places[path])} along 'pipe'")
+            yield Failure(path, f"{here} touches it, and it belongs to {_places(places[path])} along 'pipe'")
 
 
-def _named(places: tuple[int, ...]) -> str:
+def _places(places: tuple[int, ...]) -> str:
     return f"place{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
 
 
 def _order(plan: Plan, distinct: Distinct, traces: Traces) -> Iterator[Failure]:
-    """Whatever one member of a group issues, all issue, at the same step; and the group is there."""
-    by_step = {here: {call.step: call for call in trace.calls} for here, trace in traces.items()}
+    """All members of a group join the same collective at the same step, and the group exists."""
+    by_step = {here: {joined.step: joined for joined in trace.collectives} for here, trace in traces.items()}
     for here, trace in traces.items():
-        for call in trace.calls:
-            wanted = call.between or call.mesh_axes
+        for joined in trace.collectives:
+            wanted = joined.between or joined.mesh_axes
             if wanted and wanted not in trace.groups:
-                yield Failure(_first(call), f"{here}: no step makes the group along {wanted} that {_what(plan, call)} needs")
-            for member in _members(distinct, here, call):
-                other = by_step[member].get(call.step)
+                yield Failure(
+                    _first_path(joined), f"{here}: no step makes the group along {wanted} that {_named(plan, joined)} needs"
+                )
+            for member in _members(distinct, here, joined):
+                other = by_step[member].get(joined.step)
                 if other is None:
-                    yield Failure(_first(call), f"{here} waits in {_what(plan, call)} for {member}, which never comes")
-                elif other != call:
-                    yield Failure(_first(call), f"{here} and {member} do not agree on {_what(plan, call)}")
+                    yield Failure(
+                        _first_path(joined), f"{here} waits in {_named(plan, joined)} for {member}, which never comes"
+                    )
+                elif other != joined:
+                    yield Failure(_first_path(joined), f"{here} and {member} do not agree on {_named(plan, joined)}")
         yield from _without_groups(plan, here, trace)
 
 
 def _without_groups(plan: Plan, here: Coordinate, trace: Trace) -> Iterator[Failure]:
-    """Iterate over what communicates while training along groups that nobody has made."""
+    """Iterate over synchronisations of training whose group no step makes."""
     for mesh_axes, path in _synchronised(plan):
         if mesh_axes not in trace.groups:
             yield Failure(path, f"{here}: no step makes the group along {mesh_axes} that its synchronisation needs")
@@ -202,24 +261,24 @@ def _without_groups(plan: Plan, here: Coordinate, trace: Trace) -> Iterator[Fail
             yield Failure(path, cause)
 
 
-def _members(distinct: Distinct, here: Coordinate, call: Call) -> Iterator[Coordinate]:
-    """Iterate over the kinds of coordinates that are in a call's group."""
-    for member in distinct.along(here, call.mesh_axes or MESH_AXES):
-        if not call.between or member.pipe in call.between:
+def _members(distinct: Distinct, here: Coordinate, joined: JoinedCollective) -> Iterator[Coordinate]:
+    """Iterate over the distinct coordinates in a collective's group."""
+    for member in distinct.along(here, joined.mesh_axes or MESH_AXES):
+        if not joined.between or member.pipe in joined.between:
             yield member
 
 
-def _first(call: Call) -> str:
-    return call.broadcast[0][0] if call.broadcast else ""
+def _first_path(joined: JoinedCollective) -> str:
+    return joined.broadcast[0][0] if joined.broadcast else ""
 
 
-def _what(plan: Plan, call: Call) -> str:
-    over = " x ".join(call.mesh_axes) or "all ranks"
-    return f"the {call.op} over {over} of step {call.step} ({type(plan.steps[call.step]).__name__})"
+def _named(plan: Plan, joined: JoinedCollective) -> str:
+    over = " x ".join(joined.mesh_axes) or "all ranks"
+    return f"the {joined.op} over {over} of step {joined.step} ({type(plan.steps[joined.step]).__name__})"
 
 
 def _synchronised(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Iterate over the groups along which modules communicate while training, and where each is first needed."""
+    """Iterate over the groups along which modules communicate while training, and the first module that needs each."""
     needed: dict[tuple[str, ...], str] = {}
     for step in plan.steps:
         match step:
@@ -238,7 +297,7 @@ def _synchronised(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _values(plan: Plan) -> Iterator[Failure]:
-    """What each rank has of its own depends on who the ranks are."""
+    """No value depends on the layout: ranks' own values and uninitialised memory do."""
     for spec in plan.tree.values():
         match spec.source:
             case OwnValues():
