@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -16,6 +14,7 @@ from shardplan import functional
 from shardplan.functional import plan_build
 from shardplan.specs import Mesh, dumps
 from tests.helpers.models import plain, split_plain
+from tests.helpers.processes import run_program, run_python
 
 ROOT = Path(__file__).parent.parent
 CONTRACTS = [
@@ -50,15 +49,9 @@ OFFENCES = {
 PRINT_HEAVY = "print([name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules])"
 
 
-def python(code, *arguments):
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_specs_import_neither_torch_nor_deepspeed_nor_numpy():
     modules = [f"shardplan.specs.{path.stem}" for path in (ROOT / "specs").glob("*.py") if path.stem != "__init__"]
-    assert python(f"import sys, shardplan.specs, {', '.join(modules)}\n{PRINT_HEAVY}") == "[]\n"
+    assert run_python(f"import sys, shardplan.specs, {', '.join(modules)}\n{PRINT_HEAVY}") == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -84,14 +77,14 @@ print(audit(plan))
 print(predict(plan, 3))
 {PRINT_HEAVY}
 """
-    shown = python(code, str(saved))
+    shown = run_python(code, str(saved))
     assert shown.startswith(str(plan))
     assert "ok      yes" in shown
     assert shown.endswith("[]\n")
 
 
 def test_importing_the_package_loads_no_torch():
-    assert python(f"import sys, shardplan.functional\n{PRINT_HEAVY}") == "[]\n"
+    assert run_python(f"import sys, shardplan.functional\n{PRINT_HEAVY}") == "[]\n"
 
 
 def test_a_function_is_not_hidden_by_the_file_of_its_name():
@@ -107,7 +100,7 @@ print("{name}", {name} is functional.{name} is module.{name}, callable({name}))
 """
         for name in names
     )
-    assert python(code).splitlines() == [f"{name} True True" for name in names]
+    assert run_python(code).splitlines() == [f"{name} True True" for name in names]
 
 
 @pytest.mark.parametrize("name", functional.__all__)
@@ -169,8 +162,7 @@ def copy(tmp_path):
 def lint(folder):
     """Return the exit status of import-linter and what it says."""
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = run_program(command, folder=folder, PYTHONPATH=str(folder))
     return done.returncode, done.stdout
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 import types
 
@@ -17,6 +15,7 @@ from shardplan.functional import build, consolidate_model, create_schedule, exec
 from shardplan.functional.interpreter.dry_run import DryRun
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.helpers.models import llama, plain, schedule
+from tests.helpers.processes import run_on_terminal
 
 
 def fill_with_ones(tensor):
@@ -235,23 +234,7 @@ def test_a_terminal_shows_a_bar():
         "from tests.helpers.models import schedule; from shardplan.functional import execute, plan_build;"
         "execute(plan_build(schedule('plain')), device='cpu')"
     )
-    terminal, end = os.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen([sys.executable, "-c", code], stderr=end, env=environment) as process:
-        os.close(end)
-        shown = b""
-        while chunk := _read(terminal):
-            shown += chunk
-        assert process.wait(timeout=60) == 0
-    os.close(terminal)
-    assert b"executing the plan" in shown
-
-
-def _read(terminal):
-    try:
-        return os.read(terminal, 4096)
-    except OSError:  # what Linux says at the end of a terminal
-        return b""
+    assert "executing the plan" in run_on_terminal([sys.executable, "-c", code])
 
 
 def test_damage_that_would_be_read_as_something_else_is_refused():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from shardplan.functional import assert_plan_matches, plan_build
 from shardplan.functional.saving.atomic_file import write_whole
 from shardplan.specs import Mesh
 from tests.helpers.models import plain, split_plain
+from tests.helpers.processes import run_program
 
 PROJECT = """
 from shardplan.functional import assert_plan_matches
@@ -49,15 +48,8 @@ def project(tmp_path):
 
 
 def pytest_in(folder, *arguments, plugins=PLUGINS):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugins, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # others take long to load
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugins, *arguments]
+    done = run_program(command, folder=folder, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # other plugins take long to load
     return done.returncode, done.stdout
 
 
@@ -124,7 +116,7 @@ def test_a_golden_changes_with_what_it_shows_and_with_nothing_else(tmp_path):
 def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     file = tmp_path / "golden.txt"
     write_whole(file, "before\n")
-    assert file.stat().st_mode & 0o777 == 0o666 & ~int(subprocess.check_output(["sh", "-c", "umask"], text=True), 8)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~int(run_program(["sh", "-c", "umask"]).stdout, 8)
     file.chmod(0o640)
     write_whole(file, "after\n")
     assert (file.read_text(), file.stat().st_mode & 0o777) == ("after\n", 0o640)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -27,6 +24,7 @@ from shardplan.specs.steps import (
     Wrap,
 )
 from tests.helpers.models import llama, plain, schedule, split_llama, split_plain
+from tests.helpers.processes import run_python
 
 TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
 CONFIG = {"train_batch_size": 4, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
@@ -51,17 +49,7 @@ def test_every_process_plans_alike():
         "from shardplan.specs import Mesh;"
         "print(plan_build(schedule('plain', Mesh(tensor=2))).fingerprint)"
     )
-    prints = {
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        ).stdout
-        for seed in ("1", "2")
-    }
+    prints = {run_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2")}
     assert prints == {plan_build(schedule("plain", Mesh(tensor=2))).fingerprint + "\n"}
 
 
@@ -74,8 +62,7 @@ def test_planning_starts_no_process_group_and_no_device():
         "assert not torch.distributed.is_initialized(); assert not torch.cuda.is_initialized();"
         "assert 'deepspeed' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout == "True\n", done.stderr
+    assert run_python(code) == "True\n"
 
 
 def test_a_saved_plan_is_the_plan():

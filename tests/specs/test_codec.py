@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from contextlib import suppress
 from typing import get_args
@@ -99,6 +98,7 @@ from shardplan.specs.steps import (
 )
 from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor
 from tests.helpers.strategies import constants, folder_of, json_values, law, param_specs, plans, programs, words
+from tests.helpers.processes import run_python
 
 NAMES = ("calm", "dark", "early", "fast", "green", "heavy")
 CALLS = (
@@ -452,9 +452,8 @@ def test_values_of_constants_are_no_part_of_what_is_fingerprinted(constant):
 @pytest.mark.parametrize("hash_seed", ["0", "1", "2"])
 def test_fingerprint_and_listing_are_the_same_in_every_process(hash_seed):
     code = "from tests.specs.test_codec import example; print(example().fingerprint, example())"
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{example().fingerprint} {example()}\n"
+    said = run_python(code, PYTHONHASHSEED=hash_seed, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    assert said == f"{example().fingerprint} {example()}\n"
 
 
 UNSAID = {"blocks": [], "interleaved": 1, "granule": 1, "replicate": False, "uneven": False}

@@ -6,8 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from contextlib import suppress
 from math import prod
@@ -24,6 +22,7 @@ from shardplan.functional.checkpoints.formats.torch_save import read_saved
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.helpers.checkpoint_folders import put_together
 from tests.helpers.models import plain, schedule
+from tests.helpers.processes import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
@@ -304,4 +303,4 @@ def test_no_torch_is_needed(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     code = "import sys; from shardplan.functional.checkpoints.formats.dcp import read; read(sys.argv[1])"
     code += "; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "copy")], check=True, timeout=60)
+    run_python(code, tmp_path / "copy")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from itertools import pairwise, product
 from pathlib import Path
@@ -35,6 +33,7 @@ from shardplan.specs.program import (
 from tests.helpers.parts import one_interval, picked
 from tests.helpers.programs import make, same, whole
 from tests.helpers.strategies import law
+from tests.helpers.processes import run_python
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DRAWS = [
@@ -367,11 +366,7 @@ MEMORY = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak of its memory")
 def test_memory_beyond_the_tensor_is_small():
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(MEMORY)]
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    beyond, held = map(int, done.stdout.split())
+    beyond, held = map(int, run_python(textwrap.dedent(MEMORY)).split())
     assert held == 2**28
     assert beyond < 64 * 2**20
 

@@ -171,7 +171,6 @@ def test_slices_and_permutations_are_boxes(part, data):
         ((4,), 0, (4, 2), (2, 1)),  # halves of elements
     ],
 )
-@pytest.mark.timeout(5)
 def test_what_is_no_box_is_told(shape, offset, sizes, strides):
     assert box_of(shape, offset, sizes, strides) is None
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +18,7 @@ from shardplan.specs.program import Bernoulli, Cauchy, Exponential, Geometric, L
 from tests.helpers.parts import one_interval, picked
 from tests.helpers.programs import make, number_reference, philox_reference
 from tests.helpers.strategies import law
+from tests.helpers.processes import run_python
 
 VECTORS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -220,9 +217,5 @@ TRITON = """
 
 def test_triton_agrees_in_its_interpreter():
     pytest.importorskip("triton", reason="there is no Triton for this machine")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(TRITON)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "80"
+    said = run_python(textwrap.dedent(TRITON), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert said.split()[-1] == "80"

@@ -24,10 +24,7 @@ from tests.helpers.programs import Coded, differences, near, plan_and_make, real
 W = (64, 64)
 ROWS = torch.arange(64.0)
 
-pytestmark = [
-    pytest.mark.timeout(60),
-    pytest.mark.filterwarnings("ignore:mean is more than 2 std from:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:mean is more than 2 std from:UserWarning")
 
 RECOGNISED: list = []
 OPAQUE: list = []

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from shardplan.functional import create_schedule, plan_build, stage_modules
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from tests.functional.test_purity import pure
 from tests.helpers.pipelines import ARCHITECTURES, one_after_another
+from tests.helpers.processes import run_python
 
 EAGER = {"llama": "llama eager", "mixtral": "mixtral eager"}
 """Where torch's own attention gets no mask, an export keeps the causal one, and the kernel is another one."""
@@ -182,13 +179,9 @@ def test_a_fresh_process_plans_the_same():
         f"for architecture in map(ARCHITECTURES.get, {names}):\n"
         "    print(architecture.plan(architecture.make('meta')).fingerprint)"
     )
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+    said = run_python(script, PYTHONHASHSEED="77")
     here = [ARCHITECTURES[name].plan(ARCHITECTURES[name].make("meta")).fingerprint for name in names]
-    assert run.stdout.split()[-2:] == here
+    assert said.split()[-2:] == here
 
 
 @pytest.mark.parametrize("name", ["llama eager", "t5"])
