@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,12 +12,12 @@ import pytest
 
 from shardplan.functional import Schedule
 from shardplan.specs import PlanError
+from tests.helpers.processes import run_program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 ENVIRONMENT = {
-    **os.environ,
     "OMP_NUM_THREADS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "CUDA_VISIBLE_DEVICES": "",
@@ -32,7 +30,7 @@ def blocks(language):
 
 
 def torchrun(num_ranks, script, folder, **environment):
-    """Run a script as a user does; kill all of its processes if it takes too long."""
+    """Run a script as a user does; return what its ranks print."""
     command = [
         sys.executable,
         "-m",
@@ -42,22 +40,9 @@ def torchrun(num_ranks, script, folder, **environment):
         str(num_ranks),
         str(script),
     ]
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**ENVIRONMENT, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=200)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
-    assert process.returncode == 0, err[-4000:]
-    return out
+    done = run_program(command, folder=folder, **ENVIRONMENT, **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def test_the_demo_prints_what_the_first_screen_shows():

@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from shardplan.functional.cli import main
+from tests.helpers.processes import run_program
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n\n```(?P<language>\w+)\n(?P<text>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -27,7 +28,6 @@ WIDER = "sed -i.was 's/data=2,tensor=4/tensor=8/' plan.sh && rm plan.sh.was"
 """A change of the plan."""
 
 ENVIRONMENT = {
-    **os.environ,
     "OMP_NUM_THREADS": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONDONTWRITEBYTECODE": "1",  # files change within a second
@@ -46,16 +46,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def shell(command, folder, **environment):
-    done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", command],
-        cwd=folder,
-        env={**ENVIRONMENT, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    script = ["bash", "-e", "-o", "pipefail", "-c", command]
+    done = run_program(script, folder=folder, stderr=subprocess.STDOUT, **{**ENVIRONMENT, **environment})
     return done.returncode, done.stdout
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from shardplan.functional import build, consolidate_model, create_schedule, execute, init_target_engine, plan_build
 from shardplan.functional.dialects.deepspeed.wrap import from_topology, to_topology
@@ -11,7 +10,7 @@ from shardplan.specs import Mesh
 from tests.distributed.test_training import check, deepspeed_config
 from tests.helpers.models import MODELS, schedule
 from tests.helpers.ranks import results, run_ranks
-from tests.helpers.training import CLIP, adamw, batch, loss_of
+from tests.helpers.training import BF16_ADAMW, NUM_STEPS, adamw, batch, loss_of, train_alone_in_bf16
 
 
 @pytest.mark.parametrize("mesh", [Mesh(data=2), Mesh(tensor=2)], ids=str)
@@ -77,10 +76,10 @@ def half(rank, mesh):
     config = {**deepspeed_config(1), "bf16": {"enabled": True}}
     model, split = MODELS["plain"][0]().bfloat16(), MODELS["plain"][1]
     plan = plan_build(split(model, mesh), target="deepspeed", config=config)
-    engine, _ = execute(plan, device="cpu", optimizer=adamw)
+    engine, _ = execute(plan, device="cpu", optimizer=BF16_ADAMW)
     here = mesh.coordinate(rank).data
     losses = []
-    for step in range(10):
+    for step in range(NUM_STEPS):
         loss = loss_of(engine, batch(step, 64)[2 * here : 2 * here + 2])
         engine.backward(loss)
         engine.step()
@@ -88,20 +87,16 @@ def half(rank, mesh):
     return losses
 
 
-def test_bf16_under_zero_1_follows_fp32_and_ranks_of_a_tensor_group_agree():
+def test_bf16_under_zero_1_trains_as_in_one_process_and_ranks_of_a_tensor_group_agree():
     ranks = results(run_ranks(half, 4, Mesh(data=2, tensor=2)))
     assert ranks[0] == ranks[1]
     assert ranks[2] == ranks[3]
-    first = MODELS["plain"][0]().bfloat16()
-    model = execute(plan_build(create_schedule(first, Mesh())), device="cpu").module.float()
-    optimizer = adamw([parameter for parameter in model.parameters() if parameter.requires_grad])
-    for step in range(10):
-        loss = loss_of(model, batch(step, 64))
-        assert (ranks[0][step] + ranks[2][step]) / 2 == pytest.approx(loss.item(), rel=0.02)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+    model = execute(plan_build(create_schedule(MODELS["plain"][0]().bfloat16(), Mesh())), device="cpu").module.train()
+    steps = ([lambda model, ids=ids: loss_of(model, ids) for ids in batch(step, 64).split(2)] for step in range(NUM_STEPS))
+    means = [(one + other) / 2 for one, other in zip(ranks[0], ranks[2], strict=True)]
+    # the parts of a sum over tensor ranks are rounded: 7e-4; without clipping 1.5e-3, without float32 copies 8e-3
+    assert means == pytest.approx(train_alone_in_bf16(model, steps), rel=1.2e-3)
+    assert means[-1] < means[0]
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(pipe=2, data=3, tensor=4)], ids=str)

@@ -17,8 +17,8 @@ from tests.helpers.ranks import results, run_ranks
 TENSOR_2 = Mesh(tensor=2)
 
 
-def errors(job, num_ranks, *args, **options):
-    outcomes = run_ranks(job, num_ranks, *args, timeout=60, **options)
+def errors(job, num_ranks, *args):
+    outcomes = run_ranks(job, num_ranks, *args)
     assert all(outcome.error for outcome in outcomes), outcomes
     return [outcome.error for outcome in outcomes]
 
@@ -283,7 +283,7 @@ def dies(rank):
 
 
 def test_a_rank_that_dies_does_not_hang_the_others():
-    first, second = run_ranks(dies, 2, timeout=100)
+    first, second = run_ranks(dies, 2)
     assert "Connection closed by peer" in first.error or "Timed out" in first.error or "connect" in first.error.lower()
     assert second.error == "the process ended with exit code 3"
 

@@ -228,7 +228,7 @@ def zero(stage):
     ],
 )
 def test_training_equals_one_process(num_ranks, jobs):
-    ranks = results(run_ranks(train, num_ranks, jobs, timeout=240))
+    ranks = results(run_ranks(train, num_ranks, jobs))
     expected = {name: alone(name) for name in {name for name, *_ in jobs}}
     for number, (name, mesh, target, _) in enumerate(jobs):
         losses, norms = expected[name]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from shardplan.functional import audit, execute, from_shards, materialize, plan_
 from shardplan.functional.checkpoints.formats.rank_file import rank_file_name
 from shardplan.specs import Checkpoint, Mesh, PlanError, dumps, loads
 from tests.helpers.models import llama, plain, split_llama, split_plain
+from tests.helpers.processes import run_python
 from tests.helpers.ranks import results, run_ranks
 
 TWO = Mesh(tensor=2)
@@ -198,11 +196,8 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_ranks_in_turn_need_the_memory_of_one_and_one_that_of_a_tensor():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
     def peak(num_ranks):
-        command = [sys.executable, "-c", IN_TURN, str(num_ranks)]
-        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100).stdout)
+        return int(run_python(IN_TURN, num_ranks, OMP_NUM_THREADS="1"))
 
     shards, one, four = 2048 * 2048 * 16, peak(1), peak(4)  # of a rank: 16 tensors of 4 bytes an element, in four parts
     assert one < shards / 4

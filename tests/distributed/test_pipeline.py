@@ -17,7 +17,17 @@ from shardplan.specs import Mesh, dumps, loads
 from tests.helpers.models import llama, schedule, split_llama, split_t5, t5
 from tests.helpers.parts import picked
 from tests.helpers.ranks import results, run_ranks
-from tests.helpers.training import CLIP, LENGTH, NUM_STEPS, adamw, batch, loss_of, train_alone
+from tests.helpers.training import (
+    BF16_ADAMW,
+    CLIP,
+    LENGTH,
+    NUM_STEPS,
+    adamw,
+    batch,
+    loss_of,
+    train_alone,
+    train_alone_in_bf16,
+)
 
 MICRO, ROWS = 4, 2
 """Micro-batches of a step, and the rows of each."""
@@ -168,7 +178,7 @@ def train_stages(rank, plan, case):
 @cache
 def trained(case):
     """Return what each rank ended with; one run serves many tests."""
-    return run_ranks(train_stages, case.mesh.num_ranks, case, timeout=100, shared=Case.plan)
+    return run_ranks(train_stages, case.mesh.num_ranks, case, shared=Case.plan)
 
 
 @cache
@@ -416,14 +426,23 @@ def train_half(rank):
     config = deepspeed_config(bf16={"enabled": True})
     sch = cut("llama", Mesh(pipe=2), 2, tied_llama().bfloat16())
     plan = plan_build(sch, target="deepspeed", config=config, example_inputs=example("llama"))
-    built = execute(plan, device="cpu", optimizer=adamw, loss_fn=loss, progress=False)
+    built = execute(plan, device="cpu", optimizer=BF16_ADAMW, loss_fn=loss, progress=False)
     first = local_state(built.modules)["lm_head.weight" if rank else "model.embed_tokens.weight"].detach()
     before = first.clone()
     steps = [train_step(*built, *data("llama", step, MICRO * ROWS), True) for step in range(NUM_STEPS)]
     return steps, before, first, built.receipt == predict(plan, rank)
 
 
-def test_bf16_under_zero_1_follows_fp32_and_tied_weights_stay_equal():
+def steps_in_bf16():
+    for step in range(NUM_STEPS):
+        inputs, target = data("llama", step, MICRO * ROWS)
+        yield [
+            lambda model, some=some, right=right: loss(model(input_ids=some[0], attention_mask=some[1]), right)
+            for some, right in parts(inputs, target, ROWS)
+        ]
+
+
+def test_bf16_under_zero_1_trains_as_in_one_process_and_tied_weights_stay_equal():
     (steps, before, first, predicted), (others, _, last, also) = results(run_ranks(train_half, 2))
     assert predicted
     assert also
@@ -431,8 +450,11 @@ def test_bf16_under_zero_1_follows_fp32_and_tied_weights_stay_equal():
     assert first.dtype == torch.bfloat16
     assert torch.equal(first, last)
     assert not torch.equal(first, before)
-    for (found, _), (expected, _) in zip(steps, trained_alone("llama", 1), strict=True):
-        assert found == pytest.approx(expected, rel=0.02)
+    model = execute(plan_build(create_schedule(tied_llama().bfloat16(), Mesh())), device="cpu").module.train()
+    expected = train_alone_in_bf16(model, steps_in_bf16())
+    # kernels add up in their own order: 1e-4; without clipping, float32 copies or the sum of a tie 9e-4 and more
+    assert [found for found, _ in steps] == pytest.approx(expected, rel=4e-4)
+    assert expected[-1] < expected[0]
 
 
 def plain_stage(rank, text):
@@ -518,7 +540,7 @@ def wrong_batches(rank):
 
 @pytest.fixture(scope="module")
 def after_wrong_batches():
-    return results(run_ranks(wrong_batches, 2, timeout=60))
+    return results(run_ranks(wrong_batches, 2))
 
 
 @pytest.mark.parametrize("kind", WRONG)

@@ -127,7 +127,7 @@ def save_without_some(rank, folder):
 
 
 def test_states_that_some_ranks_lack_are_told(tmp_path):
-    for outcome in run_ranks(save_without_some, 2, tmp_path / "ours", timeout=60):
+    for outcome in run_ranks(save_without_some, 2, tmp_path / "ours"):
         assert outcome.error.startswith(
             "ExecutionError: rank 1: PlanError: 2 problems\n  exp_avg/0.weight: the optimizer has"
         )
@@ -172,7 +172,7 @@ def leave(rank, mesh):
 
 def test_rank_0_may_leave_the_loop_while_others_send_to_its_end():
     num = len(dict(whole_model("gpt2").named_parameters()))
-    assert results(run_ranks(leave, 2, TENSOR_2, timeout=60)) == [num, 0]
+    assert results(run_ranks(leave, 2, TENSOR_2)) == [num, 0]
 
 
 LARGE = (5120, 4096)
@@ -262,7 +262,7 @@ def other_model(rank, built, folder):
     ],
 )
 def test_what_fails_on_one_rank_is_told_on_all_and_nothing_is_left(tmp_path, fault, text):
-    for outcome in run_ranks(save_with, 2, tmp_path / "ours", fault, timeout=60):
+    for outcome in run_ranks(save_with, 2, tmp_path / "ours", fault):
         assert outcome.error.startswith(f"ExecutionError: {text}"), outcome.trace
     assert [path.name for path in tmp_path.iterdir()] == {foreign_folder: ["ours"], no_room: ["tiny"]}.get(fault, [])
 
@@ -343,7 +343,11 @@ def contents(folder):
 
 
 def kill_at_random(rank, root, seed):
-    """Kill saving processes again and again; return which contents was there each time, and what kills interrupted."""
+    """Kill saving processes again and again; return the contents after each, and how many saves were cut short.
+
+    A busy machine may let few saves begin, or most of them end, before a kill: there are 200 kills, and more until enough of
+    them have hit.
+    """
     pair = Alternating(root)
     start = time.monotonic()
     for which in (0, 1, 0, 1):
@@ -351,11 +355,16 @@ def kill_at_random(rank, root, seed):
     duration = (time.monotonic() - start) / 4
     rng, seen, interrupted = random.Random(seed), [], 0
 
+    def enough():
+        return len(seen) >= NUM_KILLS and interrupted > NUM_KILLS // 4 and min(map(seen.count, (0, 1))) > NUM_KILLS // 10
+
     def forever(first):
         for number in count(first):
             pair.save(pair.folder, number % 2)
 
-    for number in range(NUM_KILLS):
+    for number in count():
+        if enough():
+            break
         child = pair.child(lambda first=number: forever(first))
         time.sleep(rng.uniform(0, 2.5 * duration))
         os.kill(child, signal.SIGKILL)
@@ -368,7 +377,7 @@ def kill_at_random(rank, root, seed):
 
 def test_killed_at_random_200_times_the_folder_is_one_of_the_two_that_were_saved(tmp_path):
     ((seen, interrupted, left),) = results(run_ranks(kill_at_random, 1, tmp_path, 0))
-    assert len(seen) == NUM_KILLS
+    assert len(seen) >= NUM_KILLS
     assert interrupted > NUM_KILLS // 4
     assert min(seen.count(0), seen.count(1)) > NUM_KILLS // 10
     assert left == ["last"]
@@ -452,6 +461,6 @@ def failing_sender(rank, folder):
 
 
 def test_a_rank_that_cannot_send_is_told_on_all_and_nothing_is_left(tmp_path):
-    first, second = results(run_ranks(failing_sender, 2, tmp_path, timeout=60))
+    first, second = results(run_ranks(failing_sender, 2, tmp_path))
     assert first == second == ["rank 1: RuntimeError: no memory left"] * 2
     assert list(tmp_path.iterdir()) == []

@@ -14,9 +14,9 @@ from shardplan.specs import Mesh, ParamSpec, Plan, Shard, Silence, SpecTree, as_
 from shardplan.specs.dtypes import num_bytes
 from shardplan.specs.steps import Allocate, Place
 from tests.helpers.models import schedule
-from tests.helpers.strategies import fitting_shards, law, meshes, paths, plans
-from tests.helpers.processes import run_python
 from tests.helpers.num_calls import num_calls
+from tests.helpers.processes import run_python
+from tests.helpers.strategies import fitting_shards, law, meshes, paths, plans
 
 DEEPSPEED = {"train_batch_size": 8, "gradient_clipping": 1.0, "optimizer": {"type": "Adam"}}
 

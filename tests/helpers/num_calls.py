@@ -7,7 +7,8 @@ from collections import Counter
 
 
 def num_calls(function, *args):
-    """Return how many calls, of functions in Python and in C, a call of a function leads to."""
+    """Return how many calls, of functions in Python and in C, a call of a function leads to, once its caches are filled."""
+    function(*args)
     events = Counter()
     before = sys.getprofile()
     sys.setprofile(lambda frame, event, arg: events.update([event]))

@@ -26,8 +26,7 @@ def run_program(command, *, folder=None, stderr=subprocess.PIPE, **environment):
         try:
             out, err = process.communicate(timeout=TIMEOUT)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -49,9 +48,18 @@ def run_on_terminal(command, **environment):
             assert process.wait(timeout=TIMEOUT) == 0, shown.decode()
         finally:
             os.close(ours)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
     return shown.decode().replace("\r\n", "\n")
+
+
+def _end(process):
+    """End a process and its session; first by SIGTERM, on which torchrun ends its ranks, which are in other sessions."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _chunks(terminal):

@@ -14,6 +14,11 @@ from pathlib import Path
 
 from attrs import frozen
 
+from tests.helpers.processes import TIMEOUT
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=TIMEOUT / 2)
+"""Shorter, so that a rank that waits for another says in which collective."""
+
 
 @frozen
 class Outcome:
@@ -24,7 +29,7 @@ class Outcome:
     trace: str = ""
 
 
-def run_ranks(job, num_ranks, *args, timeout=120, world_size=None, shared=None):
+def run_ranks(job, num_ranks, *args, world_size=None, shared=None):
     """Return the outcome of ``job(rank, *args)`` for each of ``num_ranks`` processes; none is left behind.
 
     They are forked from a process that has imported everything, so that each is fresh and starts at once. What all of them
@@ -40,18 +45,17 @@ def run_ranks(job, num_ranks, *args, timeout=120, world_size=None, shared=None):
         )
         family.start()
         try:
-            family.join(timeout)
+            family.join(TIMEOUT)
             files = [Path(folder, f"{rank}.pkl") for rank in range(num_ranks)]
             missing = [rank for rank, file in enumerate(files) if not file.exists()]
-            assert not (missing and family.is_alive()), f"ranks {missing} were still running after {timeout} s"
+            assert not (missing and family.is_alive()), f"ranks {missing} were still running after {TIMEOUT} s"
             assert not missing, f"the process that starts the ranks ended with exit code {family.exitcode}"
             return [pickle.loads(file.read_bytes()) for file in files]
         finally:
-            if family.is_alive():
-                with suppress(ProcessLookupError):
-                    os.killpg(family.pid, signal.SIGKILL)
-                family.kill()
-            family.join(10)
+            with suppress(ProcessLookupError):
+                os.killpg(family.pid, signal.SIGKILL)  # also of what ranks have started
+            family.kill()
+            family.join()
 
 
 def results(outcomes):
@@ -91,7 +95,7 @@ def _enter(job, rank, world_size, folder, args):
 
         os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))
         store = dist.FileStore(f"{folder}/store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
         try:
             outcome = Outcome(result=job(rank, *args))
         except Exception as error:

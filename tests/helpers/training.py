@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -31,8 +33,12 @@ def loss_of(model, ids):
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
+def adamw(parameters, lr=1e-2):
+    return torch.optim.AdamW(parameters, lr=lr)
+
+
+BF16_ADAMW = partial(adamw, lr=1e-3)
+"""At a larger rate AdamW's first steps, as large for small gradients as for large ones, make rounding matter."""
 
 
 def vocab_of(name):
@@ -120,6 +126,34 @@ def train_alone(name, weights, *, clip):
         optimizer.step()
         optimizer.zero_grad()
     return logits, losses
+
+
+def train_alone_in_bf16(model, steps):
+    """Train an unsplit bfloat16 model by AdamW on float32 copies of its parameters, as ZeRO does; return the losses.
+
+    ``steps`` gives for each step the functions that compute the loss of each of its micro-batches.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = [parameter.detach().float() for parameter in trained]
+    optimizer, losses = BF16_ADAMW(masters), []
+    for step in steps:
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        found = []
+        for loss_of_part in step:
+            loss = loss_of_part(model)
+            (loss / len(step)).backward()
+            found.append(loss.item())
+            for parameter, master in zip(trained, masters, strict=True):
+                master.grad += parameter.grad
+                parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(masters, CLIP)
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(trained, masters, strict=True):
+                parameter.copy_(master)
+        losses.append(sum(found) / len(found))
+    return losses
 
 
 def _get(module, path):

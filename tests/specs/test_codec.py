@@ -97,8 +97,8 @@ from shardplan.specs.steps import (
     Wrap,
 )
 from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor
-from tests.helpers.strategies import constants, folder_of, json_values, law, param_specs, plans, programs, words
 from tests.helpers.processes import run_python
+from tests.helpers.strategies import constants, folder_of, json_values, law, param_specs, plans, programs, words
 
 NAMES = ("calm", "dark", "early", "fast", "green", "heavy")
 CALLS = (

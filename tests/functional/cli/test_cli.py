@@ -24,8 +24,8 @@ from shardplan.specs import Mesh, dumps, loads
 from shardplan.specs.dtypes import human_bytes, parse_bytes
 from shardplan.specs.steps import LoadShard
 from tests.helpers.models import plain, split_plain
-from tests.helpers.strategies import law
 from tests.helpers.processes import run_on_terminal, run_program, run_python
+from tests.helpers.strategies import law
 
 SHARDPLAN = Path(sys.executable).with_name("shardplan")
 MESH = Mesh(data=2, tensor=2)

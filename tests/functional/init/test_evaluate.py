@@ -31,9 +31,9 @@ from shardplan.specs.program import (
     Uniform,
 )
 from tests.helpers.parts import one_interval, picked
+from tests.helpers.processes import run_python
 from tests.helpers.programs import make, same, whole
 from tests.helpers.strategies import law
-from tests.helpers.processes import run_python
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DRAWS = [
