@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int | None = None) -> Report:
-    """Return what a plan means for each rank, without running it: no device, no process group, no torch.
+    """Return a report of each rank's memory, messages and risks, without running the plan: no device, no process group.
 
     Time and memory go by tensors and by kinds of ranks, not by ranks.
 
     Args:
         plan: The plan.
         ranks_per_node: Ranks that share a node; with it traffic is told apart into inside and between nodes.
-        device_memory: Bytes of one device; with it a rank that needs more is an error.
+        device_memory: Bytes of a device; with it a rank that needs more is an error.
 
     Raises:
         PlanError: If a saved plan's configuration has other values where memory and messages are computed from numbers.

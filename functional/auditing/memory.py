@@ -23,7 +23,7 @@ def shares(plan: Plan, dialect: Dialect, distinct: Distinct, executing: Mapping[
         plan: The plan.
         dialect: The dialect of its target.
         distinct: Which ranks are alike.
-        executing: For each distinct coordinate the most bytes at one time while the plan is executed.
+        executing: Peak bytes while the plan is executed, for each distinct coordinate.
     """
     activations = activations_of(plan, dialect)
     for here, num_ranks in distinct.places():
@@ -46,7 +46,7 @@ def memory_at(
         dialect: The dialect of its target.
         here: The rank's coordinate.
         alike: Places along ``data`` whose ranks hold the same tensors; if given, the memory of the fullest of them.
-        executing_bytes: The most bytes at one time while the plan is executed, as its receipt says.
+        executing_bytes: Peak bytes while the plan is executed, by its receipt.
         activations: Bytes that autograd keeps, and that it keeps with checkpoints; None if they are not known.
     """
     mine = [spec for spec in plan.tree.values() if here.pipe in spec.places(plan.mesh)]

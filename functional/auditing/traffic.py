@@ -86,7 +86,7 @@ def expert_sums(plan: Plan, coordinate: Coordinate, num_microbatches: int) -> It
 
 
 def wire_bytes(op: str, num_ranks: int, num_bytes: int) -> int:
-    """Return the bytes that one rank sends, by the ring algorithms (Patarasu and Yuan 2009, section 4).
+    """Return the bytes that a rank sends, by the ring algorithms (Patarasu and Yuan 2009, section 4).
 
     >>> wire_bytes("all_reduce", 4, 100), wire_bytes("all_gather", 4, 100), wire_bytes("send", 2, 100)
     (150, 75, 100)
@@ -114,7 +114,7 @@ def _leaving(mesh: Mesh, place: int, mesh_axis: MeshAxis, ranks_per_node: int) -
 
 
 def _aligned_otherwise(mesh: Mesh, place: int, groups: Groups, ranks_per_node: int) -> Iterator[range]:
-    """Iterate over groups of a stage, one for each way of lying across nodes; after that the pattern repeats."""
+    """Iterate over groups of a stage that lie differently across nodes; after them the pattern repeats."""
     stage, block = mesh.stage(place), groups.size * groups.stride
     first = groups.of(stage.start).start
     for start in range(first, stage.stop, block)[:ranks_per_node]:

@@ -1,4 +1,4 @@
-"""Runtimes, a folder each: what they take, how they wrap a module, and what they keep and send while they train."""
+"""Runtimes, a folder each: their checks, memory, messages, and the wrapping of modules."""
 
 from .dialect import Dialect, dialect_of, find_dialect
 

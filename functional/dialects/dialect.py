@@ -76,17 +76,17 @@ class Dialect(Protocol):
         ...
 
     def state(self, plan: Plan, coordinate: Coordinate, alike: range | None = None) -> State:
-        """Return the bytes that one rank keeps for training; see ``State``.
+        """Return the bytes that a rank keeps for training.
 
         Args:
-            plan: The plan, of which the steps are not read.
+            plan: The plan; its steps are not read.
             coordinate: The rank's.
             alike: Places along ``data`` at which ranks hold the same tensors; if given, the state of the fullest of them.
         """
         ...
 
     def messages(self, plan: Plan, coordinate: Coordinate) -> Iterable[Messages]:
-        """Iterate over the messages that one rank sends in a training step.
+        """Iterate over the messages that a rank sends in a training step.
 
         Messages of activations within modules, and sums of the gradients of split experts, are the plan's own, and are
         counted without the dialect.
@@ -94,7 +94,7 @@ class Dialect(Protocol):
         ...
 
     def findings(self, plan: Plan) -> Iterable[Finding]:
-        """Iterate over the runtime's own findings of a plan, beside those that hold for every runtime."""
+        """Iterate over findings of a plan that are particular to the runtime."""
         ...
 
     # while executing

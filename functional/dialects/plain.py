@@ -10,7 +10,7 @@ from .accounting.messages import Messages, crossings
 from .accounting.state import State, whole_state
 from .accounting.training import Training
 from .handover import Handover, Wrapped
-from .stage_checks import one_stage_a_place
+from .stage_checks import one_stage_per_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ class PlainDialect:
     def check_pipeline(
         self, mesh: Mesh, tree: SpecTree, pipeline: Pipeline | None, config: Mapping[str, Any] | None
     ) -> list[Problem]:
-        return one_stage_a_place(mesh, pipeline) if pipeline else []
+        return one_stage_per_place(mesh, pipeline) if pipeline else []
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
         return ()

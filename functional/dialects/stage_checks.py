@@ -1,4 +1,4 @@
-"""How many stages stand at each place along ``pipe``."""
+"""Checks of stages that several runtimes share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ...specs.tree import SpecTree
 
 
-def nothing_trained(mesh: Mesh, tree: SpecTree) -> list[Problem]:
-    """Return the places along ``pipe`` where nothing is trained: an optimizer needs parameters."""
+def untrained_places(mesh: Mesh, tree: SpecTree) -> list[Problem]:
+    """Return a problem for each place along ``pipe`` without trained parameters: an optimizer needs some."""
     trained = {at for spec in tree.values() if spec.kind == "parameter" and spec.requires_grad for at in spec.places(mesh)}
     cause = "it has no trained parameter, and an optimizer needs one"
     return [
@@ -23,8 +23,8 @@ def nothing_trained(mesh: Mesh, tree: SpecTree) -> list[Problem]:
     ]
 
 
-def one_stage_a_place(mesh: Mesh, pipeline: Pipeline) -> list[Problem]:
-    """Return what is wrong with the number of stages, where each place runs one."""
+def one_stage_per_place(mesh: Mesh, pipeline: Pipeline) -> list[Problem]:
+    """Return a problem if there is not exactly one stage for each place along ``pipe``."""
     num_stages = len(pipeline.stages)
     if num_stages == mesh.pipe:
         return []

@@ -1,4 +1,4 @@
-"""What a plan asks of the machine: memory of a device, and links between nodes."""
+"""Demands on the machine: memory of a device, and links between nodes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NUM_PARTS = 3
 
 
 def tensor_across_nodes(plan: Plan, report: Report) -> Iterator[Finding]:
-    """Find that ranks along ``tensor`` stand on different nodes, if it is known how many share one."""
+    """Find that ranks along ``tensor`` stand on different nodes, if ``ranks_per_node`` is known."""
     mesh, here = plan.mesh, report.ranks_per_node
     if here is None or mesh.tensor == 1 or here % mesh.tensor == 0:
         return

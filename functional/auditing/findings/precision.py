@@ -1,4 +1,4 @@
-"""Parameters of full precision where the others have half."""
+"""Parameters of full precision in a model of half precision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from ...dialects import Dialect
 
 HALF_SHARE = 0.5
-"""Of the elements of all floating-point parameters: with so many in one of 16 bits, the model is meant to compute in it."""
+"""Share of the elements of floating-point parameters from which a 16-bit dtype is the dtype that the model computes in."""
 
 
 def full_precision(plan: Plan, dialect: Dialect) -> Iterator[Finding]:
-    """Find float32 and float64 parameters where most elements are bfloat16 or float16; buffers may be what they like.
+    """Find float32 and float64 parameters where most elements are bfloat16 or float16; buffers may have any dtype.
 
-    Of any size: what a small one costs is not its bytes, but that a product with it is float32, and what follows too.
+    Of any size: a small parameter costs few bytes, but its products are float32, and so are all later activations.
     """
     if dialect.training(plan).cast_to is not None:
         return

@@ -1,4 +1,4 @@
-"""Records and helpers from which dialects say what their runtime keeps and sends while it trains."""
+"""Records and helpers for the memory and messages of training, shared by dialects."""
 
 from .local_parameters import LocalParameter, backward_order, local_parameters, total_bytes, total_numel
 from .messages import Messages, crossings, tied_sums

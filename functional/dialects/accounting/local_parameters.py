@@ -1,4 +1,4 @@
-"""What one rank holds of the parameters, in the order in which its module names them."""
+"""A rank's shards of the parameters, in the order in which its module names them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @frozen
 class LocalParameter:
-    """A rank's part of one parameter.
+    """A rank's shard of a parameter.
 
     Args:
         spec: The parameter.
-        numel: Elements of the part.
-        dtype: torch's name of their type while training.
-        has_gradient: Whether a gradient reaches it, as far as it is known.
+        numel: Elements of the shard.
+        dtype: Their dtype while training.
+        has_gradient: Whether a gradient reaches it; taken for true where no micro-batch was followed.
     """
 
     spec: ParamSpec
@@ -34,29 +34,29 @@ class LocalParameter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the part."""
+        """Bytes of the shard."""
         return self.numel * num_bytes(self.dtype)
 
     @property
     def is_trained(self) -> bool:
-        """Whether an optimizer works on it."""
+        """Whether an optimizer updates it."""
         return self.spec.requires_grad
 
 
-def local_parameters(plan: Plan, coordinate: Coordinate, dtype: str | None = None) -> list[LocalParameter]:
-    """Return a rank's parameters.
+def local_parameters(plan: Plan, coordinate: Coordinate, cast_to: str | None = None) -> list[LocalParameter]:
+    """Return a rank's shards of the parameters.
 
     Args:
         plan: The plan.
-        coordinate: Where the rank stands.
-        dtype: What the runtime casts floating-point parameters to; None if it leaves them.
+        coordinate: The rank's.
+        cast_to: Dtype to which the runtime casts floating-point parameters; None if they are left as they are.
     """
     unreached = set(plan.microbatch.without_gradient) if plan.microbatch else set[str]()
     return [
         LocalParameter(
             spec,
             prod(spec.local_shape(coordinate)),
-            dtype if dtype and spec.dtype in _CAST else spec.dtype,
+            cast_to if cast_to and spec.dtype in _CAST else spec.dtype,
             has_gradient=spec.requires_grad and spec.path not in unreached,
         )
         for spec in plan.tree.values()
@@ -65,7 +65,7 @@ def local_parameters(plan: Plan, coordinate: Coordinate, dtype: str | None = Non
 
 
 def backward_order(parameters: Iterable[LocalParameter]) -> list[LocalParameter]:
-    """Return parameters in the order in which their gradients come: the last module's first.
+    """Return parameters in the order of the backward pass: modules reversed, parameters within a module as they are.
 
     >>> from shardplan.specs import ParamSpec
     >>> names = ["a.weight", "b.weight", "b.bias"]
@@ -80,12 +80,12 @@ def backward_order(parameters: Iterable[LocalParameter]) -> list[LocalParameter]
 
 
 def total_bytes(parameters: Iterable[LocalParameter]) -> int:
-    """Return the bytes of all of them."""
+    """Return the bytes of all shards."""
     return sum(parameter.num_bytes for parameter in parameters)
 
 
 def total_numel(parameters: Iterable[LocalParameter]) -> int:
-    """Return the elements of all of them."""
+    """Return the elements of all shards."""
     return sum(parameter.numel for parameter in parameters)
 
 

@@ -27,10 +27,9 @@ class Messages:
         mesh_axis: Mesh axis along which they go.
         cargo: ``gradients``, ``parameters`` or ``boundary``.
         op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast`` or ``send``.
-        num_calls: Messages; one for each tensor or buffer where the runtime cuts them by the order of its hooks.
-        num_bytes: Bytes of the tensors, all messages together: of an all-reduce the tensor, of a gather or a reduce-scatter
-            the whole.
-        to: Of messages from rank to rank the place along the mesh axis that they go to; None for a collective.
+        num_calls: Number of messages; a message for each tensor or buffer where the runtime cuts them by its order of hooks.
+        num_bytes: Bytes of all messages together; of an all-gather or a reduce-scatter the bytes of whole tensors.
+        to: Receiver of messages from rank to rank, by its place along the mesh axis; None for a collective.
     """
 
     mesh_axis: MeshAxis
@@ -51,8 +50,8 @@ def crossings(
 ) -> Iterator[Messages]:
     """Iterate over the messages between stages: activations to the next stage, gradients to the stage before.
 
-    Sizes are those of the example inputs. Messages are told apart by the place along ``pipe`` that they go to. Where each
-    place has several stages the last place sends to the first, and back.
+    Sizes are of the example inputs. Messages to different places along ``pipe`` are counted apart. Where each place has
+    several stages, the last place sends to the first, and back.
 
     Args:
         plan: The plan.
@@ -80,13 +79,13 @@ def with_gradient(tensors: Sequence[Activation]) -> list[Activation]:
 def tied_sums(
     plan: Plan, coordinate: Coordinate, *, cast_to: str | None = None, item_bytes: int | None = None
 ) -> Iterator[Messages]:
-    """Iterate over the sums of gradients of tensors that several stages hold, one message each in a step.
+    """Iterate over the sums of gradients of tensors that several stages hold: a message for each tensor in a step.
 
     Args:
         plan: The plan.
         coordinate: The rank's.
-        cast_to: Dtype to which the runtime casts floating-point parameters; None if it leaves them.
-        item_bytes: Bytes of an element of a gradient; None if they are those of the parameter.
+        cast_to: Dtype to which the runtime casts floating-point parameters; None if they are left as they are.
+        item_bytes: Bytes of an element of a gradient; None for the bytes of an element of the parameter.
     """
     paths = {step.path for step in plan.steps if isinstance(step, SumTied) and coordinate.pipe in step.between}
     held = [parameter for parameter in local_parameters(plan, coordinate, cast_to) if parameter.spec.path in paths]

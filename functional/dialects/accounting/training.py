@@ -1,4 +1,4 @@
-"""Facts about a whole training step, the same on all ranks."""
+"""Facts about training that are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Training:
     """How a runtime trains, by a plan's configuration.
 
     Args:
-        num_microbatches: Micro-batches of one step on one rank.
-        optimizer: The optimizer that the configuration names; None if it names none, or one whose states are not known.
+        num_microbatches: Micro-batches of a step on a rank.
+        optimizer: The optimizer that the configuration names; None without a name, or if its states are not known.
         cast_to: Dtype to which floating-point parameters are cast; None if they are left as they are.
-        without_gradient: What becomes of a trained parameter that no gradient reaches.
+        without_gradient: How the runtime treats a trained parameter that no gradient reaches.
         uneven_state: Why ranks that hold the same tensors keep different state; empty if they keep the same.
         own_copies: Why values written into the model after it was wrapped are lost; empty if they are used.
     """

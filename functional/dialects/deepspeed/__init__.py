@@ -1,1 +1,1 @@
-"""DeepSpeed: what it takes, how it wraps a module, and what it keeps and sends while it trains."""
+"""DeepSpeed: its checks, memory, messages, and the wrapping of modules."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ....specs.plan import Plan
 
 _PLACEHOLDER_BYTES = 4
-"""Bytes that stay of an output whose part is kept: one float32."""
+"""Bytes of the float32 that takes the place of an output while only its part is kept."""
 
 _SENT_AS = {"bool": "uint8", "float16": "int16", "bfloat16": "int16", "float32": "int32", "float64": "int64"}
 """Dtypes that tensors without a gradient are sent as: integers of as many bytes (``wrap.py``)."""
@@ -50,7 +50,8 @@ def boundary_messages(plan: Plan, coordinate: Coordinate) -> Iterator[Messages]:
 def in_flight(plan: Plan, stage: int) -> int:
     """Return the largest number of micro-batches whose activations a stage keeps at one time; 1 without a pipeline.
 
-    One for each stage from it to the last (``num_pipe_buffers`` in runtime/pipe/schedule.py).
+    As many as there are stages from it to the last, if there are so many micro-batches (``num_pipe_buffers`` in
+    runtime/pipe/schedule.py).
     """
     return min(num_microbatches(plan), len(plan.stages) - stage) if plan.pipeline else 1
 
@@ -72,15 +73,15 @@ def boundary_bytes(plan: Plan, coordinate: Coordinate) -> int:
         return total + min(2, num) * _total(outputs)
     if not _is_partitioned(plan):
         return total + kept * _total(outputs)
-    # one output is whole at a time, for its backward pass
+    # a single output is whole at a time, for its backward pass
     return total + kept * sum(_sizes(plan, coordinate, outputs)) + outputs[0].num_bytes + (kept - 1) * _PLACEHOLDER_BYTES
 
 
 def _receive_bytes(plan: Plan, coordinate: Coordinate, inputs: Sequence[Activation], outputs: Sequence[Activation]) -> int:
-    """Return the bytes of receive buffers: one for each place in a message and each dtype, activations and gradients alike.
+    """Return the bytes of receive buffers: a buffer for each place in a message and each dtype.
 
-    ``mend_buffers`` in ``wrap.py``. Where shapes never change, the buffer for activations is kept although a larger one for
-    gradients takes its place.
+    Activations and gradients share buffers (``_mend_buffers`` in ``wrap.py``). Where shapes never change, the buffer for
+    activations is kept although a larger buffer for gradients takes its place.
     """
     assert plan.pipeline is not None, "the caller has looked"
     first = _places(plan, coordinate, inputs)

@@ -67,7 +67,7 @@ class Zero:
         is_contiguous: Whether gradients are copied into the bucket as they come.
         scatters: Whether ZeRO 3 reduces and scatters; it reduces whole gradients otherwise.
         keeps_half_gradients: Whether ``BF16_Optimizer`` keeps gradients after it has accumulated them.
-        sub_group_numel: ZeRO 3: elements of one tensor that the optimizer works on.
+        sub_group_numel: ZeRO 3: elements after which the optimizer begins another tensor.
         persistent_numel: ZeRO 3: parameters of at most so many elements stay whole.
         most_persistent_numel: ZeRO 3: elements of all that stay whole.
         reuse_numel: ZeRO 3: a parameter is not released if so few elements are used before it is used again.
@@ -119,7 +119,7 @@ class Zero:
 
 
 def num_microbatches(plan: Plan) -> int:
-    """Return the micro-batches of one training step on one rank.
+    """Return the micro-batches of a training step on a rank.
 
     DeepSpeed derives the sizes that its configuration leaves out (``_set_batch_related_parameters`` in runtime/config.py).
 
@@ -135,7 +135,7 @@ def num_microbatches(plan: Plan) -> int:
 
 
 def optimizer_of(plan: Plan) -> Optimizer | None:
-    """Return the optimizer that DeepSpeed makes; None if the configuration names none, or one whose states are not known.
+    """Return the optimizer that DeepSpeed makes; None without a name in the configuration, or if its states are not known.
 
     ``adam`` and ``adamw`` may be written in any case (runtime/config.py). DeepSpeed's own FusedAdam
     (ops/adam/fused_adam.py), which a configuration gets unless it says ``torch_adam``, counts its steps in Python.
@@ -190,7 +190,7 @@ def _wrapper(stage: int, half: str | None, accumulate: str, *, is_cut: bool) -> 
 
 
 def _either(zero: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return an option of ZeRO 3, which has a short name and one that begins with ``stage3_``."""
+    """Return an option of ZeRO 3 by its short name or its name with the prefix ``stage3_``."""
     return zero.get(f"stage3_{name}", zero.get(name, default))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ....specs.errors import Problem
 from ....specs.mesh import Mesh, MeshAxis
 from ..accounting.training import Training
-from ..stage_checks import nothing_trained, one_stage_a_place
+from ..stage_checks import one_stage_per_place, untrained_places
 from .boundaries import in_flight
 from .checks import another_version, check_boundaries, check_config, check_layout, not_installed
 from .config import Zero, num_microbatches, optimizer_of, wrong_numbers
@@ -51,8 +51,8 @@ class DeepSpeedDialect:
         if pipeline is None:
             return []
         return [
-            *one_stage_a_place(mesh, pipeline),
-            *nothing_trained(mesh, tree),
+            *one_stage_per_place(mesh, pipeline),
+            *untrained_places(mesh, tree),
             *check_boundaries(mesh, pipeline, config or {}),
         ]
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def deepspeed_state(plan: Plan, coordinate: Coordinate, alike: range | None) -> State:
-    """Return the bytes that DeepSpeed keeps on one rank, or the most on the ranks at the places ``alike`` along ``data``.
+    """Return the bytes that DeepSpeed keeps on a rank, or on the fullest rank at the places ``alike`` along ``data``.
 
-    ZeRO 2 keeps whole gradients of all parameters that a rank's partition meets, more on one rank than on another.
+    ZeRO 2 keeps whole gradients of all parameters that a rank's partition meets, which differ from rank to rank.
     Optimizer states and parameters that go to the host or to a disk (``offload_optimizer``, ``offload_param``) are counted
     as if they stayed on the device.
 
@@ -116,7 +116,7 @@ def _zero_gradient_bytes(zero: Zero, places: range, trained: Sequence[LocalParam
     """ZeRO 1: whole gradients until the step. ZeRO 2: whole gradients of all parameters that the rank's partition meets.
 
     ``copy_grads_in_partition`` and ``get_flat_partition`` in runtime/zero/stage_1_and_2.py; where gradients are accumulated
-    in float32 and parameters are not, ``_build_compact_grad_partition_buffer`` keeps those of the partition alone.
+    in float32 and parameters are not, ``_build_compact_grad_partition_buffer`` keeps gradients of the partition alone.
     """
     dtype = trained[0].dtype
     if zero.stage == 1:

@@ -61,7 +61,7 @@ def closed_after(numels: Iterable[int], limit: int) -> Iterator[list[int]]:
 
 
 def closed_before(numels: Iterable[int], limit: int) -> Iterator[list[int]]:
-    """Iterate over buckets that are sent before they would hold more than ``limit`` elements; a larger one is alone.
+    """Iterate over buckets that are sent before they would hold more than ``limit`` elements; larger gradients alone.
 
     ``reduce_independent_p_g_buckets_and_remove_grads`` in runtime/zero/stage_1_and_2.py and stage3.py.
 

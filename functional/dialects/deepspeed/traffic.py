@@ -86,7 +86,7 @@ def _scattered(plan: Plan, zero: Zero, trained: Sequence[LocalParameter]) -> Ite
 
 
 def _gathered(plan: Plan, zero: Zero, parameters: Sequence[LocalParameter]) -> Iterator[Messages]:
-    """ZeRO 3 gathers persistent parameters after the step, all others in the passes of each micro-batch."""
+    """ZeRO 3 gathers persistent parameters after the step, other parameters in the passes of each micro-batch."""
     num_ranks = plan.mesh.data
     kept = persistent(zero, parameters)
     rest = {p.spec.path: p for p in parameters if p not in kept}

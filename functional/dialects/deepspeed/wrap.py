@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....specs.json_values import thawed
 from ....specs.mesh import Mesh, MeshAxis
 from ...pipeline.stage_module import facts_of
-from ..handover import Handover, Wrapped, counted_parts
+from ..handover import Handover, Wrapped, norm_shares
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,8 +34,8 @@ def wrap(handover: Handover) -> Wrapped:
     if handover.device.type == "cpu":
         # else a C++ build of a minute for an all-reduce in shared memory; gloo does it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for parameter, counted in counted_parts(module, plan, plan.mesh.coordinate(dist.get_rank())):
-        if counted.is_split and counted.parts is None:
+    for parameter, share in norm_shares(module, plan, plan.mesh.coordinate(dist.get_rank())):
+        if share.is_split and share.parts is None:
             # read by DeepSpeed's is_model_parallel_parameter, so that the gradient norm counts every part once:
             # without it a parameter counts on the first rank along 'tensor' alone, which holds no second copy
             parameter.model_parallel = True
@@ -90,9 +90,9 @@ def _to_pipeline_module(handover: Handover, topology: Any) -> Any:
 def _mend_buffers(engine: Any) -> None:
     """Let a pipeline engine receive into buffers of the right dtype.
 
-    DeepSpeed 0.19 keeps one buffer for each place in a message, for activations and gradients alike, and looks at its
-    length alone when it uses it again: with integers among the activations, gradients are received as integers, or the
-    process is aborted.
+    DeepSpeed 0.19 keeps a buffer for each place in a message, shared by activations and gradients, and checks its length
+    alone before it uses it again: with integers among the activations, gradients are received as integers, or the process
+    is aborted.
     """
     kept: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -157,7 +157,7 @@ def from_topology(topology: Any) -> Mesh:
     """Return the mesh of a DeepSpeed topology.
 
     Raises:
-        ValueError: If its axes are not pipe, data and model, in this order: its ranks would be others.
+        ValueError: If its axes are not pipe, data and model, in this order, by which a mesh numbers its ranks.
     """
     axes = list(topology.get_axis_names())
     if axes != ["pipe", "data", "model"]:

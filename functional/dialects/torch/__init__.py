@@ -1,1 +1,1 @@
-"""torch alone: DDP and its pipeline schedules, and what they keep and send."""
+"""torch alone: DDP and torch's pipeline schedules, their checks, memory and messages."""

@@ -70,7 +70,7 @@ def _averaged(plan: Plan, coordinate: Coordinate) -> list[LocalParameter]:
 
 
 def _num_buckets(parameters: list[LocalParameter]) -> int:
-    """Count DDP's buckets: one is closed once it is full (``compute_bucket_assignment_by_size`` in reducer.cpp)."""
+    """Count DDP's buckets: a bucket is closed once it is full (``compute_bucket_assignment_by_size`` in reducer.cpp)."""
     closed, open_bytes = 0, dict.fromkeys((p.dtype for p in parameters), 0)
     limits = dict.fromkeys(open_bytes, _FIRST_BUCKET)
     for parameter in reversed(parameters):
@@ -128,7 +128,7 @@ def _moments(plan: Plan, place: int) -> Iterator[Counter[int]]:
 
 
 def _interleaved(num_local: int, pipe: int, num: int, place: int) -> Iterator[Counter[int]]:
-    """A place runs a round of micro-batches forward through one of its stages, then through its next one; backward likewise.
+    """A place runs a round of micro-batches forward through a stage, then through its next stage; backward likewise.
 
     After the warm-up each forward pass is followed by a backward pass (``ScheduleInterleaved1F1B`` in
     torch/distributed/pipelining/schedules.py, after Narayanan et al. 2021, section 2.2).

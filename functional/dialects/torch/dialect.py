@@ -10,7 +10,7 @@ from attrs import evolve
 from ....specs.errors import Problem
 from ....specs.mesh import SPLIT_AXES
 from ..accounting.training import Training, named_optimizer
-from ..stage_checks import nothing_trained, one_stage_a_place
+from ..stage_checks import one_stage_per_place, untrained_places
 from .accounting import in_flight, num_microbatches, torch_messages, torch_state
 from .optimizer import check_optimizer
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..handover import Handover, Wrapped
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b"]
-"""torch's pipeline schedules: all forwards first, one forward one backward, the same with several stages a place."""
+"""torch's pipeline schedules: GPipe, 1F1B, and 1F1B with several stages at each place."""
 
 _EXAMPLE = 'config={"schedule": "1f1b", "num_microbatches": 8}'
 _OPTIONS = ("schedule", "num_microbatches", "optimizer")
@@ -67,7 +67,7 @@ class TorchDialect:
             return [Problem(f"config.{name}", cause, "Leave it out") for name in asked]
         if config is None:
             return [Problem("config", "torch's pipelining needs the number of micro-batches", _EXAMPLE)]
-        return [*nothing_trained(mesh, tree), *_wrong_schedule(mesh, tree, pipeline, config)]
+        return [*untrained_places(mesh, tree), *_wrong_schedule(mesh, tree, pipeline, config)]
 
     def groups(self, mesh: Mesh) -> tuple[tuple[MeshAxis, ...], ...]:
         return tuple((mesh_axis,) for mesh_axis in ("pipe", *SPLIT_AXES) if mesh.num(mesh_axis) > 1)
@@ -131,7 +131,7 @@ def _wrong_schedule(mesh: Mesh, tree: SpecTree, pipeline: Pipeline, config: Mapp
         yield Problem("config.num_microbatches", cause, f'Write {num_stages} or more, or "schedule": "gpipe"')
     yield from _unknown_sizes(pipeline)
     if schedule != "interleaved_1f1b":
-        yield from one_stage_a_place(mesh, pipeline)
+        yield from one_stage_per_place(mesh, pipeline)
         return
     if num_stages % mesh.pipe or num_stages == mesh.pipe:
         cause = (

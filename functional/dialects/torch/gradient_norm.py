@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from ..handover import counted_parts
+from ..handover import norm_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..handover import Counted, Handover
+    from ..handover import Handover, NormShare
 
 
 @frozen
@@ -22,7 +22,7 @@ class GradientNorm:
     """Count every element of the model's gradient once, whichever rank holds it.
 
     Args:
-        counted: The parameters of this rank, each once, with the parts of their gradients that count here: of split
+        shares: The parameters of this rank, each once, with the parts of their gradients that count here: of split
             parameters the rank's own parts, on the first holder where several ranks hold a part; whole parameters count on
             the first rank along ``tensor``; parameters that several stages hold count on the stage that owns them.
         trained: All trained parameters of this rank.
@@ -31,7 +31,7 @@ class GradientNorm:
         device: Where the gradients are.
     """
 
-    counted: Sequence[tuple[Any, Counted]]
+    shares: Sequence[tuple[Any, NormShare]]
     trained: Sequence[Any]
     groups: Sequence[Any]
     experts: Any
@@ -43,9 +43,9 @@ class GradientNorm:
         mesh, rank = handover.plan.mesh, dist.get_rank() if dist.is_initialized() else 0
         copies = {id(parameter) for parameter, is_owner, _ in handover.tied if not is_owner}
         found = {
-            id(parameter): (parameter, counted)
+            id(parameter): (parameter, share)
             for module in handover.modules
-            for parameter, counted in counted_parts(module, handover.plan, mesh.coordinate(rank))
+            for parameter, share in norm_shares(module, handover.plan, mesh.coordinate(rank))
         }
         groups = [handover.groups[mesh_axis,] for mesh_axis in ("tensor", "pipe") if mesh.num(mesh_axis) > 1]
         return cls(
@@ -80,14 +80,14 @@ class GradientNorm:
         """Return the sum of the squares that count on this rank: of split experts, or of all other parameters."""
         squares = [
             torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
-            for parameter, counted in self.counted
-            if counted.is_expert == of_experts and parameter.grad is not None
-            for gradient in _parts(parameter.grad, counted)
+            for parameter, share in self.shares
+            if share.is_expert == of_experts and parameter.grad is not None
+            for gradient in _parts(parameter.grad, share)
         ]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
 
 
-def _parts(gradient: Tensor, counted: Counted) -> list[Tensor]:
-    if counted.parts is None:
+def _parts(gradient: Tensor, share: NormShare) -> list[Tensor]:
+    if share.parts is None:
         return [gradient]
-    return [gradient.narrow(counted.axis, start, stop - start) for start, stop in counted.parts]
+    return [gradient.narrow(share.axis, start, stop - start) for start, stop in share.parts]

@@ -45,7 +45,7 @@ def wrap(handover: Handover) -> Wrapped:
 
 
 def _make_optimizer(handover: Handover) -> Any:
-    """Return the caller's optimizer, or the one that the plan's configuration names; None if there is neither."""
+    """Return the caller's optimizer, or the optimizer that the plan's configuration names, if any."""
     section = (handover.plan.config or {}).get("optimizer")
     if handover.optimizer is not None or section is None:
         return handover.optimizer
@@ -187,7 +187,7 @@ class TorchPipeline:
         return self._schedules[sizes]
 
     def _sizes(self, inputs: Sequence[Tensor], target: Tensor | None) -> tuple[int, ...]:
-        """Return the variable sizes of one micro-batch, on every rank; raise on every rank if a batch is wrong on any."""
+        """Return the variable sizes of a micro-batch, on every rank; raise on every rank if a batch is wrong on any."""
         message = torch.zeros(1 + len(self._pipeline.sizes), dtype=torch.int64)
         error: Exception | None = None
         try:
@@ -208,7 +208,7 @@ class TorchPipeline:
         return tuple(sizes)
 
     def _microbatch(self, inputs: Sequence[Tensor]) -> list[int]:
-        """Return the variable sizes of one micro-batch."""
+        """Return the variable sizes of a micro-batch."""
         planned = self._pipeline.stages[0].inputs
         rows = {name: self._num_rows(name, tensor) for name, tensor in zip(map(str, planned), inputs, strict=False)}
         parts = tuple(tensor[:num] for tensor, num in zip(inputs, rows.values(), strict=False))
@@ -223,7 +223,7 @@ class TorchPipeline:
         return list(sizes.values())
 
     def _num_rows(self, name: str, tensor: Tensor) -> int:
-        """Return the rows of one micro-batch."""
+        """Return the rows of a micro-batch."""
         num_rows, rest = divmod(tensor.shape[0] if tensor.dim() else 0, self._num_microbatches)
         if rest or not num_rows:
             rows = num_rows * self._num_microbatches + rest
