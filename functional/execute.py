@@ -29,9 +29,9 @@ from .dialects import find_dialect
 from .interpreter.interpret import interpret
 from .interpreter.torch_effects import TorchEffects
 from .interpreter.world import own_coordinate
-from .model.callables import find
-from .model.compare import differences
+from .model.callables import find_callable
 from .model.copy import copy_module, on_meta
+from .model.read import differences
 from .pipeline.build_stages import planned_partition
 from .planning.dtensor_steps import as_dtensors
 
@@ -258,7 +258,7 @@ def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:
 def _missing_callables(plan: Plan) -> Iterator[Problem]:
     for name in plan.callables:
         try:
-            find(name, plan.runtime.callables)
+            find_callable(name, plan.runtime.callables)
         except PlanError as error:
             yield from error.problems
 

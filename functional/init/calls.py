@@ -1,4 +1,4 @@
-"""The calls of init code that a model has, in the order in which its libraries would make them, and how one is made."""
+"""List the calls of init code that a model has, in the order in which its libraries would make them, and run a call."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ...specs.paths import join, module_of
 from ...specs.source import Call, ModuleCall, TensorCall
-from ..model.callables import find
+from ..model.callables import find_callable
 from ..model.copy import get_tensor
 from ..model.read import named_tensors
 
 Owner = Literal["user", "transformers", "reset"]
-"""Whose init code it is."""
+"""Owner of a piece of init code; ``reset`` stands for the module's own ``reset_parameters``."""
 
-OWNERS: tuple[Owner, ...] = ("user", "transformers", "reset")  # first come, first served
+OWNERS: tuple[Owner, ...] = ("user", "transformers", "reset")
+"""Owners by precedence: the code of a later owner only counts for tensors that earlier owners leave unwritten."""
 
 
 def run_call(model: nn.Module, call: Call, callables: Mapping[str, Any]) -> None:
-    """Run one piece of init code on a model whose tensors it touches are there."""
+    """Run a piece of init code on a model; the tensors that it touches must be allocated."""
     match call:
         case ModuleCall(kind="init_weights", module=path, code=code):
-            function = find(code, callables)
+            function = find_callable(code, callables)
             module = model.get_submodule(path)
             function(module, path) if takes_path(function) else function(module)
         case ModuleCall(kind="_init_weights", module=path, owner=owner):
             code: Any = model.get_submodule(owner)
-            code._init_weights(model.get_submodule(path))  # noqa: SLF001  transformers' name for it
+            code._init_weights(model.get_submodule(path))  # noqa: SLF001  transformers' hook for init code
         case ModuleCall(kind=kind, module=path):
             getattr(model.get_submodule(path), kind)()
         case TensorCall(path=path, function=name):
-            find(name, callables)(get_tensor(model, path))
+            find_callable(name, callables)(get_tensor(model, path))
 
 
 def takes_path(function: Callable[..., Any]) -> bool:
@@ -56,7 +58,7 @@ def wrong_signature(function: Callable[..., Any]) -> str:
         inspect.signature(function).bind(*arguments)
     except TypeError:
         return str(inspect.signature(function))
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         pass
     return ""
 
@@ -71,7 +73,7 @@ def _positional(function: Callable[..., Any]) -> list[str]:
 
 def calls_of(model: nn.Module, owner: Owner, init_weights: str | None) -> Iterator[ModuleCall]:
     """Iterate over the calls of one owner's init code, each module once, children before parents."""
-    holding = {path.rpartition(".")[0] for path, _, _ in named_tensors(model)}
+    holding = {module_of(path) for path, _, _ in named_tensors(model)}
     for path, module, pretrained in _children_first(model):
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -93,7 +95,7 @@ def calls_of(model: nn.Module, owner: Owner, init_weights: str | None) -> Iterat
 def _children_first(
     module: nn.Module, path: str = "", pretrained: str | None = None, seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """Iterate over modules, each once, children before parents, with the path of the nearest Hugging Face model around."""
+    """Iterate over modules, each once, children before parents, with the path of the enclosing Hugging Face model."""
     seen = set() if seen is None else seen
     seen.add(id(module))
     if any(
@@ -102,7 +104,7 @@ def _children_first(
         pretrained = path
     for name, child in module.named_children():
         if id(child) not in seen:
-            yield from _children_first(child, f"{path}.{name}".lstrip("."), pretrained, seen)
+            yield from _children_first(child, join(path, name), pretrained, seen)
     yield path, module, pretrained
 
 

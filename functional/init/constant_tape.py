@@ -1,4 +1,4 @@
-"""The operators that compute tensors on the side, recorded so that they can be computed again."""
+"""Record the operators that compute constant tensors in init code, so that every rank can compute them again."""
 
 from __future__ import annotations
 
@@ -15,28 +15,39 @@ from torch.utils._pytree import tree_leaves
 from ...specs.dtypes import human_bytes
 from ...specs.json_values import to_argument, to_plain
 from ...specs.program import Constant, Node
+from ..model.read import storage_id, view_id
 from .constants import compute
 from .operators import NotPointwiseError, operator_name
 
 MAX_CONSTANT_BYTES = 32 * 2**20
-"""Most bytes that computing one constant may take; each rank does it by itself."""
+"""Most bytes that computing a constant may take; each rank computes it by itself."""
 
 _MAX_NODES = 256
-_MAX_STORED = 1024  # elements whose values the plan has
-_MAX_WRITTEN = 4096  # elements of a tensor that is written down in the code
-_PLACES = frozenset({"device", "layout", "pin_memory", "generator"})
+_MAX_STORED = 1024  # elements of a constant whose values the plan holds
+_MAX_LITERAL = 4096  # elements of a tensor literal in the code
+_PLACEMENT = frozenset({"device", "layout", "pin_memory", "generator"})
 
-Identity = tuple[object, ...]
-"""What a tensor is made of: storage, offset, shape, stride, dtype. Code may exchange it: ``x.data = y``."""
+View = tuple[object, ...]
+"""Identity of a tensor's storage, with offset, shape, stride and dtype. Code may exchange it: ``x.data = y``."""
 
 
-def identity(tensor: Tensor) -> Identity:
-    """Return what a tensor is made of now."""
-    return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+def _view(tensor: Tensor) -> View:
+    return *view_id(tensor), tensor.dtype
 
 
 @frozen
 class _Entry:
+    """A recorded operator.
+
+    Args:
+        number: Its place on the tape.
+        node: The operator as the plan writes it.
+        needs: Numbers of the entries whose results are its arguments.
+        inputs: Storages that it reads.
+        writes: Storages that it writes in place.
+        num_bytes: Bytes of the storages that it makes.
+    """
+
     number: int
     node: Node
     needs: frozenset[int]
@@ -46,12 +57,18 @@ class _Entry:
 
 
 @define
-class Tape:
-    """What has been recorded. Storages are kept, so that the identity of none is used again."""
+class ConstantTape:
+    """The operators recorded so far.
+
+    Args:
+        entries: The operators, in order.
+        results: For each tensor the entry that returned it, and the item of its result, None if that is a single tensor.
+        alive: Storages, kept so that their identities are not reused.
+    """
 
     entries: list[_Entry] = Factory(list)
-    places: dict[Identity, tuple[int, int | None]] = Factory(dict)
-    kept: list[object] = Factory(list)
+    results: dict[View, tuple[int, int | None]] = Factory(dict)
+    alive: list[object] = Factory(list)
 
     def record(
         self,
@@ -63,54 +80,54 @@ class Tape:
         *,
         shape_only: bool = False,
     ) -> bool:
-        """Note an operator; return False if it cannot be computed again.
+        """Record an operator; return False if it cannot be computed again.
 
         Args:
             func: The operator.
-            args: Its arguments; tensors are those of earlier entries, or a few numbers that the code has written down.
+            args: Its arguments; tensors among them are results of earlier entries, or small literals in the code.
             kwargs: Its keyword arguments.
-            result: What it gave.
+            result: Its result.
             writes: Storages that it wrote in place.
-            shape_only: Whether it takes its first argument for shape and dtype alone.
+            shape_only: Whether it uses only the shape and dtype of its first argument.
         """
-        schema = func._schema  # noqa: SLF001  torch says it nowhere else
+        schema = func._schema  # noqa: SLF001  torch has no public name for it
         if not schema.name.startswith("aten::") or not all(isinstance(out, Tensor) for out in tree_leaves(result)):
             return False
         outputs: list[Tensor] = tree_leaves(result)
-        given = {name: value for name, value in kwargs.items() if name not in _PLACES}
+        given = {name: value for name, value in kwargs.items() if name not in _PLACEMENT}
         inputs = [leaf for leaf in tree_leaves((args[shape_only:], kwargs)) if isinstance(leaf, Tensor)]
         if not inputs and outputs and any(a.name == "dtype" for a in schema.arguments):
             given["dtype"] = outputs[0].dtype  # else it would follow torch's default dtype
-        is_written_down = schema.name in ("aten::lift_fresh", "aten::lift_fresh_copy")  # torch.tensor([1, 2])
+        is_literal = schema.name in ("aten::lift_fresh", "aten::lift_fresh_copy")  # torch.tensor([1, 2])
         needs: set[int] = set()
         try:
             first = [self._empty(args[0], needs)] if shape_only else []
-            written = [self._encode(value, needs, is_written_down=is_written_down) for value in args[shape_only:]]
+            encoded = [self._encode(value, needs, is_literal=is_literal) for value in args[shape_only:]]
             named = {name: self._encode(value, needs) for name, value in given.items()}
         except NotPointwiseError:
             return False
-        node = Node(".".join(filter(None, operator_name(func))), (*first, *written), named)
-        read = frozenset(_storage(tensor) for tensor in inputs if isinstance(tensor, FakeTensor))
-        fresh = {_storage(out): out.untyped_storage().nbytes() for out in outputs if _storage(out) not in read}
+        node = Node(".".join(filter(None, operator_name(func))), (*first, *encoded), named)
+        read = frozenset(storage_id(tensor) for tensor in inputs if isinstance(tensor, FakeTensor))
+        fresh = {storage_id(out): out.untyped_storage().nbytes() for out in outputs if storage_id(out) not in read}
         number = self._add(node, frozenset(needs), read, writes, sum(fresh.values()))
         for item, output in enumerate(outputs):
-            self.kept.append(output.untyped_storage())
-            # an operator in place gives back the tensor that it was given
-            if not writes or identity(output) not in self.places:
-                self.places[identity(output)] = number, None if isinstance(result, Tensor) else item
+            self.alive.append(output.untyped_storage())
+            # an in-place operator returns its argument, which an earlier entry has made
+            if not writes or _view(output) not in self.results:
+                self.results[_view(output)] = number, None if isinstance(result, Tensor) else item
         return True
 
     def constant(self, tensor: Tensor) -> Constant:
-        """Return what makes a tensor, as it is now.
+        """Return the constant that a tensor is now: the operators that compute it, and its values if they are few.
 
         Raises:
-            NotPointwiseError: If something in it was not recorded, or it takes too much memory or too many operators.
+            NotPointwiseError: If a tensor in it was not recorded, or it takes too much memory or too many operators.
         """
-        if identity(tensor) not in self.places:
+        if _view(tensor) not in self.results:
             msg = "it is not computed from constants alone"
             raise NotPointwiseError(msg)
-        number, item = self.places[identity(tensor)]
-        needed, storages = {number}, {_storage(tensor)}
+        number, item = self.results[_view(tensor)]
+        needed, storages = {number}, {storage_id(tensor)}
         chosen: list[_Entry] = []
         for entry in reversed(self.entries):
             if entry.number in needed or storages & entry.writes:
@@ -126,7 +143,7 @@ class Tape:
             raise NotPointwiseError(msg)
         numbers = {entry.number: place for place, entry in enumerate(chosen)}
         nodes = [Node(e.node.op, _renumber(e.node.args, numbers), _renumber(e.node.kwargs, numbers)) for e in chosen]
-        if numbers[number] != len(nodes) - 1 or item is not None:  # something was written in place after it was made
+        if numbers[number] != len(nodes) - 1 or item is not None:  # it was written in place after it was made
             nodes.append(Node("alias", (_reference(numbers[number], item),)))
         shape, dtype = tuple(tensor.shape), _name(tensor.dtype)
         return _checked(Constant(shape, dtype, nodes, default_dtype=_name(torch.get_default_dtype())))
@@ -136,19 +153,19 @@ class Tape:
         return len(self.entries) - 1
 
     def _empty(self, like: Tensor, needs: set[int]) -> dict[str, int]:
-        """Note a tensor of which only shape and dtype are used, as an empty one."""
+        """Record an empty tensor in place of a tensor of which only shape and dtype are used."""
         node = Node("empty.memory_format", (tuple(like.shape),), {"dtype": {"dtype": _name(like.dtype)}})
         number = self._add(node, frozenset(), frozenset(), frozenset(), like.nbytes)
         needs.add(number)
         return _reference(number, None)
 
-    def _encode(self, value: Any, needs: set[int], *, is_written_down: bool = False) -> Any:
+    def _encode(self, value: Any, needs: set[int], *, is_literal: bool = False) -> Any:
         match value:
-            case FakeTensor() if identity(value) in self.places:
-                number, item = self.places[identity(value)]
+            case FakeTensor() if _view(value) in self.results:
+                number, item = self.results[_view(value)]
                 needs.add(number)
                 return _reference(number, item)
-            case Tensor() if is_written_down and not isinstance(value, FakeTensor) and value.numel() <= _MAX_WRITTEN:
+            case Tensor() if is_literal and not isinstance(value, FakeTensor) and value.numel() <= _MAX_LITERAL:
                 return {"tensor": _values(value), "shape": list(value.shape), "dtype": _name(value.dtype)}
             case torch.dtype() | torch.memory_format():
                 return {type(value).__name__: _name(value)}
@@ -164,7 +181,7 @@ class Tape:
 
 
 def _checked(constant: Constant) -> Constant:
-    """Compute a constant once, to know that it can be; keep its values if they are few."""
+    """Compute a constant once, to check that it can be computed; keep its values if they are few."""
     try:
         with _disable_current_modes():
             computed = compute(constant)
@@ -183,7 +200,7 @@ def _checked(constant: Constant) -> Constant:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  what is not itself is no number
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124  NaN
 
 
 def _values(tensor: Tensor) -> list[Any]:
@@ -210,9 +227,5 @@ def _renumber(value: Any, numbers: Mapping[int, int]) -> Any:
             return value
 
 
-def _name(what: object) -> str:
-    return str(what).removeprefix("torch.")
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001  the only identity of a fake storage
+def _name(torch_constant: object) -> str:
+    return str(torch_constant).removeprefix("torch.")

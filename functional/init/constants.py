@@ -1,4 +1,4 @@
-"""Constants that init code computes on the side: computed again, from the operators that were recorded."""
+"""Compute the constants of init programs from their recorded operators."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ...specs.program import Constant
 
 
 def compute(constant: Constant, *, blank: int = 0) -> Tensor:
-    """Return a constant as a CPU tensor: the values that the plan has, else what its operators give.
+    """Return a constant as a CPU tensor: its values from the plan, else the result of its operators.
 
     Args:
-        constant: What to compute.
-        blank: What empty tensors hold until they are written.
+        constant: The constant.
+        blank: Number with which uninitialised tensors are filled.
 
     >>> from shardplan.specs import Constant, Node
     >>> compute(Constant((3,), "int64", [Node("arange.start_step", (0, 6, 2), {"dtype": {"dtype": "int64"}})]))
@@ -38,13 +38,13 @@ def compute(constant: Constant, *, blank: int = 0) -> Tensor:
 
 
 def operator(name: str) -> Any:
-    """Return one of torch's operators by its name: ``mul_.Tensor``."""
+    """Return the operator of torch with a name: ``mul_.Tensor``."""
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
 def decode(value: Any, results: Sequence[Any]) -> Any:
-    """Return an argument as torch takes it (``Node`` says how it is written); ``results`` are those of earlier nodes."""
+    """Return an argument as torch takes it (``Node`` describes its written form), given the results of earlier nodes."""
     match value:
         case {"node": at, "item": item}:
             return results[at][item]
@@ -64,7 +64,7 @@ def decode(value: Any, results: Sequence[Any]) -> Any:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute in one thread within the block: torch cuts long loops by the number of threads, and ends are rounded apart."""
+    """Compute in one thread within the block: torch splits long loops among threads, and rounds their ends differently."""
     num = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

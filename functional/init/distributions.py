@@ -1,7 +1,7 @@
-"""From random bits to distributions: each is the inverse of its distribution function, in place.
+"""Turn random numbers into draws from distributions, in place, by the inverse of the distribution function.
 
-One number gives one value: nothing is redrawn, so that an element needs no other. With z = √2 · erfinv(u), where u is in
-(−1, 1), and v in (0, 1):
+Each number gives one value: nothing is redrawn, so every element is independent of its neighbours. With
+z = √2 · erfinv(u), where u is in (−1, 1), and v in (0, 1):
 
 ==================  ==================================================================
 normal              mean + std · z
@@ -11,8 +11,8 @@ exponential         −log(v) / rate
 cauchy              median + sigma · tan(π u / 2)
 bernoulli           1 where v < p
 geometric           ⌈log(v) / log(1 − p)⌉
-truncated normal    mean + std · √2 · erfinv(y), y uniform between the values of erf at the bounds; where the interval is
-                    in one tail, by the inverse of that tail in float64. Clamped to the interval.
+truncated normal    mean + std · √2 · erfinv(y), y uniform between the values of erf at the bounds; for an interval within
+                    a tail, by the inverse of that tail in float64. Clamped to the interval.
 ==================  ==================================================================
 
 In float32 a normal reaches 5.4 standard deviations, in float64 8.2.
@@ -44,11 +44,11 @@ Bits = Callable[..., None]
 
 
 def sample(x: Tensor, draw: Draw, bits: Bits) -> None:
-    """Fill a tensor with draws.
+    """Fill a tensor with draws from a distribution.
 
     Args:
-        x: float32 or float64.
-        draw: From which distribution.
+        x: The tensor, float32 or float64.
+        draw: The distribution.
         bits: Fills ``x`` with random numbers.
     """
     match draw:
@@ -102,8 +102,8 @@ def _truncated(x: Tensor, draw: TruncatedNormal, bits: Bits) -> None:
         bottom, top = math.erf(low / math.sqrt(2)), math.erf(high / math.sqrt(2))
         bits(unit=False)
         x.mul_((top - bottom) / 2).add_((top + bottom) / 2)
-        one = 1 - torch.finfo(x.dtype).eps / 2
-        x.clamp_(-one, one).erfinv_().mul_(math.sqrt(2) * draw.std)
+        below_one = 1 - torch.finfo(x.dtype).eps / 2
+        x.clamp_(-below_one, below_one).erfinv_().mul_(math.sqrt(2) * draw.std)
     else:
         near, far = (low, high) if low >= 0 else (-high, -low)  # from the centre outwards
         inner, outer = math.erfc(near / math.sqrt(2)) / 2, math.erfc(far / math.sqrt(2)) / 2

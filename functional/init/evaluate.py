@@ -1,18 +1,17 @@
-"""Init programs, evaluated for any part of any tensor.
+"""Evaluate init programs for any part of any tensor.
 
-What is promised: the value of an element is a function of (seed, canonical path, flat index in the whole tensor, program)
-alone. No mesh, layout, order, number of threads or other tensor enters it.
+The guarantee: the value of an element is a function of (seed, canonical path, flat index in the whole tensor, program)
+alone. Mesh, layout, order, number of threads and all further tensors have no influence.
 
-- Random *bits* (``philox_cpu.py``) are the same on every device and machine, for one version of the random scheme;
-  the plan names that version, and a plan of another one is refused.
-- *Values* are bit-identical over layouts and runs on one kind of machine with one build of torch. Between devices, CPUs
-  of other kinds, or versions of torch they may differ in the last digits, as torch's own erfinv, log and tan do: they are
-  made of the same bits.
+- Random *bits* (``philox_cpu.py``) are the same on every device and machine, for a version of the random scheme; the plan
+  names the version, and is refused if it differs from this one.
+- *Values* are bit-identical over layouts and runs on one kind of machine with one build of torch. Between devices, kinds
+  of CPU, or versions of torch they may differ in the last digits, as torch's erfinv, log and tan do, from the same bits.
 - float32, bfloat16, float16 and smaller are computed in float32 and rounded once at the end, float64 in float64.
 
-A part is computed in chunks that stay in the cache, in memory that is used again, then copied to where it belongs; small
-tensors with the same program share a chunk. Chunks are padded to whole SIMD registers, since torch rounds the elements
-past the last whole register in another way (``pow``, ``sigmoid``).
+A part is computed in chunks that stay in the cache, in reused memory, then copied to its place; small tensors with the
+same program share a chunk. Chunks are padded to whole SIMD registers, since torch rounds the elements past the last whole
+register differently (``pow``, ``sigmoid``).
 """
 
 from __future__ import annotations
@@ -42,20 +41,20 @@ if TYPE_CHECKING:
     from ...specs.index import Index
 
 CHUNK_ELEMENTS: Mapping[str, int] = {"cpu": 32640, "cuda": 2**20}
-"""Elements computed at a time: on the CPU what stays in its cache, and below what torch would cut among its own threads."""
+"""Elements computed at a time: on the CPU few enough for its cache, and for torch not to split them among threads."""
 
 _MAX_THREADS = 64  # each takes half a MiB
-_MAX_THREADS_WITH_INDICES = 4  # each takes 8 MiB, where runs are of one element
+_MAX_THREADS_WITH_INDICES = 4  # each takes 8 MiB, if runs have a single element
 _PAD = 64  # elements of the smallest dtype in the widest register
 
 
 @frozen
 class Job:
-    """A part of one tensor that is to get its values.
+    """A part of a tensor to be filled with values.
 
     Args:
-        out: Where they go: contiguous, in the shape of the part.
-        program: What makes them.
+        out: Memory of the part: contiguous, in its shape.
+        program: The init program of the tensor.
         path: Canonical path of the tensor.
         shape: Shape of the whole tensor.
         index: The part.
@@ -69,10 +68,10 @@ class Job:
 
 
 def evaluate(jobs: Iterable[Job], seed: int) -> None:
-    """Give parts of tensors their values.
+    """Fill parts of tensors with the values of their init programs.
 
-    Beyond the parts it needs one chunk a thread, twice that for an operation on a box or a truncated normal, and the
-    constants of one program.
+    Beyond the parts it needs a chunk a thread, two for an operation on a box or a truncated normal, and the constants of a
+    program at a time.
 
     Args:
         jobs: The parts.
@@ -97,7 +96,7 @@ def evaluate(jobs: Iterable[Job], seed: int) -> None:
 
 
 def _evaluate_alike(jobs: Sequence[Job], seed: int) -> None:
-    """Evaluate parts that have their program in common, in as many threads as torch may use."""
+    """Evaluate parts with the same program, in as many threads as torch may use."""
     out, shape = jobs[0].out, jobs[0].shape
     size = CHUNK_ELEMENTS.get(out.device.type, CHUNK_ELEMENTS["cuda"])
     operations = _prepare(jobs[0].program, shape, out.device)
@@ -133,9 +132,9 @@ class _Chunk:
     """Elements that are computed together.
 
     Args:
-        table: Which they are: a row for each stretch of runs.
-        targets: Where they go, in the order of the table.
-        num_elements: How many.
+        table: The elements: a row for each stretch of runs.
+        targets: Their memory, in the order of the table.
+        num_elements: Number of elements.
     """
 
     table: NDArray[np.int64]
@@ -177,13 +176,13 @@ def _evaluate_chunk(chunk: _Chunk, operations: Sequence[_Prepared], x: Tensor) -
 
 @frozen
 class _Prepared:
-    """One operation of a program, with its constants computed.
+    """An operation of a program, with its constants computed.
 
     Args:
-        what: What is done.
-        box: To which elements.
+        what: The operation.
+        box: The elements that it changes.
         shape: Shape of the whole tensor.
-        constants: The constants, flat; of one element, or as many as the box has.
+        constants: The constants, flat, each of a single element or of as many as the box.
     """
 
     what: What
@@ -192,7 +191,7 @@ class _Prepared:
     constants: tuple[Tensor, ...]
 
     def apply(self, x: Tensor, chunk: _Chunk, draw: int) -> None:
-        """Change the elements of a chunk; ``draw`` is how many random operations came before."""
+        """Change the elements of a chunk; ``draw`` is the number of random operations before it."""
         if self.box is None:
             self._apply(x, chunk, draw)
             return
@@ -233,7 +232,7 @@ class _Prepared:
         return inside
 
     def _axes(self, chunk: _Chunk, x: Tensor) -> Iterator[tuple[Tensor, tuple[int, int, int], int]]:
-        """Iterate over the axes: index of each element, what the box covers, elements of the box from one to the next."""
+        """Iterate over the axes: the index of each element, the interval of the box, and the stride within the box."""
         flat = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         flat[: chunk.num_elements] = torch.from_numpy(elements(chunk.table)).to(x.device)
         box = self.box or (None,) * len(self.shape)
@@ -242,7 +241,7 @@ class _Prepared:
             yield flat // stride % size, interval or (0, size, 1), weight
 
     def _range(self, box: Box) -> tuple[int, int]:
-        """The smallest and the largest flat index in a box."""
+        """Return the smallest and the largest flat index in a box."""
         intervals = [i or (0, size, 1) for i, size in zip(box, self.shape, strict=True)]
         strides = row_major(self.shape)
         low = sum(start * stride for (start, _, _), stride in zip(intervals, strides, strict=True))

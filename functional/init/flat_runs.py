@@ -1,7 +1,7 @@
-"""The elements that a part holds, as runs of consecutive flat indices of the whole tensor. Pure integer arithmetic.
+"""The elements of a part as runs of consecutive flat indices of the whole tensor.
 
 A part is row-major: its elements, in order, are run after run. The start of run q follows from q by at most three
-divisions, whatever the layout, so that a table with a row for each stretch of runs tells a kernel all it needs.
+divisions in any layout, so that a kernel needs only a table with a row for each stretch of runs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Runs:
     """Runs of equal length.
 
     Args:
-        start: Flat index of the first element of all.
+        start: Flat index of the first element of the first run.
         length: Elements of each run.
-        counts: How many there are, along each of three axes around them, innermost first.
-        strides: Elements from one to the next, along these axes.
+        counts: Number of runs along each of three axes, innermost first.
+        strides: Elements from a run to the next along these axes.
     """
 
     start: int
@@ -44,12 +44,12 @@ class Runs:
 
     @property
     def num_runs(self) -> int:
-        """Runs in all."""
+        """Total number of runs."""
         return prod(self.counts)
 
     @property
     def num_elements(self) -> int:
-        """Elements in all."""
+        """Total number of elements."""
         return self.num_runs * self.length
 
 
@@ -68,9 +68,9 @@ def runs_of(shape: tuple[int, ...], index: Index) -> tuple[Runs, ...]:
 
 
 def _boxes(index: Index) -> Iterator[tuple[Interval, ...]]:
-    """Iterate over boxes whose elements, one box after the other, are those of a part in its row-major order.
+    """Iterate over boxes that, in sequence, hold the elements of a part in its row-major order.
 
-    Around an axis of several intervals each index is a box of its own.
+    Each index of the axes before the last axis of several intervals is a box of its own.
     """
     several = [axis for axis, intervals in enumerate(index) if len(intervals) > 1]
     last = several[-1] if several else 0
@@ -79,7 +79,7 @@ def _boxes(index: Index) -> Iterator[tuple[Interval, ...]]:
 
 
 def _runs_of_box(shape: tuple[int, ...], box: tuple[Interval, ...]) -> Iterator[Runs]:
-    merged: list[tuple[int, int]] = []  # elements and stride, outermost first; what is whole joins what is around it
+    merged: list[tuple[int, int]] = []  # elements and stride, outermost first; a whole axis joins the axis around it
     start = 0
     for size, stride, (low, high) in zip(shape, row_major(shape), box, strict=True):
         start += low * stride
@@ -99,13 +99,13 @@ def _runs_of_box(shape: tuple[int, ...], box: tuple[Interval, ...]) -> Iterator[
 
 @frozen
 class Stretch:
-    """A number of consecutive elements of one part: some whole runs, or a piece of one.
+    """Consecutive elements of a part: several whole runs, or a piece of a single run.
 
     Args:
-        runs: Of which runs.
-        first: The first run.
-        num_runs: How many.
-        skip: Elements of the run that are left out at its start, if it is a piece of one.
+        runs: The runs that it is taken from.
+        first: Number of its first run.
+        num_runs: Number of its runs.
+        skip: Elements left out at the start of the run, for a piece of a run.
         length: Elements of each run.
     """
 
@@ -117,11 +117,11 @@ class Stretch:
 
     @property
     def num_elements(self) -> int:
-        """Elements in all."""
+        """Total number of elements."""
         return self.num_runs * self.length
 
     def row(self, key: tuple[int, int], out: int) -> tuple[int, ...]:
-        """Return its row of a table; ``out`` is where its first element goes."""
+        """Return its row of a table; ``out`` is the place of its first element in the output."""
         (n1, n2, _), (s1, s2, s3) = self.runs.counts, self.runs.strides
         return (*key, out, self.runs.start + self.skip, self.length, self.first, self.num_runs, n1, n2, s1, s2, s3)
 
@@ -131,7 +131,7 @@ KEY0, KEY1, OUT, START, LENGTH, FIRST, NUM_RUNS, N1, N2, S1, S2, S3 = range(12)
 
 
 def stretches(runs: Runs, room: int, size: int) -> Iterator[Stretch]:
-    """Cut runs into stretches: the first fills ``room`` elements at most, each further one ``size``."""
+    """Cut runs into stretches of at most ``room`` elements for the first, and ``size`` for each further stretch."""
     run, skip = 0, 0
     while run < runs.num_runs:
         if skip or runs.length > room:
@@ -157,12 +157,12 @@ def first_and_last(table: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray
 
 
 def elements(table: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the flat index of every element that a table stands for, in order."""
+    """Return the flat index of every element of a table, in order."""
     return np.concatenate([np.empty(0, np.int64), *(_of_row(row) for row in table[:, None])])
 
 
 def _of_row(row: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the flat index of every element of a table of one row."""
+    """Return the flat index of every element of a table with a single row."""
     starts = _flat_start(row, row[0, FIRST] + np.arange(row[0, NUM_RUNS]))
     return (starts[:, None] + np.arange(row[0, LENGTH])).reshape(-1)
 

@@ -1,4 +1,4 @@
-"""Functions compiled for the CPU, kept on disk where that is possible."""
+"""Compile functions for the CPU, and cache the machine code on disk where that is possible."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numba
 
 
 def compiled(function: Any) -> Any:
-    """Return a function compiled by numba, that lets other threads run meanwhile."""
+    """Return a function compiled by numba, which releases the GIL while it runs."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep what is compiled: each process does it anew
+    except RuntimeError:  # no folder for the cache: each process compiles anew
         return numba.njit(nogil=True)(function)

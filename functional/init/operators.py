@@ -1,12 +1,14 @@
-"""From torch's operators to the operations of init programs."""
+"""Translate torch's operators to the operations of init programs."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import init
 from torch.utils._pytree import tree_leaves
 
 from ...specs.json_values import to_argument
@@ -23,10 +25,12 @@ from ...specs.program import (
     Normal,
     Operation,
     Set,
+    TruncatedNormal,
     Uniform,
     What,
 )
 
+# a new distribution: its record in specs/program.py, its operator here, its inverse in distributions.py
 _DRAWS: Mapping[str, Any] = {
     "normal_": Normal,
     "uniform_": Uniform,
@@ -44,20 +48,21 @@ _OVERWRITING = frozenset(
         *("log_normal", "normal", "random", "uniform", "zero"),
     )
 )
-_BESIDES = frozenset(["masked_fill_.Scalar", "masked_fill_.Tensor"])  # pointwise, but not marked so by torch
+_UNTAGGED = frozenset(["masked_fill_.Scalar", "masked_fill_.Tensor"])  # pointwise operators that torch does not tag so
+_TRUNC_NORMAL = getattr(getattr(init, "_no_grad_trunc_normal_", None), "__code__", None)
 
 
 class NotPointwiseError(ValueError):
-    """Code does to a tensor what no init program says; the message is why."""
+    """Code writes a tensor in a way that no init program expresses; the message says why."""
 
 
 def operator_name(func: Any) -> tuple[str, str]:
-    """Return the name of an operator, and that of its overload.
+    """Return the name of an operator, and the name of its overload.
 
     >>> operator_name(torch.ops.aten.mul_.Tensor)
     ('mul_', 'Tensor')
     """
-    schema = func._schema  # noqa: SLF001  torch says it nowhere else
+    schema = func._schema  # noqa: SLF001  torch has no public name for it
     return schema.name.partition("::")[2], schema.overload_name
 
 
@@ -67,19 +72,19 @@ def is_random(func: Any) -> bool:
 
 
 def is_view(func: Any) -> bool:
-    """Tell whether an operator gives a view of its argument."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)  # noqa: SLF001  torch says it nowhere else
+    """Tell whether an operator returns a view of its argument."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)  # noqa: SLF001
 
 
 def needs_shape_only(func: Any) -> bool:
-    """Tell whether an operator takes a tensor for its shape and dtype alone: ``zeros_like``, ``new_empty``."""
+    """Tell whether an operator uses only the shape and dtype of a tensor: ``zeros_like``, ``new_empty``."""
     packet, _ = operator_name(func)
     return packet.endswith("_like") or packet.startswith("new_")
 
 
 def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors that an operator writes, and those that it reads."""
-    declared = func._schema.arguments  # noqa: SLF001  torch says it nowhere else
+    """Return the tensors that an operator writes, and the tensors that it reads."""
+    declared = func._schema.arguments  # noqa: SLF001
     by_name = {argument.name: argument for argument in declared}
     given = [*zip(declared, args, strict=False), *((by_name[k], v) for k, v in kwargs.items() if k in by_name)]
     changed: list[Tensor] = []
@@ -93,16 +98,16 @@ def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
 
 
 def overwrites(func: Any) -> bool:
-    """Tell whether an operator in place gives values without looking at those before."""
+    """Tell whether an in-place operator ignores the values before it."""
     packet, overload = operator_name(func)
     return packet in _OVERWRITING or overload.endswith("out")
 
 
-def made(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[Operation, ...]:
+def factory_operations(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> tuple[Operation, ...]:
     """Return the operations of a tensor that a factory made: ``randn``, ``zeros_like``.
 
     Raises:
-        NotPointwiseError: If it is no factory of equal or of independent elements.
+        NotPointwiseError: If the operator is no factory of equal or of independent elements.
     """
     packet, _ = operator_name(func)
     name = packet.removeprefix("new_").removesuffix("_like")
@@ -123,24 +128,24 @@ def made(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: An
             raise NotPointwiseError(msg)
 
 
-def written(
+def operation_kind(
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     target: Tensor,
     constant: Callable[[Tensor], Constant],
 ) -> What:
-    """Return what an operator in place does to each element of ``target``, its first argument.
+    """Return the operation of an init program that an in-place operator performs on each element.
 
     Args:
         func: The operator.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        target: What it writes.
-        constant: Gives the constant that another tensor is, in the shape and order of ``target``.
+        target: The tensor that it writes, its first argument.
+        constant: Returns another argument as a constant, in the shape and order of ``target``.
 
     Raises:
-        NotPointwiseError: If it mixes elements, or takes what is no constant.
+        NotPointwiseError: If the operator mixes elements, or takes a tensor that is not constant.
     """
     packet, overload = operator_name(func)
     name = f"{packet}.{overload}" if overload else packet
@@ -151,7 +156,7 @@ def written(
         if not target.is_floating_point():
             msg = f"{packet.strip('_')} draws into {target.dtype}"
             raise NotPointwiseError(msg)
-        declared = [a for a in func._schema.arguments[1:] if a.name != "generator"]  # noqa: SLF001  torch says it nowhere else
+        declared = [a for a in func._schema.arguments[1:] if a.name != "generator"]  # noqa: SLF001
         given = {**dict(zip((a.name for a in declared), args[1:], strict=False)), **kwargs}
         try:
             return _DRAWS[name](*(given.get(a.name, a.default_value) for a in declared))
@@ -166,16 +171,18 @@ def written(
         case "fill_" | "copy_", (_, Tensor() as source, *_):
             return Set(constant(source))
         case _:
-            return mapped(func, args, kwargs, constant)
+            return pointwise_map(func, args, kwargs, constant)
 
 
-def mapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], constant: Callable[[Tensor], Constant]) -> Map:
-    """Return a pointwise operator, in place or not, as one in place; the arguments are those of ``written``."""
+def pointwise_map(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], constant: Callable[[Tensor], Constant]
+) -> Map:
+    """Return a pointwise operator in its in-place form; the arguments are the same as of ``operation_kind``."""
     packet, overload = operator_name(func)
     in_place = packet if packet.endswith("_") else f"{packet}_"
     name = f"{in_place}.{overload}" if overload else in_place
     found = getattr(getattr(torch.ops.aten, in_place, None), overload or "default", None)
-    if found is None or (torch.Tag.pointwise not in found.tags and name not in _BESIDES) or is_random(found):
+    if found is None or (torch.Tag.pointwise not in found.tags and name not in _UNTAGGED) or is_random(found):
         msg = f"{packet.strip('_')} is not pointwise"
         raise NotPointwiseError(msg)
     constants: list[Constant] = []
@@ -193,3 +200,21 @@ def mapped(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], constant
     except ValueError:  # a complex number, say
         msg = f"{packet.strip('_')} has an argument that cannot be written down"
         raise NotPointwiseError(msg) from None
+
+
+def truncated_normal_of_torch() -> tuple[Tensor, TruncatedNormal] | None:
+    """Return the tensor and the arguments of ``torch.nn.init.trunc_normal_``, None if it is not running now.
+
+    It draws again until every element is inside: a loop that depends on data, which fake tensors cannot follow, while its
+    arguments tell the distribution. Other code that looks at its draws is not followed: its outcome is not known.
+    """
+    frame = sys._getframe()  # noqa: SLF001  only the stack tells who asks
+    while frame is not None:
+        if frame.f_code is _TRUNC_NORMAL:
+            given: dict[str, Any] = frame.f_locals
+            try:
+                return given["tensor"], TruncatedNormal(given["mean"], given["std"], given["a"], given["b"])
+            except ValueError:  # an infinite or empty interval
+                return None
+        frame = frame.f_back
+    return None

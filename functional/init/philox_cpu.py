@@ -1,14 +1,14 @@
-"""Random bits as a pure function of (key, element, operation): Philox 4x32-10, compiled for the CPU.
+"""Random bits as a function of (key, element, operation): Philox 4x32-10, compiled for the CPU.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the vectors of its reference
 implementation, Random123, are in the tests.
 
 Element i of a tensor takes word ``i & 3`` of block ``b = i >> 2``, whose counter is ``(lo b, hi b, operation, 0)``. In
-float64 it takes two words of block ``i >> 1``. The words become numbers strictly inside an interval, all of them exactly
+float64 it takes two words of block ``i >> 1``. The words become numbers strictly inside an interval, all exactly
 representable, so that no word gives an infinity through the inverse of a distribution:
 
 - ``symmetric``: ``((w >> 8) + ½) · 2⁻²³`` with w as int32, in (−1, 1);
-- ``unit``: ``((w >> 9) + ½) · 2⁻²³ + ½``, in (0, 1), with which 1 − v is exact too.
+- ``unit``: ``((w >> 9) + ½) · 2⁻²³ + ½``, in (0, 1), so that 1 − v is exact too.
 
 In float64 the same with 64 bits, shifts of 11 and 12, and 2⁻⁵².
 """
@@ -43,12 +43,12 @@ def derive_key(seed: int, path: str) -> tuple[int, int]:
 
 
 def draw(out: NDArray[Any], table: NDArray[np.int64], operation: int, *, unit: bool) -> None:
-    """Write the random numbers of some stretches of tensors.
+    """Write the random numbers of the elements in a table.
 
     Args:
-        out: float32 or float64, in one piece.
-        table: A row for each stretch (``functional/init/flat_runs.py``).
-        operation: Which draw of the program it is.
+        out: float32 or float64, contiguous.
+        table: A row for each stretch of elements (``functional/init/flat_runs.py``).
+        operation: Number of the draw in the program.
         unit: Numbers in (0, 1) rather than (−1, 1).
     """
     kernel = _draw64 if out.dtype == np.float64 else _draw32
@@ -63,8 +63,8 @@ _32 = np.uint64(32)
 
 @_inlined
 def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Return the four words of one block; all are uint32."""
-    # ten rounds, written out: the compiler makes SIMD of the loop around them only if there is none within
+    """Return the four words of a block; all are uint32."""
+    # ten rounds, written out: the compiler vectorises the loop around them only if it holds no inner loop
     c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1)
     c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1)
     c0, c1, c2, c3, k0, k1 = _round(c0, c1, c2, c3, k0, k1)
@@ -105,7 +105,7 @@ def _run_start(row: Any, run: Any) -> Any:
 
 @compiled
 def _blocks32(out: Any, num: Any, low: Any, high: Any, operation: Any, k0: Any, k1: Any, shift: Any, lift: Any) -> None:
-    """Whole blocks in a row, whose counters do not pass 2³²: what the compiler turns into SIMD."""
+    """Draw consecutive whole blocks whose counters do not pass 2³²; the compiler vectorises this loop."""
     for j in range(num):
         w0, w1, w2, w3 = philox(np.uint32(low + np.uint32(j)), high, operation, np.uint32(0), k0, k1)
         out[4 * j] = _float32(w0, shift, lift)

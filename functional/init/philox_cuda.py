@@ -1,4 +1,4 @@
-"""Philox 4x32-10 on CUDA, as one Triton kernel for any number of stretches; the same numbers as ``philox_cpu.py``."""
+"""Philox 4x32-10 on CUDA, as a Triton kernel for any number of stretches; the same numbers as ``philox_cpu.py``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .flat_runs import LENGTH, NUM_RUNS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_TILE = 256  # blocks of four words that one program makes
+_TILE = 256  # blocks of four words that a program makes
 
 
 def draw(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool) -> None:
-    """Do what ``draw_bits`` does in one launch.
+    """Fill a tensor as ``draw_bits`` does, in a single launch.
 
-    Each run is covered by whole blocks; a program makes the blocks of one tile of one stretch, all four words of each, and
-    stores those that lie in the run.
+    Each run is covered by whole blocks; a program makes the blocks of one tile of a stretch, all four words of each, and
+    stores the words that lie in the run.
     """
     lanes = 2 if x.dtype == torch.float64 else 4
     blocks = (table[:, LENGTH] + lanes - 2) // lanes + 1  # at most, wherever a run begins

@@ -1,4 +1,4 @@
-"""Random bits on whatever device a tensor is on: the same ones everywhere."""
+"""Random bits on the device of a tensor, the same on every device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def draw_bits(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool) -> None:
-    """Fill a tensor with the random numbers of some stretches (``functional/init/philox_cpu.py`` says which).
+    """Fill a tensor with the random numbers of its elements, as ``philox_cpu`` defines them.
 
-    On the CPU by numba, on CUDA by Triton, or by torch's integer operations where there is no Triton.
+    On the CPU by numba, on CUDA by Triton, or by torch's integer operations where Triton is missing.
 
     Args:
-        x: float32 or float64, flat, as long as the table says.
-        table: A row for each stretch.
-        operation: Which draw of the program it is.
+        x: float32 or float64, flat, of as many elements as the table has.
+        table: A row for each stretch of elements.
+        operation: Number of the draw in the program.
         unit: Numbers in (0, 1) rather than (−1, 1).
     """
     if x.device.type == "cpu":
@@ -41,7 +41,7 @@ def draw_bits(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool
 
 
 def draw_by_torch(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: bool) -> None:
-    """Do what ``draw_bits`` does by torch's operations on int64, on any device."""
+    """Fill a tensor as ``draw_bits`` does, by torch's operations on int64, on any device."""
     is_double = x.dtype == torch.float64
     index = torch.from_numpy(elements(table)).to(x.device)
     keys = torch.from_numpy(table[:, [KEY0, KEY1]]).to(x.device)
@@ -62,7 +62,7 @@ def draw_by_torch(x: Tensor, table: NDArray[np.int64], operation: int, *, unit: 
 
 
 def _philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 on words of 32 bits kept in int64; a product of two wraps around, but its bits are right."""
+    """Philox 4x32-10 on 32-bit words in int64; the product of two words wraps around, but its bits are right."""
     (m0, m1), (w0, w1) = philox.MULTIPLIERS, philox.WEYL
     for _ in range(philox.ROUNDS):
         p0, p1 = c0 * m0, c2 * m1

@@ -1,4 +1,4 @@
-"""What init code does to which tensors, found by running it on fake ones."""
+"""Trace init code on fake tensors: the tensors that each call touches, and the operations by which it writes them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from torch._subclasses.fake_tensor import (
 )
 
 from ...specs.errors import Problem
+from ...specs.paths import join, module_of
 from ...specs.program import InitProgram
 from ...specs.source import ModuleCall, TensorCall
-from ..model.copy import copy_module, get_tensor, like, module_of, put_tensor, tied
+from ..model.attribute_reads import record_state_reads
+from ..model.copy import copy_module, get_tensor, like, put_tensor, tied
 from ..model.fake_values import DependsOnValuesError
 from ..model.likeness import Likeness
-from ..model.read import named_tensors, own_tensors
+from ..model.read import named_tensors, own_tensors, storage_id, view_id
 from ..model.rng_state import own_generators, python_state
-from ..model.watched import watched
 from .calls import run_call
-from .coverage import whole_view
 from .recorder import Recorder, Touch
+from .strided_views import whole_view
 
 if TYPE_CHECKING:
     from ...specs.tree import SpecTree
@@ -43,19 +44,19 @@ _FAKE_ERRORS = (
     UnsupportedOperatorException,
     DependsOnValuesError,
 )
-_SEED = 0x5EED0F702C1477  # of the generator meanwhile: one that no code is likely to set
+_SEED = 0x5EED0F702C1477  # seed of the generator meanwhile, which no code is likely to set itself
 _FAKE_WORDS = re.compile(r"fake ?tensor|tensor subclass|data pointer|meta tensor", re.IGNORECASE)
 
 
 @frozen
-class Traced:
-    """One call, and what it does to which tensors.
+class TracedCall:
+    """A call of init code, and the tensors that it touches.
 
     Args:
         call: The call.
-        touched: What it does, by canonical path.
-        places: For tied tensors that the called module itself holds, the path at which it does: it runs before they are
-            tied, as in the module's constructor, and counts only if the tensor is made at that path.
+        touched: The record of each tensor that it touches, by canonical path.
+        places: For tied tensors that the called module itself holds, the path at which it holds them: the call runs before
+            they are tied, as in the module's constructor, and counts only if the tensor is made at that path.
     """
 
     call: ModuleCall | TensorCall
@@ -63,44 +64,47 @@ class Traced:
     places: Mapping[str, str]
 
     def reaches(self, path: str, place: str) -> bool:
-        """Tell whether it touches a tensor that is made at ``place``."""
+        """Tell whether the call touches a tensor that is made at ``place``."""
         return path in self.touched and self.places.get(path, place) == place
 
     def writes(self, path: str, place: str) -> bool:
-        """Tell whether it writes a tensor that is made at ``place``."""
+        """Tell whether the call writes a tensor that is made at ``place``."""
         return self.reaches(path, place) and self.touched[path].writes
 
 
 class Tracer:
-    """Runs calls on a copy of the model with fake tensors at their original shapes."""
+    """Run calls of init code on a copy of the model with fake tensors at their original shapes."""
 
     def __init__(self, model: nn.Module, tree: SpecTree, callables: Mapping[str, Any]) -> None:
         self._callables = callables
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model = copy_module(model, self._fake, for_planning=True)
         self._tree = tree
-        self._held: dict[str, list[tuple[str, str]]] = {}  # by module, the places of tied tensors, and what stands there
+        self._held: dict[str, list[tuple[str, str]]] = {}  # tied tensors of each module: path there, canonical path
         for spec in (spec for spec in tree.values() if spec.tie):
             owners = [self._model.get_submodule(module_of(path)) for path in spec.paths]
             for path, owner in zip(spec.paths, owners, strict=True):
                 put_tensor(self._model, path, tied(get_tensor(self._model, path), get_tensor(self._model, spec.path)))
                 if owners.count(owner) == 1:
                     self._held.setdefault(module_of(path), []).append((path, spec.path))
-        self._names = {_storage(get_tensor(self._model, path)): path for path in tree}
+        self._names = {storage_id(get_tensor(self._model, path)): path for path in tree}
         self._shapes = {spec.path: spec.orig_shape for spec in tree.values()}
         self._alive: list[object] = []
         self._likeness = Likeness()
-        self._first: dict[Hashable, Traced] = {}
+        self._first: dict[Hashable, TracedCall] = {}
         self._confirmed: set[Hashable] = set()
-        self._looking: set[str] = set()  # owners whose code looks around
+        self._reading_state: set[str] = set()  # owners whose code reads more of them than configuration and methods
         several = [path for spec in tree.values() if spec.tie for path in spec.paths]
         self._around_ties = {".".join(path.split(".")[:depth]) for path in several for depth in range(path.count(".") + 1)}
 
-    def trace(self, calls: Iterable[ModuleCall | TensorCall]) -> tuple[list[Traced], list[Problem]]:
-        """Return what each call does, leaving out those that write nothing."""
-        traced: list[Traced] = []
+    def trace(self, calls: Iterable[ModuleCall | TensorCall]) -> tuple[list[TracedCall], list[Problem]]:
+        """Return the calls that write tensors, and the problems of calls that raise.
+
+        A call is not run where calls like it were: where the first two did the same, each to its own module.
+        """
+        traced: list[TracedCall] = []
         problems: list[Problem] = []
-        quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints what init code raises
+        quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints the errors of init code
         with self._mode, torch.no_grad(), torch.device("cpu"), own_generators(_SEED), _disabled(quiet):
             for call in calls:
                 key = self._key(call)
@@ -115,23 +119,23 @@ class Tracer:
                 for place, tensor in before.items():
                     put_tensor(self._model, place, tensor)
                 self._renew(replaced)
-                if isinstance(outcome, Traced) and _writes_numbers_down(outcome):
-                    outcome = self._unless_they_differ(outcome)
-                if key is not None and isinstance(outcome, Traced) and _stays_within(outcome):
+                if isinstance(outcome, TracedCall) and _has_literals(outcome):
+                    outcome = self._checked_again(outcome)
+                if key is not None and isinstance(outcome, TracedCall) and _stays_within(outcome):
                     first = self._first.setdefault(key, outcome)
                     if first is not outcome and first.touched == _moved(outcome, first.call).touched:
-                        self._confirmed.add(key)  # it does not count its calls, say
+                        self._confirmed.add(key)  # the code does not count its calls, say
                 if isinstance(outcome, Problem):
                     problems.append(outcome)
                 elif _writes(outcome):
                     traced.append(outcome)
         return traced, problems
 
-    def _unless_they_differ(self, traced: Traced) -> Traced:
-        """Follow code again that writes numbers down: they may be from a clock, or from a generator that nobody seeds."""
+    def _checked_again(self, traced: TracedCall) -> TracedCall:
+        """Run code with tensor literals again: its numbers may come from a clock, or from a generator without a seed."""
         again, replaced = self._run(traced.call, traced.places)
         self._renew(replaced)
-        if isinstance(again, Traced) and again.touched == traced.touched:
+        if isinstance(again, TracedCall) and again.touched == traced.touched:
             return traced
         cause = "its code gives other numbers each time that it runs"
         return evolve(
@@ -143,19 +147,19 @@ class Tracer:
         )
 
     def _key(self, call: ModuleCall | TensorCall) -> Hashable:
-        """Return what is equal for calls that do the same, each to its own module; None if that cannot be told.
+        """Return a key that is equal for calls that do the same, each to its own module; None if that is not known.
 
-        It can be told of the code of torch and transformers, which keeps no count, as long as it looks at nothing but the
-        module that it is called for and a configuration.
+        It is known for the code of torch and transformers, which keeps no count, as long as it reads only the module that
+        it is called for and a configuration.
         """
-        if isinstance(call, TensorCall) or call.module in self._around_ties or call.owner in self._looking:
+        if isinstance(call, TensorCall) or call.module in self._around_ties or call.owner in self._reading_state:
             return None
         if call.kind == "init_weights" or not _is_of_a_library(self._model, call):
             return None
         return call.kind, call.code, call.owner, self._likeness.number(self._model.get_submodule(call.module))
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        # what torch.empty gives in this mode, at a fifth of the cost
+        # as torch.empty in this mode, at a fifth of the cost
         return FakeTensor(self._mode, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), torch.device("cpu"))
 
     def _untie(self, held: Iterable[tuple[str, str]]) -> None:
@@ -166,7 +170,7 @@ class Tracer:
                 self._name(get_tensor(self._model, place), path)
 
     def _renew(self, replaced: Iterable[str]) -> None:
-        """Put tensors in place again for those that code has exchanged for others, so that later code meets no views."""
+        """Put fresh tensors in place of tensors that the code has replaced, so that later code meets no views."""
         for path in replaced:
             spec = self._tree[path]
             old = get_tensor(self._model, path)
@@ -176,39 +180,40 @@ class Tracer:
             self._name(fresh, spec.path)
 
     def _name(self, tensor: torch.Tensor, path: str) -> None:
-        self._names[_storage(tensor)] = path
-        self._alive.append(tensor.untyped_storage())  # else its identity would be given to another one
+        self._names[storage_id(tensor)] = path
+        self._alive.append(tensor.untyped_storage())  # else its identity would be reused
 
-    def _run(self, call: ModuleCall | TensorCall, places: Mapping[str, str]) -> tuple[Traced | Problem, list[str]]:
+    def _run(self, call: ModuleCall | TensorCall, places: Mapping[str, str]) -> tuple[TracedCall | Problem, list[str]]:
+        """Run a call; return its record or its problem, and the paths of tensors that it has replaced."""
         at = call.module if isinstance(call, ModuleCall) else call.path
         path = at if isinstance(call, ModuleCall) else module_of(at)
         module = self._model.get_submodule(path)
-        prefix = f"{path}." if path else ""
-        before = {prefix + name: _identity(tensor) for name, _, tensor in named_tensors(module)}
+        before = {join(path, name): view_id(tensor) for name, _, tensor in named_tensors(module)}
         recorder = Recorder(self._names, self._shapes)
         failed = ""
         owner = call.owner if isinstance(call, ModuleCall) and call.kind == "_init_weights" and call.owner != path else None
         state = python_state()
         try:
-            with recorder, nullcontext(set[str]()) if owner is None else watched(self._model.get_submodule(owner)) as looked:
+            reading = nullcontext(set[str]()) if owner is None else record_state_reads(self._model.get_submodule(owner))
+            with recorder, reading as names:
                 run_call(self._model, call, self._callables)
-            if owner is not None and looked:
-                self._looking.add(owner)
+            if owner is not None and names:
+                self._reading_state.add(owner)
             if python_state() != state:
                 failed = "its code draws from Python's or NumPy's generator"
-        except Exception as error:  # noqa: BLE001  it is the user's code, and what it raises is reported
+        except Exception as error:  # noqa: BLE001  the user's code may raise any error, which is reported
             failed = f"its code cannot be followed: {type(error).__name__}"
             is_unknown = isinstance(error, _FAKE_ERRORS) or _FAKE_WORDS.search(str(error)) or recorder.has_guessed
             if not is_unknown:
                 cause = f"its init code {call} raises {type(error).__name__}: {error}"
                 return Problem(at, cause, "Mend the code, or give values with .init(...)"), []
-        named = {prefix + name: tensor for name, _, tensor in named_tensors(module)}
-        replaced = [name for name, tensor in named.items() if name in self._tree and _identity(tensor) != before.get(name)]
+        named = {join(path, name): tensor for name, _, tensor in named_tensors(module)}
+        replaced = [name for name, tensor in named.items() if name in self._tree and view_id(tensor) != before.get(name)]
         for name in replaced:  # weight.data = ...
             with self._mode:
                 recorder.assign(self._tree[name].path, named[name])
         touched = recorder.touched()
-        if failed:  # it may have been about to read and to write all that is there
+        if failed:  # it may have been about to read and write every tensor of its module
             own = [at] if isinstance(call, TensorCall) else [name for name, *_ in own_tensors(path, module)]
             whole = {spec.path: whole_view(spec.orig_shape) for name in own if (spec := self._tree.get(name))}
             touched |= {known: Touch(writes=True, overwritten=frozenset([view])) for known, view in whole.items()}
@@ -216,7 +221,7 @@ class Tracer:
             touched = {
                 known: evolve(touch, operations=None, cause=failed, of=of - {known}) for known, touch in touched.items()
             }
-        return Traced(evolve(call, opaque=bool(failed)), touched, places), replaced
+        return TracedCall(evolve(call, opaque=bool(failed)), touched, places), replaced
 
 
 def _is_of_a_library(model: nn.Module, call: ModuleCall) -> bool:
@@ -235,7 +240,7 @@ def _disabled(logger: logging.Logger) -> Iterator[None]:
         logger.disabled = before
 
 
-def _writes_numbers_down(traced: Traced) -> bool:
+def _has_literals(traced: TracedCall) -> bool:
     return any(
         node.op.startswith("lift_fresh")
         for touch in traced.touched.values()
@@ -244,32 +249,25 @@ def _writes_numbers_down(traced: Traced) -> bool:
     )
 
 
-def _writes(traced: Traced) -> bool:
+def _writes(traced: TracedCall) -> bool:
     return any(touch.writes for touch in traced.touched.values())
 
 
-def _stays_within(traced: Traced) -> bool:
+def _stays_within(traced: TracedCall) -> bool:
+    """Tell whether a call touches no tensor outside of its module."""
     prefix = _prefix(traced.call)
     return all(path.startswith(prefix) for known, touch in traced.touched.items() for path in (known, *touch.of))
 
 
-def _moved(traced: Traced, call: ModuleCall | TensorCall) -> Traced:
-    """Return what a call does that is like another one, to its own tensors."""
+def _moved(traced: TracedCall, call: ModuleCall | TensorCall) -> TracedCall:
+    """Return the record of a like call, with the paths of its own tensors."""
     old, new = _prefix(traced.call), _prefix(call)
     touched: dict[str, Touch] = {}
     for path, touch in traced.touched.items():
-        of = frozenset(new + other.removeprefix(old) for other in touch.of)
+        of = frozenset(new + source.removeprefix(old) for source in touch.of)
         touched[new + path.removeprefix(old)] = evolve(touch, of=of) if of else touch
-    return Traced(evolve(call, opaque=traced.call.opaque), touched, {})
+    return TracedCall(evolve(call, opaque=traced.call.opaque), touched, {})
 
 
 def _prefix(call: ModuleCall | TensorCall) -> str:
     return f"{call.module}." if isinstance(call, ModuleCall) and call.module else ""
-
-
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # noqa: SLF001  the only identity of a fake storage

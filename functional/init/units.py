@@ -1,4 +1,4 @@
-"""What makes which tensors, found by running all init code once on fake ones: an init program, or code as it is."""
+"""Find the source of each tensor without values by tracing the init code: an init program, or the code itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...specs.program import InitProgram
 from ...specs.source import Call, Made, Source, TensorCall, Unknown
 from .calls import OWNERS, Owner, calls_of
 from .constant_tape import MAX_CONSTANT_BYTES
-from .coverage import num_covered
-from .tracer import Traced, Tracer
+from .strided_views import num_covered
+from .tracer import TracedCall, Tracer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @frozen
 class Unit:
-    """Tensors that are made together, whole, because the same calls touch them and no init program stands for them.
+    """Tensors that are made whole and together, because the same calls touch them and they have no init program.
 
     Args:
         paths: The tensors, in the order of the tree, each under the path at which it is made.
         calls: The calls, in order; the last write wins.
-        scratch: Tensors that the calls touch, but whose values come from elsewhere.
+        scratch: Tensors that the calls touch, but that have values from other sources.
     """
 
     paths: tuple[str, ...]
@@ -41,52 +41,53 @@ class Unit:
 def find_units(
     model: nn.Module, tree: SpecTree, callables: Mapping[str, Any], init_weights: str | None
 ) -> tuple[list[Unit], dict[str, Source], list[Problem]]:
-    """Return how the tensors without values are made: units in order, the source of each tensor, what is wrong.
+    """Return how the tensors without values are made: units in order, the source of each tensor, and problems.
 
-    Where all that code does to a tensor is pointwise, its source is an init program; else the code itself, in a unit.
+    A tensor that code writes by pointwise operations alone has an init program as its source; else the code itself, in a
+    unit.
 
-    Code of the user comes before that of an enclosing Hugging Face model, and that before ``reset_parameters`` or
-    ``_reset_parameters``; each only for tensors that those before leave unwritten. Within one owner's code children are
-    called before parents, as transformers' ``initialize_weights`` does, and the last write wins.
+    The user's code has precedence over the code of an enclosing Hugging Face model, and that over ``reset_parameters`` or
+    ``_reset_parameters``; each only counts for tensors that the code before leaves unwritten. Within the code of an owner
+    children are called before parents, as in transformers' ``initialize_weights``, and the last write wins.
 
     Args:
         model: The model; it is not run and not changed.
-        tree: Its tensors. Those with source ``Unknown`` need code; ``Made`` ones have a call already.
+        tree: Its tensors. A tensor with source ``Unknown`` needs code; a ``Made`` tensor has a call already.
         callables: The user's functions by name.
         init_weights: Name of the user's init code, if any.
     """
     needed = {spec.path for spec in tree.values() if isinstance(spec.source, Unknown)}
     tracer = Tracer(model, tree, callables)
     calls, winner, problems = _winners(model, tree, tracer, init_weights, needed)
-    touching: dict[str, list[tuple[Owner, Traced]]] = {}
-    for owner, one in calls:
-        for path in one.touched:
-            touching.setdefault(path, []).append((owner, one))
-    makers: dict[str, list[Traced]] = {}
+    touching: dict[str, list[tuple[Owner, TracedCall]]] = {}
+    for owner, traced in calls:
+        for path in traced.touched:
+            touching.setdefault(path, []).append((owner, traced))
+    makers: dict[str, list[TracedCall]] = {}
     for path, (wins, place) in winner.items():
         last = OWNERS.index(wins)
-        makers[path] = [one for owner, one in touching[path] if one.writes(path, place) and OWNERS.index(owner) <= last]
+        makers[path] = [call for owner, call in touching[path] if call.writes(path, place) and OWNERS.index(owner) <= last]
     overrides, idle = _overrides(tree, tracer)
-    makers |= {path: [one] for path, one in overrides.items()}
+    makers |= {path: [call] for path, call in overrides.items()}
     problems += idle
-    if not problems:  # else the code that failed may be what would have written the rest
+    if not problems:  # else the code that failed might have written the rest
         for path in (path for path in tree if path in needed and path not in winner):
-            writers = [one for _, one in touching.get(path, []) if one.touched[path].writes]
-            problems.append(_nobody(tree, path, writers))
-    order = {id(one): place for place, one in enumerate([*(one for _, one in calls), *overrides.values()])}
+            writers = [call for _, call in touching.get(path, []) if call.touched[path].writes]
+            problems.append(_unwritten(tree, path, writers))
+    order = {id(call): place for place, call in enumerate([*(call for _, call in calls), *overrides.values()])}
     programs, causes = _programs(makers)
     programs |= {path: evolve(programs[path], replaces=True) for path in programs.keys() & overrides.keys()}
     opaque = {path: makers[path] for path in causes}
-    made = {path: Made(tuple(one.call for one in ones), causes[path]) for path, ones in opaque.items()}
+    made = {path: Made(tuple(traced.call for traced in traces), causes[path]) for path, traces in opaque.items()}
     places = {path: place for path, (_, place) in winner.items()}
     return _units(tree, opaque, places, order), {**programs, **made}, problems
 
 
 def _winners(
     model: nn.Module, tree: SpecTree, tracer: Tracer, init_weights: str | None, needed: set[str]
-) -> tuple[list[tuple[Owner, Traced]], dict[str, tuple[Owner, str]], list[Problem]]:
-    """Return all calls in the order in which they would run, and whose code gives each tensor its values, at which path."""
-    traced: dict[Owner, list[Traced]] = {}
+) -> tuple[list[tuple[Owner, TracedCall]], dict[str, tuple[Owner, str]], list[Problem]]:
+    """Return all calls in the order in which they would run, and the winning owner and path of each tensor."""
+    traced: dict[Owner, list[TracedCall]] = {}
     winner: dict[str, tuple[Owner, str]] = {}
     problems: list[Problem] = []
     for owner in OWNERS:
@@ -94,30 +95,30 @@ def _winners(
             break
         traced[owner], wrong = tracer.trace(calls_of(model, owner, init_weights))
         problems += wrong
-        writers: dict[str, list[Traced]] = {}
-        for one in traced[owner]:
-            for path in one.touched:
-                writers.setdefault(path, []).append(one)
+        writers: dict[str, list[TracedCall]] = {}
+        for call in traced[owner]:
+            for path in call.touched:
+                writers.setdefault(path, []).append(call)
         for path in needed & writers.keys() - winner.keys():
             covered = [place for place in tree[path].paths if _num_covered(tree, path, place, writers[path]) is None]
             if covered:
                 winner[path] = owner, covered[0]
-    return [(owner, one) for owner in reversed(OWNERS) for one in traced.get(owner, [])], winner, problems
+    return [(owner, call) for owner in reversed(OWNERS) for call in traced.get(owner, [])], winner, problems
 
 
-def _num_covered(tree: SpecTree, path: str, place: str, calls: Iterable[Traced]) -> int | None:
-    """Return how many elements of a tensor that is made at ``place`` get values; None for all of them."""
-    views = [view for one in calls if one.writes(path, place) for view in one.touched[path].overwritten]
+def _num_covered(tree: SpecTree, path: str, place: str, calls: Iterable[TracedCall]) -> int | None:
+    """Return the number of elements of a tensor made at ``place`` that get values; None for all of them."""
+    views = [view for call in calls if call.writes(path, place) for view in call.touched[path].overwritten]
     num = num_covered(views, tree[path].num_elements)
     return None if views and num == tree[path].num_elements else num
 
 
-def _overrides(tree: SpecTree, tracer: Tracer) -> tuple[dict[str, Traced], list[Problem]]:
-    """Return the calls of ``.init``, by the path that each gives values, and those that do not."""
+def _overrides(tree: SpecTree, tracer: Tracer) -> tuple[dict[str, TracedCall], list[Problem]]:
+    """Return the calls of ``.init`` by the path of their tensor, and the problems of calls that leave elements unwritten."""
     asked = [(spec, spec.source.calls[0]) for spec in tree.values() if isinstance(spec.source, Made)]
-    traced, problems = tracer.trace(call for _, call in asked if isinstance(call, TensorCall))
-    functions = {one.call.path: one for one in traced if isinstance(one.call, TensorCall)}
-    overrides: dict[str, Traced] = {}
+    calls, problems = tracer.trace(call for _, call in asked if isinstance(call, TensorCall))
+    functions = {traced.call.path: traced for traced in calls if isinstance(traced.call, TensorCall)}
+    overrides: dict[str, TracedCall] = {}
     for spec, call in asked:
         tried = [functions[spec.path]] if spec.path in functions else []
         num = _num_covered(tree, spec.path, spec.path, tried)
@@ -130,13 +131,13 @@ def _overrides(tree: SpecTree, tracer: Tracer) -> tuple[dict[str, Traced], list[
     return overrides, problems
 
 
-def _programs(makers: Mapping[str, Sequence[Traced]]) -> tuple[dict[str, InitProgram], dict[str, str]]:
-    """Return the init programs of tensors, and for those that have none, why."""
+def _programs(makers: Mapping[str, Sequence[TracedCall]]) -> tuple[dict[str, InitProgram], dict[str, str]]:
+    """Return the init programs of tensors, and for each tensor without a program the cause."""
     programs: dict[str, InitProgram] = {}
     causes: dict[str, str] = {}
-    for path, ones in makers.items():
+    for path, calls in makers.items():
         program: InitProgram | None = InitProgram(())
-        for touch in (one.touched[path] for one in ones):
+        for touch in (traced.touched[path] for traced in calls):
             if touch.operations is None:
                 program, causes[path] = None, touch.cause
                 continue
@@ -149,21 +150,21 @@ def _programs(makers: Mapping[str, Sequence[Traced]]) -> tuple[dict[str, InitPro
         elif program is not None:
             programs[path] = program
             causes.pop(path, None)
-    found = list(causes)
-    while found:  # what they are computed from is made with them
-        path = found.pop()
-        for other in sorted({other for one in makers[path] for other in one.touched[path].of} & programs.keys()):
-            del programs[other]
-            causes[other] = f"{path} is computed from it"
-            found.append(other)
+    opaque = list(causes)
+    while opaque:  # the tensors from which an opaque tensor is computed are made with it
+        path = opaque.pop()
+        for source in sorted({source for call in makers[path] for source in call.touched[path].of} & programs.keys()):
+            del programs[source]
+            causes[source] = f"{path} is computed from it"
+            opaque.append(source)
     return programs, causes
 
 
-def _nobody(tree: SpecTree, path: str, writers: Sequence[Traced]) -> Problem:
+def _unwritten(tree: SpecTree, path: str, writers: Sequence[TracedCall]) -> Problem:
     spec = tree[path]
     if writers:
         num = max(_num_covered(tree, path, place, writers) or 0 for place in spec.paths)
-        code = ", ".join(dict.fromkeys(str(one.call) for one in writers))
+        code = ", ".join(dict.fromkeys(str(traced.call) for traced in writers))
         cause = f"init code ({code}) gives values to {num} of its {spec.num_elements} elements"
     else:
         cause = "no init code writes it"
@@ -174,19 +175,19 @@ def _nobody(tree: SpecTree, path: str, writers: Sequence[Traced]) -> Problem:
 
 
 def _units(
-    tree: SpecTree, makers: Mapping[str, Sequence[Traced]], places: Mapping[str, str], order: Mapping[int, int]
+    tree: SpecTree, makers: Mapping[str, Sequence[TracedCall]], places: Mapping[str, str], order: Mapping[int, int]
 ) -> list[Unit]:
-    """Join calls that touch a common tensor, and list the tensors of each such unit."""
-    calls = {id(one): one for ones in makers.values() for one in ones}
+    """Join calls that touch a common tensor into units, and list the tensors of each unit."""
+    calls = {id(traced): traced for traces in makers.values() for traced in traces}
     touches: nx.Graph[int | str] = nx.Graph()
-    for key, one in calls.items():
-        touches.add_edges_from((key, p) for p in one.touched if p in makers and one.reaches(p, places.get(p, p)))
+    for key, traced in calls.items():
+        touches.add_edges_from((key, p) for p in traced.touched if p in makers and traced.reaches(p, places.get(p, p)))
     rank = {spec.path: number for number, spec in enumerate(tree.values())}
     units: list[Unit] = []
     for members in nx.connected_components(touches):
-        ones = [calls[key] for key in sorted((key for key in members if isinstance(key, int)), key=order.__getitem__)]
+        traces = [calls[key] for key in sorted((key for key in members if isinstance(key, int)), key=order.__getitem__)]
         paths = sorted((path for path in members if isinstance(path, str)), key=rank.__getitem__)
-        others = sorted({path for one in ones for path in one.touched} - makers.keys(), key=rank.__getitem__)
+        scratch = sorted({path for traced in traces for path in traced.touched} - makers.keys(), key=rank.__getitem__)
         made_at = tuple(places.get(path, path) for path in paths)
-        units.append(Unit(made_at, tuple(one.call for one in ones), tuple(others)))
+        units.append(Unit(made_at, tuple(traced.call for traced in traces), tuple(scratch)))
     return sorted(units, key=lambda unit: rank[tree[unit.paths[0]].path])

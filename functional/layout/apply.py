@@ -25,8 +25,8 @@ from ...specs.steps import (
     SyncOp,
     VocabParallel,
 )
-from ..model.callables import find
-from ..model.linear import linear_of, product
+from ..model.callables import find_callable
+from ..model.linear import forward_without_bias, linear_of
 from .collectives import SyncGroup, own_ids, sync_function
 from .hooks import Dispatch, Mask, PassWeight, Synchronise
 from .rng_hooks import OwnRng
@@ -64,10 +64,10 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # n
             _own_rows(module, num_rows, local)
         case AddBiasAfterSync():
             assert linear_of(module), "the plan checks it"
-            module.forward = MethodType(product, module)
+            module.forward = MethodType(forward_without_bias, module)
             _hook_after(module, _add_bias)
         case Sync(when=when, op=op, mesh_axis=mesh_axis, which=which):
-            function = sync_function(step) if op in get_args(SyncOp) else find(op, local.callables)
+            function = sync_function(step) if op in get_args(SyncOp) else find_callable(op, local.callables)
             hook = Synchronise(function, local.groups[mesh_axis], which)
             if when in ("forward_post", "backward_pre"):
                 _hook_after(module, hook.after)

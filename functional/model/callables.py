@@ -1,4 +1,4 @@
-"""Functions by name: how a plan, which is data, refers to what a user wrote."""
+"""Functions by name: how a plan, which is data, refers to functions of the user."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ...specs.errors import PlanError, Problem
 def register(callables: Mapping[str, Any], function: Callable[..., Any]) -> tuple[str, frozendict[str, Any]]:
     """Return the name of a function, and the callables with it.
 
-    The name is ``module:qualname`` if that leads back to it. Anything else gets a name with a ``<`` in it, which tells
-    ``dumps`` that it cannot be saved; two different functions never share one.
+    The name is ``module:qualname`` if importing that name gives the function. Any other function gets a name with a ``<``
+    in it, which tells ``dumps`` that it cannot be saved; two different functions never share a name.
 
     >>> import math
     >>> register({}, math.sqrt)[0]
@@ -31,11 +31,11 @@ def register(callables: Mapping[str, Any], function: Callable[..., Any]) -> tupl
     return unique, frozendict({**callables, unique: function})
 
 
-def find(name: str, callables: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function of a name: one that the plan carries, else the one that importing leads to.
+def find_callable(name: str, callables: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the function of a name: from the plan's callables, else by import.
 
     Raises:
-        PlanError: If it leads nowhere.
+        PlanError: If it cannot be imported.
     """
     if name in callables:
         return callables[name]

@@ -1,4 +1,4 @@
-"""A module copied with other tensors: its structure, never its values."""
+"""Copy a module with new tensors, and exchange tensors at paths of a module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...specs.errors import PlanError, Problem
+from ...specs.paths import module_of, name_of
 from .read import named_tensors, tensors_in
 
 _VALUES = frozenset([int, float, bool, complex, str, bytes, type(None), torch.dtype])
-_ATOMS = _VALUES | {type, FunctionType}  # what a copy shares with the original
-_SAYS_HOW_IT_IS_COPIED = frozenset(
+_SHARED = _VALUES | {type, FunctionType}  # types whose objects a copy shares with the original
+_COPY_PROTOCOL = frozenset(
     [
         *("__copy__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__new__"),
         *("__reduce__", "__reduce_ex__", "__setstate__", "__slots__"),
@@ -38,17 +39,17 @@ _HOOKS = (
 def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_planning: bool) -> nn.Module:
     """Return a copy of a module in which every parameter and buffer is ``replace(tensor)``.
 
-    Attributes that code has put on a parameter stay. Scripted modules cannot be given other tensors.
+    Attributes that code has put on a parameter are kept. Scripted modules keep their tensors.
 
     Args:
-        model: What is copied; it is not changed.
-        replace: Gives the new tensor; what it gives for a parameter becomes a parameter.
-        for_planning: Whether scripted modules and tensors in plain attributes stand in the copy themselves, as nobody will
-            write them; else the copy has copies of them.
+        model: The module; it is not changed.
+        replace: Returns the new tensor, which becomes a parameter if the old tensor is a parameter.
+        for_planning: Whether the copy shares scripted modules and tensors in plain attributes with the model, as nobody
+            will write them; else they are copied.
 
     Raises:
-        PlanError: If a hook or attribute is a function that holds on to a module of the original, which the copy would
-            then call; if a tensor has a hook; or if something cannot be copied.
+        PlanError: If a hook or attribute is a function that refers to a module of the original, which the copy would then
+            call; if a tensor has a hook; or if an attribute cannot be copied.
     """
     names = {id(module): path for path, module in model.named_modules()}
     names |= {id(tensor): path for path, _, tensor in named_tensors(model)}
@@ -60,7 +61,7 @@ def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_pl
     memo: dict[int, Any] = {}
     if for_planning:
         plain = [tensor for module in model.modules() for value in _attributes(module) for tensor in tensors_in(value)]
-        memo = {id(kept): kept for kept in (*scripted, *plain) if id(kept) not in names}
+        memo = {id(shared): shared for shared in (*scripted, *plain) if id(shared) not in names}
     inside = {id(part) for module in scripted for part in module.modules()}
     for module in model.modules():
         if id(module) not in inside:
@@ -83,7 +84,7 @@ def copy_module(model: nn.Module, replace: Callable[[Tensor], Tensor], *, for_pl
 
 
 def _copy_plain(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Do what deepcopy does with modules that say nothing about copying: many times faster, where there are thousands."""
+    """Copy modules without a copy protocol of their own into the memo, as deepcopy would, but many times faster."""
     plain = [module for module in model.modules() if id(module) not in memo and _is_plainly_copied(type(module))]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
@@ -94,12 +95,12 @@ def _copy_plain(model: nn.Module, memo: dict[int, Any]) -> None:
 @cache
 def _is_plainly_copied(cls: type) -> bool:
     own = {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
-    return not own & _SAYS_HOW_IT_IS_COPIED
+    return not own & _COPY_PROTOCOL
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _ATOMS or (kind is tuple and all(type(item) in _ATOMS for item in value)):
+    if kind in _SHARED or (kind is tuple and all(type(item) in _SHARED for item in value)):
         return value
     if id(value) in memo:
         return memo[id(value)]
@@ -112,51 +113,44 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """Return a tensor like another one, without values."""
+    """Return a tensor on meta with the shape and dtype of another tensor."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def put_tensor(model: nn.Module, path: str, tensor: Tensor) -> None:
-    """Make a tensor stand at a path of a module, as what stands there now: a parameter or a buffer."""
-    module_path, _, name = path.rpartition(".")
-    module = model.get_submodule(module_path)
+    """Replace the tensor at a path of a model by another tensor of its kind: parameter or buffer."""
     # setattr, not the dictionaries: recurrent modules keep a second list of their parameters
-    setattr(module, name, tensor)
+    setattr(model.get_submodule(module_of(path)), name_of(path), tensor)
 
 
 def get_tensor(model: nn.Module, path: str) -> Tensor:
-    """Return the tensor that stands at a path of a module."""
-    module_path, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(module_path), name)
-
-
-def module_of(path: str) -> str:
-    """Return the path of the module that holds a tensor.
-
-    >>> module_of("model.norm.weight")
-    'model.norm'
-    """
-    return path.rpartition(".")[0]
+    """Return the tensor at a path of a model."""
+    return getattr(model.get_submodule(module_of(path)), name_of(path))
 
 
 def tied(old: Tensor, first: Tensor) -> Tensor:
-    """Return a tied tensor as what stood there before: the same parameter, or a buffer that shares its memory."""
+    """Return ``first`` for another path of its tie: the parameter itself, or a buffer that shares its memory.
+
+    Args:
+        old: The tensor at that path until now.
+        first: The tensor at the first path of the tie.
+    """
     if isinstance(old, nn.Parameter) == isinstance(first, nn.Parameter):
         return first
     return like(old, first.detach())
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:
-    """Return ``new`` as what ``old`` is: a parameter with its attributes and requires_grad, or a plain tensor."""
+    """Return ``new`` as a parameter with the attributes and requires_grad of ``old``, or as it is if that is a buffer."""
     if not isinstance(old, nn.Parameter):
         return new
     if type(new) is Tensor:
         parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-    else:  # what nn.Parameter makes of a fake tensor, without a detach that is dispatched
+    else:  # as nn.Parameter does for a fake tensor, without a detach that is dispatched
         parameter = new.requires_grad_(old.requires_grad)
         parameter._is_param = True  # noqa: SLF001
     for name, value in vars(old).items():
-        if name != "_is_hf_initialized":  # what transformers notes of values that the new tensor has not
+        if name != "_is_hf_initialized":  # transformers' mark of a tensor with values, which the new tensor lacks
             setattr(parameter, name, value)
     return parameter
 
@@ -197,7 +191,7 @@ def _function(value: Any) -> Any:
 
 
 def _held(value: Any, names: dict[int, str], depth: int = 4) -> Iterator[str]:
-    """Modules and tensors that a function refers to by its closure, globals or defaults: where deepcopy does not follow."""
+    """Iterate over modules and tensors that a function refers to by closure, globals or defaults, which deepcopy keeps."""
     function = _function(value)
     if not isinstance(function, FunctionType) or not depth:
         return
@@ -227,6 +221,6 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> Iterator[Problem]:
                 continue
             try:
                 copy.deepcopy(value, dict(memo))
-            except Exception as error:  # noqa: BLE001  anything may be wrong with what a user keeps on a module
+            except Exception as error:  # noqa: BLE001  the user's attribute may raise anything
                 cause = f"its attribute {name!r}, a {type(value).__name__}, cannot be copied: {error}"
                 yield Problem(path, cause, "Make it when it is needed, or give it a __deepcopy__")

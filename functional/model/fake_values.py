@@ -1,4 +1,4 @@
-"""Answers to code that asks fake tensors for values, which they have not."""
+"""Answer code that asks fake tensors for values, which they do not have."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _MAX_GUESSES = 64
 
 
 class DependsOnValuesError(RuntimeError):
-    """The code keeps asking."""
+    """Code keeps asking for values of fake tensors."""
 
 
 class Guesses:
-    """Answers each question with zero, up to a number of them."""
+    """Answer each question for a value with zero, up to a number of questions."""
 
     def __init__(self) -> None:
         self.num = 0
 
     def answer(self, asked: Tensor) -> bool | int | float:
-        """Return a zero of the dtype that is asked for.
+        """Return a zero of the tensor's dtype.
 
         Raises:
-            DependsOnValuesError: If there is no end of questions.
+            DependsOnValuesError: After too many questions.
         """
         self.num += 1
         if self.num > _MAX_GUESSES:
@@ -37,7 +37,7 @@ class Guesses:
 
 
 class AnswerZero(TorchDispatchMode):
-    """Within the block ``tensor.item()`` and ``if tensor.any()`` are answered with zero."""
+    """Answer ``tensor.item()`` and ``if tensor.any()`` with zero within the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,5 +50,5 @@ class AnswerZero(TorchDispatchMode):
 
 
 def asks_for_value(func: Any) -> bool:
-    """Tell whether an operator gives one value of a tensor to Python."""
+    """Tell whether an operator returns a single value of a tensor to Python."""
     return func is torch.ops.aten._local_scalar_dense.default  # noqa: SLF001  the operator's name

@@ -1,4 +1,4 @@
-"""Modules that are alike, so that their own init code does to each what it does to the first."""
+"""Tell modules and values apart, so that a result for one module can be used for all that are alike."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _ATOMS = (
 
 
 class Likeness:
-    """Tells modules apart by all that a method of theirs could read: class, attributes, tensors, what they contain.
+    """Tell modules apart by everything that their methods could read: class, attributes, tensors, submodules.
 
-    An object that is no plain value counts by its identity, a tensor of the module by shape and dtype: two layers with one
-    configuration are alike, two with a configuration each are not.
+    An object that is no plain value is compared by identity, a tensor of the module by shape and dtype: two layers that
+    share a configuration are alike, two layers with a configuration each are not.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Likeness:
             self._known[id(module)] = self._numbers.setdefault((type(module), attributes), len(self._numbers))
         return self._known[id(module)]
 
-    def key(self, value: Any) -> Hashable:  # noqa: PLR0911  one a kind
+    def key(self, value: Any) -> Hashable:  # noqa: PLR0911  a case a kind
         """Return a key that is equal for values that are alike."""
         if isinstance(value, nn.Module):
             return nn.Module, self.number(value)

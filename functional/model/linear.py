@@ -1,4 +1,4 @@
-"""Linear modules, and which axis of their weight is which: ``nn.Linear`` and transformers' ``Conv1D``."""
+"""Linear modules and the axes of their weight: ``nn.Linear`` and transformers' ``Conv1D``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 @frozen
-class Linear:
-    """How a module keeps its weight.
+class LinearLayout:
+    """How a linear module keeps its weight.
 
     Args:
         out_axis: Axis of the weight along which the output features lie.
@@ -26,12 +26,12 @@ class Linear:
     in_features: str
 
 
-_LINEAR = Linear(out_axis=0, in_axis=1, out_features="out_features", in_features="in_features")
-_CONV1D = Linear(out_axis=1, in_axis=0, out_features="nf", in_features="nx")
+_LINEAR = LinearLayout(out_axis=0, in_axis=1, out_features="out_features", in_features="in_features")
+_CONV1D = LinearLayout(out_axis=1, in_axis=0, out_features="nf", in_features="nx")
 
 
-def linear_of(module: nn.Module) -> Linear | None:
-    """Return how a module keeps its weight, None if it is no linear one.
+def linear_of(module: nn.Module) -> LinearLayout | None:
+    """Return how a linear module keeps its weight, None for any other module.
 
     >>> linear_of(nn.Linear(4, 8)).out_axis, linear_of(nn.LayerNorm(4))
     (0, None)
@@ -41,18 +41,18 @@ def linear_of(module: nn.Module) -> Linear | None:
     return _CONV1D if _is_conv1d(type(module)) else None
 
 
-def has_forward_of_its_own(module: nn.Module) -> bool:
-    """Tell whether a linear module computes otherwise than its class does, so that its bias cannot be taken out."""
+def overrides_forward(module: nn.Module) -> bool:
+    """Tell whether a linear module overrides the forward of its class, so that its bias cannot be taken out."""
     return type(module).forward is not nn.Linear.forward and not _is_conv1d(type(module), exactly=True)
 
 
-def product(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
-    """Return what a linear module gives without its bias; it may be called with its input by name."""
+def forward_without_bias(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
+    """Return the output of a linear module without its bias. Its input may be given by name."""
     (x,) = (*given, *named.values())
     return nn.functional.linear(x, module.weight) if isinstance(module, nn.Linear) else x @ module.weight
 
 
 def _is_conv1d(cls: type, *, exactly: bool = False) -> bool:
-    """Tell whether a class is transformers' ``Conv1D``; whoever has such a module has imported it."""
+    """Tell whether a class is transformers' ``Conv1D``, without importing transformers: whoever uses it has imported it."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return conv1d is not None and (cls is conv1d if exactly else issubclass(cls, conv1d))

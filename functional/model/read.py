@@ -1,9 +1,10 @@
-"""What a schedule needs to know of a module: its tensors, their ties, its submodules. Values are never read."""
+"""Read a model: its modules, tensors and ties, never values; and tell whether it is the model that a plan was made for."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve
@@ -14,8 +15,16 @@ from ...specs.dtypes import is_known
 from ...specs.errors import Problem
 from ...specs.module import ModuleSpec
 from ...specs.param import Kind, ParamSpec
-from ...specs.source import ModuleValues, Unknown
+from ...specs.paths import join
+from ...specs.program import InitProgram
+from ...specs.source import Made, ModuleCall, ModuleValues, OwnValues, Uninitialised, Unknown
 from ...specs.tree import SpecTree
+
+if TYPE_CHECKING:
+    from ...specs.plan import Plan
+
+_LOST = "init code is planned to make it, and the model has values that would be lost"
+_COMPARED = ("path", "orig_shape", "dtype", "kind", "tie", "requires_grad")
 
 
 def read_modules(model: nn.Module) -> tuple[ModuleSpec, ...]:
@@ -32,7 +41,7 @@ def read_modules(model: nn.Module) -> tuple[ModuleSpec, ...]:
 
 
 def read_tensors(model: nn.Module) -> tuple[SpecTree, list[Problem]]:
-    """Return the tensors of a model, tied ones once, and what cannot be planned.
+    """Return the tensors of a model, each tie once, and the problems of tensors that cannot be planned.
 
     A tensor's source is ``ModuleValues`` if it has values, ``Unknown`` if it is on the meta device.
     """
@@ -43,7 +52,7 @@ def read_tensors(model: nn.Module) -> tuple[SpecTree, list[Problem]]:
         if problem := _unplannable(path, tensor):
             problems.append(problem)
             continue
-        identity = _identity(tensor)
+        identity = view_id(tensor) if tensor.numel() else id(tensor)
         if identity in specs:
             specs[identity] = evolve(specs[identity], tie=(*specs[identity].tie, path))
             continue
@@ -56,36 +65,51 @@ def read_tensors(model: nn.Module) -> tuple[SpecTree, list[Problem]]:
             source=Unknown() if tensor.is_meta else ModuleValues(),
         )
         if kind == "parameter" and tensor.numel():
-            other = storages.setdefault(tensor.untyped_storage()._cdata, path)  # noqa: SLF001  the only identity of a storage on meta
-            if other != path:
-                cause = f"it shares memory with {other}, but is another view of it"
+            first = storages.setdefault(storage_id(tensor), path)
+            if first != path:
+                cause = f"it shares memory with {first}, but is another view of it"
                 problems.append(Problem(path, cause, "Make them one parameter (a tie), or clone one", spec.type))
     problems += _plain_attributes(model)
     return SpecTree(specs.values()), problems
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
-    """Iterate over all paths of parameters and buffers, aliases too, module by module, with what they are."""
+    """Iterate over all paths of parameters and buffers, aliases too, module by module: path, kind, tensor."""
     for module_path, module in model.named_modules(remove_duplicate=False):
         yield from own_tensors(module_path, module)
 
 
 def own_tensors(module_path: str, module: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
-    """Iterate over what one module holds itself, with what it is."""
-    prefix = f"{module_path}." if module_path else ""
+    """Iterate over the parameters and buffers that one module holds itself: path, kind, tensor."""
     for name, parameter in module._parameters.items():  # noqa: SLF001  named_parameters() hides aliases within a module
         if parameter is not None:
-            yield prefix + name, "parameter", parameter
+            yield join(module_path, name), "parameter", parameter
     for name, buffer in module._buffers.items():  # noqa: SLF001
         if buffer is not None:
             transient = name in module._non_persistent_buffers_set  # noqa: SLF001
-            yield prefix + name, "non_persistent_buffer" if transient else "buffer", buffer
+            yield join(module_path, name), "non_persistent_buffer" if transient else "buffer", buffer
 
 
-def _identity(tensor: Tensor) -> object:
-    if not tensor.numel():
-        return id(tensor)
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())  # noqa: SLF001
+def storage_id(tensor: Tensor) -> int:
+    """Return the identity of a tensor's memory, equal for views of each other; also on meta, and of fake tensors.
+
+    It is only unique among storages that are alive.
+    """
+    return tensor.untyped_storage()._cdata  # noqa: SLF001  torch has no public name for it
+
+
+def view_id(tensor: Tensor) -> tuple[object, ...]:
+    """Return the identity of a view: memory, offset, shape, stride."""
+    return storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def first_argument(module: nn.Module) -> str:
+    """Return the name of the first argument of a module's forward.
+
+    >>> first_argument(nn.Embedding(2, 2))
+    'input'
+    """
+    return next(iter(inspect.signature(module.forward).parameters), "")
 
 
 def _unplannable(path: str, tensor: Tensor) -> Problem | None:
@@ -108,10 +132,10 @@ def _plain_attributes(model: nn.Module) -> Iterator[Problem]:
         for name, value in vars(module).items():
             if not isinstance(value, Tensor) and (not value or not isinstance(value, (dict, list, tuple, set))):
                 continue
-            kept_twice = isinstance(module, nn.RNNBase) and name == "_flat_weights"  # which torch itself keeps right
+            kept_twice = isinstance(module, nn.RNNBase) and name == "_flat_weights"  # torch itself keeps the list right
             if name in ("_parameters", "_buffers", "_modules") or kept_twice:
                 continue
-            at = f"{path}.{name}" if path else name
+            at = join(path, name)
             for tensor in tensors_in(value):
                 if id(tensor) in planned:
                     cause = f"a plain attribute keeps {planned[id(tensor)]}, and would go on keeping the tensor of before"
@@ -126,7 +150,7 @@ def _plain_attributes(model: nn.Module) -> Iterator[Problem]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in an attribute: itself, or the items of a list, tuple, set or dictionary."""
+    """Iterate over the tensors of an attribute: a tensor, or the items of a list, tuple, set or dictionary."""
     match value:
         case Tensor():
             yield value
@@ -136,3 +160,37 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from (item for item in value if isinstance(item, Tensor))
         case _:
             pass
+
+
+def differences(plan: Plan, model: nn.Module) -> Iterator[Problem]:
+    """Iterate over the differences of a model from the planned one: paths, shapes, dtypes, kinds, ties, missing values."""
+    tree, problems = read_tensors(model)
+    yield from problems
+    for spec in plan.tree.values():
+        if spec.path not in tree:
+            yield Problem(spec.path, "the plan has this tensor, and the model has not", "Build the planned model", spec.type)
+            continue
+        found = tree[spec.path]
+        differing = [name for name in _COMPARED if getattr(found, name) != getattr(spec, name)]
+        if differing:
+            words = "; ".join(f"{name} {getattr(found, name)!r} instead of {getattr(spec, name)!r}" for name in differing)
+            yield Problem(spec.path, f"the model is not the planned one: {words}", "Plan again", spec.type)
+        if cause := _wrong_values(spec, has_values=isinstance(found.source, ModuleValues)):
+            yield Problem(spec.path, cause, "Plan again with this model", spec.type)
+    for path in tree:
+        if path not in plan.tree:
+            yield Problem(path, "the model has this tensor, and the plan has not", "Plan again", tree[path].type)
+
+
+def _wrong_values(spec: ParamSpec, *, has_values: bool) -> str | None:
+    match spec.source:
+        case ModuleValues() | OwnValues() if not has_values and spec.num_elements:
+            return "its planned source is the module's own values, and it is on meta"
+        case Uninitialised() if has_values:
+            return "it is planned without values, and the model has values"
+        case InitProgram(replaces=False) if has_values:
+            return _LOST
+        case Made(calls=calls) if has_values and all(isinstance(call, ModuleCall) for call in calls):
+            return _LOST
+        case _:
+            return None

@@ -1,7 +1,7 @@
-"""Modules that are alike and called alike: so that what is found out of one is known of all.
+"""Find layers that repeat each other while a model runs, so that a result for the representative holds for all.
 
-What the code of the first of a family reads of it is noted while it runs. The next ones do what that one did, if they agree
-with it in all that was read and in what they are called with.
+A family is the layers of one class in one container. While its first layer runs, every attribute that its code reads is
+recorded. A later layer repeats it if it agrees in all attributes that were read, and in its arguments.
 """
 
 from __future__ import annotations
@@ -16,51 +16,59 @@ from attrs import Factory, define, evolve, frozen
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from .attribute_reads import own_attributes, reading, unwatched
+from ...specs.paths import join
+from .attribute_reads import original_class, own_attributes, record_reads
 from .likeness import Likeness
 
 if TYPE_CHECKING:
     from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
-_FEW = 3
-"""Fewer members of a family are not worth it."""
+_MIN_FAMILY = 3
+"""Fewest layers of a family for which looking for repetitions pays."""
 
 _LIBRARIES = ("torch", "transformers")
-"""Whose layers are known to leave nothing behind but what they return; those of others are exported one by one."""
+"""Libraries whose layers are known to have no effect but their return value; any other layer runs each time."""
 
-_CLASS = "of the class"
-"""Stands for the value of an attribute that a module has not of its own."""
+_ON_CLASS = "of the class"
+"""Stands for the value of an attribute that a module does not have of its own."""
 
 
 @frozen(eq=False)
-class First:
-    """The first of a family, in one way of calling it.
+class Representative:
+    """A layer that ran, and that later layers called alike may repeat.
 
     Args:
-        path: Its path.
-        read: What its code has read, by the module in it and the name.
-        given: What it gave, flat.
-        spec: How that is put together.
-        num_calls: How often each module in it was called.
-        is_second: Whether it is the second of its family.
+        path: Path of the layer.
+        reads: The attributes that its code read and their values, by (submodule, name).
+        returned: The leaves of its return value.
+        structure: The pytree structure of its return value.
+        num_calls: How often each of its submodules was called.
+        is_second: Whether it is the second layer of its family.
     """
 
     path: str
-    read: dict[tuple[str, str], Hashable]
-    given: Sequence[Any]
-    spec: TreeSpec
+    reads: dict[tuple[str, str], Hashable]
+    returned: Sequence[Any]
+    structure: TreeSpec
     num_calls: dict[str, int]
     is_second: bool = False
 
-    def as_second(self) -> First:
-        """Return the same as the second of its family."""
+    def as_second(self) -> Representative:
+        """Return a copy marked as the second layer of its family."""
         return evolve(self, is_second=True)
 
 
 @frozen(eq=False)
-class Call:
-    """One call of a module that may be one of a family."""
+class LayerCall:
+    """One call of a layer that may repeat another layer.
+
+    Args:
+        path: Path of the layer.
+        module: The layer.
+        forward: Its own forward.
+        key: Equal for calls of layers of one family with alike arguments.
+    """
 
     path: str
     module: nn.Module
@@ -69,97 +77,99 @@ class Call:
 
 
 @define
-class Families(ABC):
-    """The families of one run of a model.
+class RepeatedLayers(ABC):
+    """The families of repeated layers in one run of a model.
 
     Args:
-        layout: What changes how modules compute.
+        layout: The steps that change how modules compute.
         tree: The model's tensors.
-        num_calls: How often each module was called, by path; kept by whoever runs the model.
-        firsts: The first of each family, by how it is called.
-        num_hooks: Hooks in each module that is watched, before the model runs.
-        likeness: What tells values apart.
+        num_calls: How often each module was called, by path; the caller counts while the model runs.
+        representatives: The layers that ran, by the key of their call.
+        num_hooks: Number of hooks in each module, before the model runs.
+        likeness: Tells values apart.
     """
 
     layout: Sequence[LayoutStep]
     tree: SpecTree
     num_calls: dict[str, int]
-    firsts: dict[Hashable, list[First]] = Factory(dict)
+    representatives: dict[Hashable, list[Representative]] = Factory(dict)
     num_hooks: dict[str, int] = Factory(dict)
     likeness: Likeness = Factory(Likeness)
 
     def watch(self, model: nn.Module, local: nn.Module, leaves: Sequence[str] = ()) -> None:
-        """Look out for repeated modules in a copy that is going to run.
+        """Replace the forward of repeated layers in a copy that is going to run.
 
         Args:
-            model: The user's model, whose own hooks nobody knows.
+            model: The user's model; a layer on which the user has put hooks is not replaced.
             local: The copy.
             leaves: Modules that are hidden already.
         """
         if any(True for paths in _paths(model) if len(paths) > 1):
-            return  # torch tells the paths of such a module by proxies, which end where another forward stands in
+            return  # torch exports the paths of such a module by proxies, which do not survive a replaced forward
         for paths in _families(model):
             if not any(path == leaf or path.startswith(f"{leaf}.") for path in paths for leaf in leaves):
                 for path in paths:
                     module = local.get_submodule(path)
-                    module.forward = self._stand_in(path, module, module.forward)
+                    module.forward = self._watched_forward(path, module, module.forward)
 
     def settle(self, local: nn.Module) -> None:
-        """Note the hooks that are there; modules that get others while the model runs are not repeated."""
+        """Count the hooks before the run; a layer that gets further hooks while the model runs is not repeated."""
         self.num_hooks |= {path: sum(map(_num_hooks, module.modules())) for path, module in local.named_modules()}
 
-    def _stand_in(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            is_hooked = sum(map(_num_hooks, module.modules())) != self.num_hooks[path]  # code may do so while it runs
+    def _watched_forward(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            is_hooked = sum(map(_num_hooks, module.modules())) != self.num_hooks[path]
             if is_hooked or not _is_simple((args, *kwargs.values())):
                 return forward(*args, **kwargs)
-            leaves, spec = tree_flatten((args, kwargs))
-            key = (self._kind(path, module), str(spec), tuple(map(self.told_apart, leaves)))
-            for first in self.firsts.get(key, []):
-                if first.read == self._now(module, first.read):
-                    return self.repeat(Call(path, module, forward, key), first, leaves, spec)
-            return self.first(Call(path, module, forward, key), leaves, spec)
+            leaves, structure = tree_flatten((args, kwargs))
+            key = (self._family(path, module), str(structure), tuple(map(self.argument_key, leaves)))
+            call = LayerCall(path, module, forward, key)
+            for representative in self.representatives.get(key, []):
+                if representative.reads == self._values(module, representative.reads):
+                    return self.repeat(call, representative, leaves, structure)
+            return self.first(call, leaves, structure)
 
-        return stand_in
-
-    @abstractmethod
-    def first(self, call: Call, leaves: list[Any], spec: TreeSpec) -> Any:
-        """Run a module that no other one stands for, and return what it returns."""
+        return watched
 
     @abstractmethod
-    def repeat(self, call: Call, first: First, leaves: list[Any], spec: TreeSpec) -> Any:
-        """Return what a module returns that does what the first of its family did."""
+    def first(self, call: LayerCall, leaves: list[Any], structure: TreeSpec) -> Any:
+        """Run a layer that repeats none, and return its return value."""
 
-    def run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, First | None]:
-        """Run a module; return what it returns, and what others must agree with, if it leaves nothing else behind."""
-        before, values = dict(self.num_calls), self._now(call.module, own_attributes(call.module))
-        with reading(call.module) as read:
-            returned = call.forward(*args, **kwargs)
-        given, returns = tree_flatten(returned)
-        now = self._now(call.module, read.names)
-        is_changed = any(values.get(name, _CLASS) != value for name, value in now.items())
-        if is_changed or read.is_written or not _is_simple(returned) or not any(isinstance(leaf, Tensor) for leaf in given):
-            return returned, None
-        made = {path: num - before.get(path, 0) for path, num in self.num_calls.items() if path.startswith(f"{call.path}.")}
-        return returned, First(call.path, now, given, returns, made)
+    @abstractmethod
+    def repeat(self, call: LayerCall, representative: Representative, leaves: list[Any], structure: TreeSpec) -> Any:
+        """Return the return value of a layer that repeats its representative."""
 
-    def count(self, path: str, first: First) -> None:
-        """Count the modules in one as called, as often as in the first of its family."""
-        for inside, num in first.num_calls.items():
-            name = path + inside.removeprefix(first.path)
+    def run(self, call: LayerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Representative | None]:
+        """Run a layer; return its return value, and its record if it had no other effect, so that it may be repeated."""
+        before, values = dict(self.num_calls), self._values(call.module, own_attributes(call.module))
+        with record_reads(call.module) as reads:
+            result = call.forward(*args, **kwargs)
+        returned, structure = tree_flatten(result)
+        after = self._values(call.module, reads.names)
+        is_changed = any(values.get(name, _ON_CLASS) != value for name, value in after.items())
+        has_tensors = any(isinstance(leaf, Tensor) for leaf in returned)
+        if is_changed or reads.is_written or not _is_simple(result) or not has_tensors:
+            return result, None
+        calls = {path: num - before.get(path, 0) for path, num in self.num_calls.items() if path.startswith(f"{call.path}.")}
+        return result, Representative(call.path, after, returned, structure, calls)
+
+    def count(self, path: str, representative: Representative) -> None:
+        """Count the submodules of a layer that did not run as called, as often as in its representative."""
+        for inside, num in representative.num_calls.items():
+            name = path + inside.removeprefix(representative.path)
             self.num_calls[name] = self.num_calls.get(name, 0) + num
 
-    def told_apart(self, leaf: Any) -> Hashable:
-        """Return what must be the same of what modules are called with."""
+    def argument_key(self, leaf: Any) -> Hashable:
+        """Return a key that is equal for arguments that are alike."""
         if isinstance(leaf, Tensor):
             sizes = (*map(_size, leaf.shape), *map(_size, leaf.stride()))
             return Tensor, sizes, leaf.dtype, leaf.device, leaf.requires_grad
         return type(leaf), _size(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
-    def _kind(self, path: str, module: nn.Module) -> Hashable:
-        """Return what modules of one family have in common before they are called: classes, tensors, ties, layout."""
+    def _family(self, path: str, module: nn.Module) -> Hashable:
+        """Return a key that is equal for layers of one family: classes, tensors, ties and layout."""
         inside = tuple(
-            (name, unwatched(type(part)), part.training, tuple(_tensors(part))) for name, part in module.named_modules()
+            (name, original_class(type(part)), part.training, tuple(_tensors(part))) for name, part in module.named_modules()
         )
         ties = tuple(
             tuple(other.removeprefix(path) if other.startswith(f"{path}.") else f"/{other}" for other in spec.paths)
@@ -173,17 +183,18 @@ class Families(ABC):
         )
         return inside, ties, changes
 
-    def _now(self, module: nn.Module, read: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
+    def _values(self, module: nn.Module, attributes: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Hashable]:
+        """Return a key of the value that each attribute has now."""
         parts = dict(module.named_modules())
         inside = {id(part): name for name, part in parts.items()}
         return {
-            (part, name): self._value(vars(parts[part])[name], inside) if name in vars(parts[part]) else _CLASS
-            for part, name in read
+            (part, name): self._value_key(vars(parts[part])[name], inside) if name in vars(parts[part]) else _ON_CLASS
+            for part, name in attributes
         }
 
-    def _value(self, value: Any, inside: dict[int, str]) -> Hashable:
+    def _value_key(self, value: Any, inside: dict[int, str]) -> Hashable:
         if isinstance(value, nn.Module):
-            return inside.get(id(value), id(value))  # what is read of it is noted there
+            return inside.get(id(value), id(value))  # reads of a submodule are recorded under its own name
         if isinstance(value, Tensor):
             return id(value)
         state = vars(value) if hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType)) else {}
@@ -199,7 +210,7 @@ def _paths(model: nn.Module) -> Iterable[list[str]]:
 
 
 def _families(model: nn.Module) -> Iterator[list[str]]:
-    """Iterate over the paths of modules of one class in one container, without hooks of the user's; outermost ones only."""
+    """Iterate over the families: paths of layers of one class in one container, without hooks; outermost containers only."""
     inside: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or f"{path}.".startswith(tuple(inside)):
@@ -207,9 +218,9 @@ def _families(model: nn.Module) -> Iterator[list[str]]:
         kinds: dict[type, list[str]] = {}
         for name, child in module.named_children():
             if not any(_is_special(part) for part in child.modules()):
-                kinds.setdefault(type(child), []).append(f"{path}.{name}" if path else name)
+                kinds.setdefault(type(child), []).append(join(path, name))
         for paths in kinds.values():
-            if len(paths) >= _FEW:
+            if len(paths) >= _MIN_FAMILY:
                 inside += (f"{member}." for member in paths)
                 yield paths
 
@@ -225,14 +236,14 @@ def _is_special(module: nn.Module) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[Hashable]:
-    """Iterate over what tensors a module holds itself: names, kinds, shapes, dtypes."""
+    """Iterate over the tensors that a module holds itself: kind, name, shape, dtype."""
     for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):  # noqa: SLF001
         for name, tensor in tensors.items():
             yield kind, name, None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
 
 def _is_simple(value: Any) -> bool:
-    """Tell whether nothing but a tuple holds the tensors and plain values: nothing that code could write into."""
+    """Tell whether a value is a tensor, a plain value, or a tuple of them: no container that code could write into."""
     if type(value) is tuple:
         return all(map(_is_simple, value))
     return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.SymInt))

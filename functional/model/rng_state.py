@@ -1,4 +1,4 @@
-"""Random generators that belong to nobody: seeded from (seed, path), the user's own left as they were."""
+"""The global random generators: seeds from (seed, path), and blocks after which the user's state is restored."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def derive_seed(seed: int, path: str) -> int:
 
 
 def python_state() -> tuple[object, ...]:
-    """Return where Python's and NumPy's global generators stand, to be compared."""
+    """Return the state of Python's and NumPy's global generators, for comparison."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
-class Rewinds:
-    """Notices code that sets torch's generator, whose draws are made on fake tensors, which draw nothing from it."""
+class Reseeding:
+    """Notice code that seeds or sets torch's generator while it runs on fake tensors, which draw nothing from it."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -37,7 +37,7 @@ class Rewinds:
             self._expected = torch.default_generator.get_state()
 
     def draw(self) -> None:
-        """Note one random operator: draw a number in its place, so that going back can be told from standing still."""
+        """Draw a number for a random operator, so that the generator advances and a reset can be noticed."""
         with _disable_current_modes():
             self.seen |= not torch.equal(torch.default_generator.get_state(), self._expected)
             torch.empty(1, device="cpu").uniform_()
@@ -46,18 +46,18 @@ class Rewinds:
 
 @contextmanager
 def own_generators(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python within the block; give them back as they were.
+    """Seed the global generators of torch, NumPy and Python within the block; restore their state after it.
 
     Args:
         seed: 63 bits.
-        device: CUDA device whose generator is meant too.
+        device: CUDA device whose generator is seeded too.
     """
     cuda = torch.cuda.default_generators[device.index or 0] if device is not None and device.type == "cuda" else None
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     before = cuda.get_state() if cuda is not None else None
     try:
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  init code draws from the global generator, so that is what is seeded
+        np.random.seed(seed % 2**32)  # noqa: NPY002  init code draws from the global generator
         torch.default_generator.manual_seed(seed)
         if cuda is not None:
             cuda.manual_seed(seed)

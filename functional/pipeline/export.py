@@ -1,4 +1,4 @@
-"""A model as a flat graph of operations, exported on fake tensors: what ``torch.export`` sees of one rank."""
+"""Export a model as the first rank has it, on fake tensors: a flat graph of operations."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from ...specs.errors import PlanError, Problem
 from ...specs.steps import Sync, SyncOp
 from ..layout.local_model import LocalModel, quiet
-from ..model.callables import find
+from ..model.callables import find_callable
+from ..model.open_modules import OpenModules
 from ..model.rng_state import own_generators
 from .example_inputs import recorded, with_free_sizes
-from .export_hazards import noticing
-from .opaque_calls import LeafCall, Opaque, OpaqueCall, is_opaque
-from .repeat_markers import Repeats
-from .written_out import write_out
+from .export_hazards import collect_hazards
+from .opaque_calls import LeafCall, OpaqueCall, OpaqueCalls, is_opaque
+from .repeat_markers import MarkedLayers, write_out
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
 
 _STRANGE_OUTPUT = re.compile(r"Found <class '([^']+)'> in output")
-"""How torch says that it cannot take apart what a model returns."""
+"""Message of torch where a model returns an object that is no tensor or container of tensors."""
 
 
 @frozen
 class Captured:
-    """A model in one mode, as a graph.
+    """A model as a graph, in training or in evaluation.
 
     Args:
         graph: Every operation, in the order in which the model's code runs them.
-        root: Holds what the graph refers to besides the model's own tensors: constants, regions without gradients.
-        returns: How what the model returns is put together from the graph's outputs.
+        root: Holds the constants, and the regions without gradients, to which the graph refers.
+        returns: The pytree structure of the model's return value, whose leaves are the graph's outputs.
         calls: The calls that the export did not follow.
         num_calls: How often each module was called, by path.
-        ranges: The sizes for which the graph stands, by the symbol that it has for each.
-        guards: What the code has asked of the inputs' sizes, in torch's words.
+        ranges: Least and most of each variable size, by its symbol in the graph.
+        guards: Conditions on the inputs' sizes that the code has tested, as torch writes them.
     """
 
     graph: fx.Graph
@@ -71,71 +71,56 @@ def capture(subject: LocalModel, *, training: bool) -> Captured:
 
 
 def _export(subject: LocalModel, *, training: bool, once: bool) -> Captured | None:
-    """Export a model, repeated modules once where that is possible; return None if it turns out not to be."""
+    """Export a model, with ``once`` repeated layers a single time; return None if that turns out to be impossible."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
-    opaque = Opaque()
+    opaque = OpaqueCalls()
     names = [step.op for step in subject.layout if isinstance(step, Sync) and step.op not in get_args(SyncOp)]
-    callables = {name: opaque.function(name, find(name, subject.callables)) for name in names}
+    callables = {name: opaque.function(name, find_callable(name, subject.callables)) for name in names}
     local = evolve(subject, callables=callables).fake_copy(mode, named=True)
     if not training or not local.training:
         local.train(training)  # else modules that the user has put in evaluation stay so in training
-    num_calls: dict[str, int] = {}
-    open_modules: list[str] = []
+    running = OpenModules()
     for path in subject.leaves:
         opaque.hide(path, local.get_submodule(path))
-    repeats = Repeats(subject.layout, subject.tree, num_calls)
+    layers = MarkedLayers(subject.layout, subject.tree, running.num_calls)
     if once:
-        repeats.watch(subject.model, local, subject.leaves)
-    for path, module in local.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            _follow(path, module, open_modules, num_calls)
-    repeats.settle(local)
+        layers.watch(subject.model, local, subject.leaves)
+    running.follow(local)
+    layers.settle(local)
     assert subject.example_inputs is not None, "a model is exported with them"
     inputs, sizes = with_free_sizes(recorded(subject.example_inputs)[0], mode)
-    noticed: list[Problem] = []
+    hazards: list[Problem] = []
     try:
-        with mode, own_generators(0), torch.enable_grad(), quiet(), noticing(open_modules, subject.leaves) as noticed:
+        with mode, own_generators(0), torch.enable_grad(), quiet(), collect_hazards(running, subject.leaves) as hazards:
             exported: Any = torch.export.export(local, (), inputs, dynamic_shapes=sizes, strict=False)
             module = exported.module(check_guards=False)
     except Exception as error:
-        raise PlanError(noticed or [_not_exported(local, open_modules[-1] if open_modules else "", error)]) from error
-    if noticed:
-        raise PlanError(noticed)
-    if not write_out(module.graph, repeats, subject.tree, opaque.calls):
+        raise PlanError(hazards or [_not_exported(local, running.innermost, error)]) from error
+    if hazards:
+        raise PlanError(hazards)
+    if not write_out(module.graph, layers, subject.tree, opaque.calls):
         return None
     if problems := list(_out_of_reach(module.graph, opaque.calls)):
         raise PlanError(problems)
     ranges = {str(symbol): _range(found) for symbol, found in exported.range_constraints.items()}
-    guards = exported._guards_code  # noqa: SLF001  torch offers them as code to run only
-    return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, num_calls, ranges, guards)
+    guards = exported._guards_code  # noqa: SLF001  torch's public API only runs them
+    return Captured(module.graph, module, exported.call_spec.out_spec, opaque.calls, running.num_calls, ranges, guards)
 
 
 def _out_of_reach(graph: fx.Graph, calls: Sequence[OpaqueCall]) -> Iterator[Problem]:
-    """Iterate over calls that stand in a region without gradients, which is one operation of the graph."""
+    """Iterate over the problems of calls in a region without gradients, which is a single operation of the graph."""
     found = {node.args[1] for node in graph.nodes if is_opaque(node)}
     for number, call in enumerate(calls):
         if number not in found:
-            path = call.what.path if isinstance(call.what, LeafCall) else call.what.name
+            path = call.callee.path if isinstance(call.callee, LeafCall) else call.callee.name
             cause = "it is called under torch.no_grad(), and such a region is one operation of a stage"
             yield Problem(path, cause, "Hand over the stages yourself: sch.with_stages([...])")
 
 
 def _range(found: Any) -> tuple[int, int | None]:
-    """Return the least and the most of a size; torch says 2 for the least where it has only left out 0 and 1."""
+    """Return the least and the most of a size; torch's least of 2 only means that it has not tried 0 and 1."""
     least = int(found.lower)
     return (0 if least <= 2 else least), int(found.upper) if found.upper.is_Integer else None  # noqa: PLR2004
-
-
-def _follow(path: str, module: nn.Module, open_modules: list[str], num_calls: dict[str, int]) -> None:
-    def enter(*_: object) -> None:
-        open_modules.append(path)
-        num_calls[path] = num_calls.get(path, 0) + 1
-
-    def leave(*_: object) -> None:
-        open_modules.pop()
-
-    module.register_forward_pre_hook(enter, prepend=True)
-    module.register_forward_hook(leave)
 
 
 def _not_exported(local: nn.Module, path: str, error: Exception) -> Problem:

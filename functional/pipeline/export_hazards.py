@@ -1,10 +1,10 @@
-"""What code does while it is exported that no graph of operations says: noticed, and refused."""
+"""Refuse to export code with effects that a graph of operations does not keep."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from ...specs.errors import Problem
 from ..model.rng_state import python_state
 
+if TYPE_CHECKING:
+    from ..model.open_modules import OpenModules
+
 _LEAF = "Mark the module as a leaf, which runs as it is: sch.at[{path!r}].leaf()"
 
 
 @contextmanager
-def noticing(open_modules: Sequence[str], leaves: Sequence[str]) -> Iterator[list[Problem]]:
-    """Collect what an export within the block would lose: gradients of the user's own, numbers from Python's generators.
+def collect_hazards(running: OpenModules, leaves: Sequence[str]) -> Iterator[list[Problem]]:
+    """Collect the effects that an export within the block would lose: custom gradients, numbers from Python's generators.
 
     Args:
-        open_modules: Paths of the modules that are running, innermost last.
-        leaves: Modules that run as they are, and lose nothing.
+        running: The modules that are running.
+        leaves: Modules that are not exported, and so lose nothing.
     """
     found: list[Problem] = []
 
     def note(cause: str) -> None:
-        path = open_modules[-1] if open_modules else ""
+        path = running.innermost
         if not any(f"{path}.".startswith(f"{leaf}.") for leaf in leaves) and path not in {p.path for p in found}:
             fix = "Do it in a module of its own, and mark that as a leaf: sch.at[module].leaf()"
             found.append(Problem(path, cause, _LEAF.format(path=path) if path else fix))
@@ -43,7 +46,7 @@ def noticing(open_modules: Sequence[str], leaves: Sequence[str]) -> Iterator[lis
 
 
 def backward_hooks(model: nn.Module) -> Iterator[str]:
-    """Iterate over the paths of modules with hooks on their backward, which no graph keeps."""
+    """Iterate over the paths of modules with hooks on their backward pass, which an export loses."""
     for path, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule) and (module._backward_hooks or module._backward_pre_hooks):  # noqa: SLF001
             yield path

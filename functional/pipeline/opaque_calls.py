@@ -1,6 +1,6 @@
-"""Calls that an export does not follow: one operation of the graph stands for a module, or for a function of the user's.
+"""Calls that an export does not follow: a single node of the graph stands for a leaf module, or for a user's function.
 
-The operation is a placeholder that never runs. ``functional/pipeline/stage_module.py`` puts the call itself in its place.
+The node is a placeholder that never runs. ``stage_module.py`` puts the call itself in its place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..layout.collectives import SyncGroup
 
 _RESULTS: dict[int, Sequence[Tensor]] = {}
-"""What the placeholder that runs now will give, by its number."""
+"""Results of the placeholder that is being traced, by its number."""
 
 
 @frozen
@@ -52,35 +52,35 @@ class FunctionCall:
 
 
 @frozen
-class Place:
-    """Stands for the tensor of this number in the arguments of a call."""
+class TensorSlot:
+    """Stands for a tensor, by number, in the arguments of a call."""
 
     number: int
 
 
 @frozen
 class OpaqueCall:
-    """One call.
+    """A call that is not followed.
 
     Args:
-        what: What is called.
-        args: Its positional arguments, with places for tensors.
+        callee: The leaf or the function that is called.
+        args: Its positional arguments, with slots for tensors.
         kwargs: Its named arguments.
-        kept: Places of the tensors among the leaves of what it returns.
+        kept: Places of the tensors among the leaves of its return value.
     """
 
-    what: LeafCall | FunctionCall
+    callee: LeafCall | FunctionCall
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     kept: tuple[int, ...]
 
     def fill(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return its arguments with values in the places of the tensors."""
-        return tree_map_only(Place, lambda place: values[place.number], (self.args, dict(self.kwargs)))
+        """Return its arguments with values in the slots."""
+        return tree_map_only(TensorSlot, lambda slot: values[slot.number], (self.args, dict(self.kwargs)))
 
 
 class NotCallableError(TypeError):
-    """A leaf is called with something that a graph cannot hold."""
+    """A leaf has an argument that a graph cannot hold."""
 
 
 @torch.library.custom_op("shardplan::opaque", mutates_args=())
@@ -96,16 +96,16 @@ def _(tensors: Sequence[Tensor], number: int) -> list[Tensor]:  # noqa: ARG001  
 
 
 def stand_ins(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return new tensors with the sizes and strides of others: an operator gives no memory of somebody else's."""
+    """Return new tensors with the sizes and strides of the given tensors, as an operator must not return their memory."""
     return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
 
 
 @define
-class Opaque:
-    """The calls of one export, by their numbers.
+class OpaqueCalls:
+    """The calls that an export does not follow.
 
     Args:
-        calls: What was called.
+        calls: The calls, by number.
     """
 
     calls: list[OpaqueCall] = Factory(list)
@@ -114,8 +114,8 @@ class Opaque:
         """Return a user's synchronisation as a call that is not followed; the group's name is its mesh axis."""
 
         def call(x: Tensor, group: SyncGroup) -> Tensor:
-            what = FunctionCall(name, group.name)  # type: ignore[arg-type]  while exporting it is a mesh axis
-            return self._stand_for(what, lambda y: function(y, evolve(group, name="")), (x,), {})
+            callee = FunctionCall(name, group.name)  # type: ignore[arg-type]  while exporting it is a mesh axis
+            return self._stand_for(callee, lambda y: function(y, evolve(group, name="")), (x,), {})
 
         return call
 
@@ -133,43 +133,44 @@ class Opaque:
         _replace(module, stand_in, OrderedDict(), OrderedDict())
 
     def _stand_for(
-        self, what: LeafCall | FunctionCall, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, callee: LeafCall | FunctionCall, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Record a call, and return its return value with the tensors of a placeholder."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        places = iter(range(len(tensors)))
-        template: Any = tree_map_only(Tensor, lambda _: Place(next(places)), (args, kwargs))
+        numbers = iter(range(len(tensors)))
+        template: Any = tree_map_only(Tensor, lambda _: TensorSlot(next(numbers)), (args, kwargs))
         for leaf in tree_leaves(template):
-            if leaf is not None and not isinstance(leaf, (Place, *base_types)):
+            if leaf is not None and not isinstance(leaf, (TensorSlot, *base_types)):
                 msg = f"it is called with a {type(leaf).__name__}"
                 raise NotCallableError(msg)
         with _disable_current_modes(), _mode_of(tensors), AnswerZero():
-            returned, spec = tree_flatten(run(*args, **kwargs))
+            returned, structure = tree_flatten(run(*args, **kwargs))
         kept = tuple(place for place, leaf in enumerate(returned) if isinstance(leaf, Tensor))
         number = len(self.calls)
-        self.calls.append(OpaqueCall(what, template[0], template[1], kept))
+        self.calls.append(OpaqueCall(callee, template[0], template[1], kept))
         _RESULTS[number] = [returned[place] for place in kept]
         try:
-            given = opaque(tensors, number)
+            outputs = opaque(tensors, number)
         finally:
             del _RESULTS[number]
-        for place, tensor in zip(kept, given, strict=True):
+        for place, tensor in zip(kept, outputs, strict=True):
             returned[place] = tensor
-        return tree_unflatten(returned, spec)
+        return tree_unflatten(returned, structure)
 
 
 def is_opaque(node: fx.Node) -> bool:
-    """Tell whether a node of a graph stands for a call."""
+    """Tell whether a node of a graph is the placeholder of a call."""
     return node.target is opaque._opoverload  # noqa: SLF001  the operator behind the function
 
 
 def tensors_of(returned: Any, kept: tuple[int, ...]) -> list[Tensor]:
-    """Return the tensors at some places among the leaves of what a call returned."""
+    """Return the tensors at given places among the leaves of a return value."""
     leaves = tree_leaves(returned)
     return [leaves[place] for place in kept]
 
 
 def _mode_of(tensors: Sequence[Tensor]) -> FakeTensorMode:
-    """Return the mode whose sizes are the export's: that of the activations, not that of the parameters."""
+    """Return the fake mode of the activations, whose symbolic sizes are the export's; the parameters have another mode."""
     return next(tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor))
 
 

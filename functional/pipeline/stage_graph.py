@@ -10,7 +10,7 @@ import torch
 from attrs import Factory, define, frozen
 from torch import Tensor, fx, nn
 
-from ..model.copy import module_of
+from ...specs.paths import module_of
 from .dataflow import Flow, is_size, module_path
 from .opaque_calls import FunctionCall, LeafCall, is_opaque, tensors_of
 
@@ -107,11 +107,11 @@ class _Builder:
         call = self.captured.calls[number]  # type: ignore[index]
         values = [self._value(tensor, node) for tensor in tensors]  # type: ignore[union-attr]
         args, kwargs = call.fill(values)
-        if isinstance(call.what, LeafCall):
-            target = call.what.path
+        if isinstance(call.callee, LeafCall):
+            target = call.callee.path
         else:
             target = f"{FUNCTIONS}.{self.mode}_{number}"
-            self.functions[target] = call.what
+            self.functions[target] = call.callee
         returned = self.graph.create_node("call_module", target, args, kwargs, name=node.name)
         return self.graph.call_function(tensors_of, (returned, call.kept))
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
 from ...specs.pipeline import holds
-from ..model.callables import find
+from ..model.callables import find_callable
 from ..model.copy import get_tensor
 from .dataflow import is_check
 from .stage_graph import FUNCTIONS
@@ -207,7 +207,7 @@ def _compile(stage: StageModule, graph: StageGraph, number: int, local: Local, d
         else:
             owner.add_module(last, _moved(kept, device))
     for name, call in graph.functions.items():
-        _place(stage, name, _Function(find(call.name, local.callables), local.groups[call.mesh_axis]))
+        _place(stage, name, _Function(find_callable(call.name, local.callables), local.groups[call.mesh_axis]))
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     for node in copied.nodes:

@@ -19,7 +19,7 @@ from ...specs.steps import (
     Sync,
     VocabParallel,
 )
-from ..model.linear import has_forward_of_its_own, linear_of
+from ..model.linear import linear_of, overrides_forward
 from .shared_gradients import shared_gradients
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
         if op == "reduce_scatter" and tree[join(path, "bias")].requires_grad:
             sums.append(SumGradient(path, "bias"))
         module = subject.model.get_submodule(path)
-        if has_forward_of_its_own(module):
+        if overrides_forward(module):
             cause = (
                 f"its bias belongs after the sum over ranks, and {type(module).__name__} has a forward of its own,"
                 f" so that it would be added {mesh.tensor} times"

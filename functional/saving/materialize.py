@@ -20,9 +20,9 @@ from ..checkpoints.formats.rank_file import RankFile, rank_file_name
 from ..interpreter import work
 from ..interpreter.torch_effects import TorchEffects
 from ..interpreter.work import Piece
-from ..model.callables import find
-from ..model.compare import differences
+from ..model.callables import find_callable
 from ..model.copy import copy_module, on_meta
+from ..model.read import differences
 from .safetensors import layout
 from .tensor_bytes import bytes_of, sum_of
 
@@ -123,7 +123,7 @@ def _wrong(plan: Plan, held: Iterable[ParamSpec], model: nn.Module | None) -> It
         yield from differences(plan, model)
     for name in plan.callables:
         try:
-            find(name, plan.runtime.callables)
+            find_callable(name, plan.runtime.callables)
         except PlanError as error:
             yield from error.problems
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from ...layout.local_model import LocalModel, quiet
+from ...model.open_modules import OpenModules
 from ...model.rng_state import own_generators
 
 
@@ -52,10 +53,8 @@ def trace(subject: LocalModel, *, training: bool) -> Traced | Stopped:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     local = subject.fake_copy(mode, named=True)
     local.train(training)
-    open_modules: list[str] = []
-    for path, module in local.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            _follow(module, path, open_modules)
+    running = OpenModules()
+    running.follow(local)
     local.forward = _tensors_only(local.forward)
     with mode:
         inputs = subject.fake_inputs()
@@ -64,7 +63,7 @@ def trace(subject: LocalModel, *, training: bool) -> Traced | Stopped:
             exported: Any = torch.export.export(local, (), inputs, strict=False)
     except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
         lines = str(error).strip().splitlines()
-        return Stopped(open_modules[-1] if open_modules else "", f"{type(error).__name__}: {lines[0] if lines else ''}")
+        return Stopped(running.innermost, f"{type(error).__name__}: {lines[0] if lines else ''}")
     paths: dict[str, str] = {}
     given: set[str] = set()
     for spec in exported.graph_signature.input_specs:
@@ -106,17 +105,6 @@ def name_of(node: fx.Node) -> str:
     """Return the name of an operator, without its overload: ``add``, ``softmax``."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.removeprefix("aten::") if schema is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def _follow(module: nn.Module, path: str, open_modules: list[str]) -> None:
-    def enter(*_: object) -> None:
-        open_modules.append(path)
-
-    def leave(*_: object) -> None:
-        open_modules.pop()
-
-    module.register_forward_pre_hook(enter, prepend=True)
-    module.register_forward_hook(leave)
 
 
 def _tensors_only(forward: Callable[..., Any]) -> Callable[..., list[Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ....specs.paths import join
-from ...model.linear import has_forward_of_its_own, linear_of
+from ...model.linear import linear_of, overrides_forward
 from .export import Traced, module_path, name_of, regions
 from .factors import Factor, block, whole
 from .operator_rules import Axes, Call, Met, follow_call, linear
@@ -165,7 +165,7 @@ def _weight(found: Followed, call: Call, given: Mapping[str, Any], module: str) 
     if isinstance(held, Held) and module in owners:
         owner = found.model.get_submodule(module)
         kind = linear_of(owner)
-        is_own = kind is not None and not has_forward_of_its_own(owner) and _is_its_weight(found, held, module, call)
+        is_own = kind is not None and not overrides_forward(owner) and _is_its_weight(found, held, module, call)
     if is_own:
         return _path_of(held)
     if call.name == "embedding":  # rows of a tied weight

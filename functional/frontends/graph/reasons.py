@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ...model.linear import has_forward_of_its_own, linear_of
+from ...model.linear import linear_of, overrides_forward
 from .factors import Axis, Factor, find, segments, spell
 from .regions import Refused, Region
 
@@ -92,7 +92,7 @@ def _of_whole(  # noqa: PLR0911  one a reason
     owner = found.model.get_submodule(module)
     kind = linear_of(owner)
     if kind is not None and len(held.axes) > 1:
-        if has_forward_of_its_own(owner):
+        if overrides_forward(owner):
             return f"whole: its {type(owner).__name__} computes in a way of its own, not as a linear module does"
         out, into = _reason(held.axes[kind.out_axis]), _reason(held.axes[kind.in_axis])
         if out and into:

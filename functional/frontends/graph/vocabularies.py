@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from torch import nn
 
-from ...model.linear import has_forward_of_its_own, linear_of
+from ...model.linear import linear_of, overrides_forward
 from ...verbs.checks import wrong_embedding
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _is_split_otherwise(found: Followed, module: str) -> bool:
     if isinstance(owner, nn.Embedding):
         return False
     kind = linear_of(owner)
-    return kind is None or kind.out_axis != 0 or has_forward_of_its_own(owner)
+    return kind is None or kind.out_axis != 0 or overrides_forward(owner)
 
 
 def _with_untied_heads(found: Followed, table: Vocabulary, tables: list[Vocabulary]) -> Vocabulary:

@@ -14,9 +14,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ....specs.errors import Problem
 from ....specs.paths import join
 from ....specs.steps import SetAttributes, SetToLocalSize, SumGradient
+from ...model.open_modules import OpenModules
 from ..local_model import LocalModel, following
-from .partial_gradients import Parts
-from .run_once import Shortcut
+from .partial_gradients import ActivationSharing
+from .run_once import SkippedLayers
 
 if TYPE_CHECKING:
     from ....specs.param import ParamSpec
@@ -43,32 +44,29 @@ def check_forward(subject: LocalModel) -> list[Problem]:
 def _look(subject: LocalModel, *, once: bool) -> list[Problem] | None:
     """Return what goes wrong; None if repeated layers were looked at once, and there is something to say."""
     tree, layout, first = subject.tree, subject.layout, subject.mesh.coordinate(0)
-    open_modules: list[str] = []
-    num_calls: dict[str, int] = {}
+    running = OpenModules()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     local = subject.fake_copy(mode)
     is_split = {path: bool(set(spec.mesh_axes(first)) - {"expert"}) for path, spec in tree.items()}
-    parts = Parts(local, tree, open_modules, is_split)
-    shortcut = Shortcut(layout, tree, num_calls, known=parts.known)
+    sharing = ActivationSharing(local, tree, running, is_split)
+    layers = SkippedLayers(layout, tree, running.num_calls, tensor_key=sharing.key)
     with following(mode), torch.no_grad():
         if once:
-            shortcut.watch(subject.model, local)
-        for path, module in local.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                _follow(module, path, open_modules, num_calls)
-        shortcut.settle(local)
+            layers.watch(subject.model, local)
+        running.follow(local)
+        layers.settle(local)
         try:
-            with parts:
+            with sharing:
                 local(**subject.fake_inputs())
-        except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
-            path = open_modules[-1] if open_modules else ""
-            return None if shortcut.repeated else [_stopped(local, tree, path, error)]
-    met = parts.met.union(*(shortcut.alike(path) for path in parts.met))
-    silent = {step.module for step in layout if not isinstance(step, (SetAttributes, SetToLocalSize))} - num_calls.keys()
+        except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
+            return None if layers.representative_of else [_stopped(local, tree, running.innermost, error)]
+    met = sharing.met.union(*(layers.repeats_of(path) for path in sharing.met))
+    changing = {step.module for step in layout if not isinstance(step, (SetAttributes, SetToLocalSize))}
+    silent = changing - running.num_calls.keys()
     summed = {join(step.module, step.name) for step in layout if isinstance(step, SumGradient) and _is_of_all(step)}
     alone = (tree[path] for path in summed if tree[path].path not in met)
-    problems = [*parts.problems.values(), *map(_never_called, sorted(silent)), *map(_counted_twice, alone)]
-    return None if shortcut.repeated and (problems or not shortcut.is_sound) else problems
+    problems = [*sharing.problems.values(), *map(_never_called, sorted(silent)), *map(_counted_twice, alone)]
+    return None if layers.representative_of and (problems or not layers.is_sound) else problems
 
 
 def _is_of_all(step: SumGradient) -> bool:
@@ -78,18 +76,6 @@ def _is_of_all(step: SumGradient) -> bool:
 def _counted_twice(spec: ParamSpec) -> Problem:
     cause = "its gradient is summed over ranks, and it works on whole activations: each rank has the whole gradient already"
     return Problem(spec.path, cause, "Leave out its .sum_gradient()", spec.type)
-
-
-def _follow(module: nn.Module, path: str, open_modules: list[str], num_calls: dict[str, int]) -> None:
-    def enter(*_: object) -> None:
-        open_modules.append(path)
-        num_calls[path] = num_calls.get(path, 0) + 1
-
-    def leave(*_: object) -> None:
-        open_modules.pop()
-
-    module.register_forward_pre_hook(enter, prepend=True)
-    module.register_forward_hook(leave)
 
 
 def _never_called(path: str) -> Problem:

@@ -1,4 +1,4 @@
-"""The collectives that synchronisations issue, counted while a model runs on fake tensors."""
+"""Count the collectives that synchronisations issue while a model runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 _Direction = Literal["forward", "backward"]
 
 
-class SyncCalls(TorchDispatchMode):
-    """Counts collectives by the change of layout that issues them.
+class CollectiveCounts(TorchDispatchMode):
+    """Count collectives by the layout step that issues them.
 
-    The groups of the model that runs are named after these changes, and an operator's backward pass has the name of its
-    forward pass: so each is known by its name, whenever and wherever it runs.
+    The groups of the model are named after these steps, and an operator's backward pass uses the group of its forward
+    pass: so the name of the group tells the step.
 
     Args:
-        layout: The changes, by whose places in this list the groups are numbered.
+        layout: The layout steps; the groups are numbered by their places in this list.
     """
 
     def __init__(self, layout: Sequence[LayoutStep]) -> None:
@@ -43,7 +43,7 @@ class SyncCalls(TorchDispatchMode):
 
     @contextmanager
     def __call__(self, direction: _Direction) -> Iterator[None]:
-        """Count what is issued within the block as of one direction."""
+        """Count the collectives within the block for a direction."""
         self._direction = direction
         with self:
             yield
@@ -59,22 +59,22 @@ class SyncCalls(TorchDispatchMode):
             self._num_bytes[key] += num_bytes
         return func(*args, **(kwargs or {}))
 
-    def found(self) -> Iterator[SyncCall]:
-        """Iterate over what was issued, in the order in which it came first."""
+    def calls(self) -> Iterator[SyncCall]:
+        """Iterate over the collectives, in the order in which they were issued first."""
         for key, num_calls in self._num_calls.items():
             module, direction, op, mesh_axis, cargo = key
             yield SyncCall(module, direction, op, mesh_axis, num_calls, self._num_bytes[key], cargo)
 
 
 def _sent(operator: str, args: tuple[Any, ...]) -> tuple[str, int] | None:
-    """Return which collective an operator's own code issues, and the bytes of the whole."""
+    """Return the collective that an operator's own code issues, and the bytes of the whole tensor."""
     match operator, args:
         case "shardplan::all_reduce", (x, _):
             return "all_reduce", _bytes(x)
         case "shardplan::gather_sum", (x, _, num, _, _):
             return "all_gather", num * _bytes(x)
         case "shardplan::all_gather", (x, axis, num, _, part, _, _):
-            # ranks that have fewer entries send zeros in the place of the others
+            # ranks with fewer entries send zeros in place of the missing ones
             shape = [part if at == axis else size for at, size in enumerate(x.shape)]
             return "all_gather", num * prod(shape) * x.element_size()
         case "shardplan::reduce_scatter", (x, _, _, _, _):

@@ -1,10 +1,8 @@
-"""One forward and one backward pass at local shapes, on fake tensors: what they send and leave behind."""
+"""Follow a forward and a backward pass at local shapes, on fake tensors: the traffic, and the activations saved."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from ....specs.microbatch import Microbatch
 from ....specs.steps import DispatchTokens, SumGradient, Sync
 from ...model.fake_values import DependsOnValuesError
+from ...model.open_modules import OpenModules
 from ..local_model import LocalModel, following
-from .collective_counts import SyncCalls
-from .run_once import Shortcut
-from .saved_activations import Kept
+from .collective_counts import CollectiveCounts
+from .run_once import SkippedLayers
+from .saved_activations import SavedActivations
 
 if TYPE_CHECKING:
     from ....specs.steps import LayoutStep
@@ -28,15 +27,15 @@ if TYPE_CHECKING:
 
 
 def follow_microbatch(subject: LocalModel) -> Microbatch | None:
-    """Return what one micro-batch of the first rank sends and leaves behind; None if it cannot be followed without values.
+    """Return the traffic and the saved activations of a micro-batch of the first rank; None if it depends on values.
 
-    The passes are those of CPU tensors: an operator whose kernel for another device keeps something else is counted as here.
-    The backward pass begins with all outputs that have a gradient. What a function of the user's sends by itself, as the
-    operator of a synchronisation, is not seen.
+    The passes run CPU kernels: an operator whose kernel for another device saves other tensors is counted as on the CPU.
+    The backward pass begins with all outputs that have a gradient. Communication by a function of the user's own, as the
+    operator of a synchronisation, is not counted.
 
     Args:
-        subject: The model with example inputs in which ``check_forward`` has found no problem. It is in training where the
-            user's model is.
+        subject: The model, with example inputs for which ``check_forward`` has found no problem. Its copy trains the modules
+            that train in the user's model.
 
     >>> from shardplan.functional import create_schedule
     >>> from shardplan.specs import Mesh
@@ -53,65 +52,61 @@ def follow_microbatch(subject: LocalModel) -> Microbatch | None:
 
 
 def _followed(subject: LocalModel, *, once: bool) -> Microbatch | None:
-    """Follow a micro-batch, of repeated layers two with ``once``; return None where that is not possible."""
+    """Follow a micro-batch, with ``once`` only two of repeated layers; return None where that is not possible."""
     tree, layout = subject.tree, subject.layout
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     local = subject.fake_copy(mode, numbered=True)
-    num_calls: Counter[str] = Counter()
-    shortcut, calls = Shortcut(layout, tree, num_calls), SyncCalls(layout)
+    running, counts = OpenModules(), CollectiveCounts(layout)
+    layers = SkippedLayers(layout, tree, running.num_calls)
     with following(mode), torch.enable_grad():
         if once:
-            shortcut.watch(subject.model, local)
-        for path, module in local.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(partial(_count, num_calls, path))
-        kept = Kept(local)
-        shortcut.settle(local)
+            layers.watch(subject.model, local)
+        running.follow(local)
+        saved = SavedActivations(local)
+        layers.settle(local)
         try:
-            with calls("forward"), kept:
+            with counts("forward"), saved:
                 outputs = local(**subject.fake_inputs())
-            if once and not _is_told_by_others(shortcut, layout, kept):
+            if once and not _represented(layers, layout, saved):
                 return None
-            with calls("backward"):
+            with counts("backward"):
                 has_gradient = _backward(outputs, local, tree)
         except DependsOnValuesError:
             return None
-        except Exception as error:  # the model's code may raise anything, and only with gradients does it
+        except Exception as error:  # the model's code may raise any error, and some only with gradients
             if _is_a_bug(error):
                 raise
             return None
-    if once and not shortcut.is_sound:  # a checkpoint computes a layer again
+    if once and not layers.is_sound:  # a checkpoint computes a layer again
         return None
-    sent = [evolve(c, module=module) for c in calls.found() for module in (c.module, *shortcut.alike(c.module))]
+    sent = [evolve(c, module=module) for c in counts.calls() for module in (c.module, *layers.repeats_of(c.module))]
     places = {step.module: place for place, step in enumerate(layout)}
     sent.sort(key=lambda call: (call.direction == "backward", places[call.module]))
-    told_by = {other: path for path in has_gradient for other in shortcut.alike(path)}
-    without = tuple(path for path in has_gradient if not has_gradient[told_by.get(path, path)])
-    return Microbatch(tuple(sent), tuple(kept.found(shortcut.repeated)), without)
+    representative_of = {repeat: path for path in has_gradient for repeat in layers.repeats_of(path)}
+    without = tuple(path for path in has_gradient if not has_gradient[representative_of.get(path, path)])
+    return Microbatch(tuple(sent), tuple(saved.found(layers.representative_of)), without)
 
 
-def _count(num_calls: Counter[str], path: str, *_: object) -> None:
-    num_calls[path] += 1
+def _represented(layers: SkippedLayers, layout: Sequence[LayoutStep], saved: SavedActivations) -> bool:
+    """Tell whether the record of each representative is complete for the layers that were skipped for it.
 
-
-def _is_told_by_others(shortcut: Shortcut, layout: Sequence[LayoutStep], kept: Kept) -> bool:
-    """Tell whether all that is recorded of a layer that did not run is recorded of the one that stands for it.
-
-    Nothing goes back through what stands around such a layer, nor through what runs between it and the one that stands for
-    it: there must be nothing.
+    The backward pass does not run through hooks around a skipped layer, nor through operations between it and its
+    representative: there must be none.
     """
-    around = {step.module for step in layout if isinstance(step, (Sync, SumGradient, DispatchTokens))}
-    told_by = dict(shortcut.repeated)
-    follow_theirs = all(
-        told_by.get(before, before) == told_by[path] for before, path in pairwise(kept.order) if path in told_by
+    hooked = {step.module for step in layout if isinstance(step, (Sync, SumGradient, DispatchTokens))}
+    representative_of = layers.representative_of
+    follow_directly = all(
+        representative_of.get(before, before) == representative_of[path]
+        for before, path in pairwise(saved.order)
+        if path in representative_of
     )
-    return shortcut.is_sound and follow_theirs and told_by.keys() <= set(kept.blocks) - around
+    return layers.is_sound and follow_directly and representative_of.keys() <= set(saved.blocks) - hooked
 
 
 def _backward(outputs: Any, local: nn.Module, tree: SpecTree) -> dict[str, bool]:
-    """Go back from the sum of all outputs that have a gradient; return which trained tensors have one then.
+    """Run the backward pass from all outputs that have a gradient; tell for each trained tensor whether it gets a gradient.
 
-    No tensor keeps its gradient: what stands in plain attributes, or in scripted modules, is the user's own.
+    No gradient is stored: tensors in plain attributes, and in scripted modules, are the user's own.
     """
     roots = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     trained = {tree[path].path: p for path, p in local.named_parameters() if p.requires_grad and path in tree}
@@ -123,7 +118,7 @@ def _backward(outputs: Any, local: nn.Module, tree: SpecTree) -> dict[str, bool]
 
 
 def _is_a_bug(error: Exception) -> bool:
-    """Tell whether it is this package's own code that raises an error: what the model does wrong was reported before."""
+    """Tell whether this package's own code raised an error; errors of the model's code were reported before."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,12 +1,12 @@
-"""Which activations are whole on every rank and which are parts, followed through a forward pass.
+"""Follow which activations are whole on every rank and which are split, through a forward pass.
 
-A tensor that is whole has, on every rank, the same gradient, unless it meets a part: then each rank computes a part of
-the gradient, and nothing adds them up but a synchronisation on the way (``sum_gradient``, Megatron-LM's f).
+A whole tensor has the same gradient on every rank, unless it meets a split one: then each rank computes only a part of its
+gradient, and only a synchronisation on the way sums them up (``sum_gradient``, Megatron-LM's f).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,23 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ....specs.errors import Problem
+from ....specs.paths import module_of
+from ...model.read import storage_id
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ....specs.tree import SpecTree
+    from ...model.open_modules import OpenModules
 
 
 @frozen
-class Part:
-    """What is known of a tensor while a forward pass runs.
+class Sharing:
+    """How ranks share an activation.
 
     Args:
-        kind: ``split`` (each rank has a part, or a summand), ``whole`` (all have the same, and need the whole gradient), or
-            ``summed`` (whole, and its gradient is added up over ranks).
-        needs_gradient: Whether something trained is behind it.
+        kind: ``split`` (each rank has a part, or a summand), ``whole`` (equal on all ranks, and needs the whole gradient),
+            or ``summed`` (equal on all ranks, and its gradient is summed over them).
+        needs_gradient: Whether it depends on a trained tensor.
         parameter: Path of the parameter that it is, or is a view or a cast of.
-        summed: Paths of the parameters behind it whose gradients are added up, before they have met a part.
+        summed: Paths of the parameters that it depends on whose gradients are summed, before they have met a split tensor.
     """
 
     kind: Literal["split", "whole", "summed"]
@@ -41,96 +44,101 @@ class Part:
     summed: frozenset[str] = frozenset()
 
 
-class Parts(TorchDispatchMode):
-    """Follows parts through the operations within the block, and notes where whole tensors meet them.
+class ActivationSharing(TorchDispatchMode):
+    """Follow how ranks share activations through the operators within the block, and find gradients that stay partial.
 
     Args:
         model: The model, with the tensors of one rank.
         tree: Its tensors, with their layout.
-        open_modules: Paths of the modules that are running, innermost last.
-        is_split: Whether a tensor, by canonical path, is really split on this mesh; experts of which each rank has some are
-            not, as they meet whole tokens.
+        running: The modules that are running.
+        is_split: Whether a tensor, by canonical path, is really split on this mesh; the experts of a rank count as whole,
+            as they meet whole tokens.
+
+    Attributes:
+        problems: The problems found, by path.
+        met: Paths of the parameters with summed gradients that have met a split tensor.
     """
 
-    def __init__(self, model: nn.Module, tree: SpecTree, open_modules: Sequence[str], is_split: Mapping[str, bool]) -> None:
+    def __init__(self, model: nn.Module, tree: SpecTree, running: OpenModules, is_split: Mapping[str, bool]) -> None:
         super().__init__()
         self.problems: dict[str, Problem] = {}
         self.met: set[str] = set()
-        self._open_modules = open_modules
+        self._running = running
         self._tree = tree
-        self._parts: dict[int, Part] = {}
-        self._alive: list[object] = []
+        self._of_storage: dict[int, Sharing] = {}
+        self._alive: list[object] = []  # storages, so that their identities are not reused
         for path, parameter in model.named_parameters(remove_duplicate=False):
             if path in tree:
                 spec = tree[path]
                 if is_split[spec.path]:
-                    self._note(parameter, Part("split", spec.requires_grad))
+                    self._set(parameter, Sharing("split", spec.requires_grad))
                 elif spec.requires_grad:
-                    self._note(parameter, Part("whole", needs_gradient=True, parameter=spec.path))
+                    self._set(parameter, Sharing("whole", needs_gradient=True, parameter=spec.path))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        given = tree_leaves((args, kwargs or {}))
-        met = [part for part in map(self._part, given) if part is not None]
+        leaves = tree_leaves((args, kwargs or {}))
+        inputs = [sharing for sharing in map(self._get, leaves) if sharing is not None]
         out = func(*args, **(kwargs or {}))
-        is_of_experts = any(isinstance(value, str) and value.startswith("expert") for value in given)
-        made = self._outcome("" if is_of_experts else func._schema.name, met)  # noqa: SLF001  the operator's name
+        is_of_experts = any(isinstance(value, str) and value.startswith("expert") for value in leaves)
+        outcome = self._outcome("" if is_of_experts else func._schema.name, inputs)  # noqa: SLF001  the operator's name
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self._note(tensor, made)
+                self._set(tensor, outcome)
         return out
 
-    def _outcome(self, operator: str, met: list[Part]) -> Part | None:  # noqa: PLR0911  one case an operator
-        if not met:
+    def _outcome(self, operator: str, inputs: list[Sharing]) -> Sharing | None:  # noqa: PLR0911  one case an operator
+        """Return how ranks share the results of an operator."""
+        if not inputs:
             return None
-        needs_gradient = any(part.needs_gradient for part in met)
+        needs_gradient = any(sharing.needs_gradient for sharing in inputs)
         match operator:
             case "shardplan::all_reduce" | "shardplan::all_gather":
-                return Part("whole", needs_gradient) if needs_gradient else None
+                return Sharing("whole", needs_gradient) if needs_gradient else None
             case "shardplan::gather_sum":
-                return Part("summed", needs_gradient)
-            case "shardplan::sum_gradient" | "shardplan::sum_gradient_of" if met[0].kind == "whole":
-                return Part("summed", needs_gradient, summed=frozenset(filter(None, [met[0].parameter])))
+                return Sharing("summed", needs_gradient)
+            case "shardplan::sum_gradient" | "shardplan::sum_gradient_of" if inputs[0].kind == "whole":
+                return Sharing("summed", needs_gradient, summed=frozenset(filter(None, [inputs[0].parameter])))
             case "shardplan::reduce_scatter" | "shardplan::split":
-                return Part("split", needs_gradient)
-            case _ if any(part.kind == "split" for part in met):
-                self._meet(part for part in met if part.kind == "whole")
-                self.met = self.met.union(*(part.summed for part in met))
-                return Part("split", needs_gradient)
-            case _ if len(set(met)) == 1:
-                return met[0]
+                return Sharing("split", needs_gradient)
+            case _ if any(sharing.kind == "split" for sharing in inputs):
+                self._report(sharing for sharing in inputs if sharing.kind == "whole")
+                self.met = self.met.union(*(sharing.summed for sharing in inputs))
+                return Sharing("split", needs_gradient)
+            case _ if len(set(inputs)) == 1:
+                return inputs[0]
             case _:
-                kind = "whole" if any(part.kind == "whole" for part in met) else "summed"
-                return Part(kind, needs_gradient, summed=frozenset().union(*(part.summed for part in met)))
+                kind = "whole" if any(sharing.kind == "whole" for sharing in inputs) else "summed"
+                return Sharing(kind, needs_gradient, summed=frozenset().union(*(sharing.summed for sharing in inputs)))
 
-    def _meet(self, whole: Iterable[Part]) -> None:
-        here = self._open_modules[-1] if self._open_modules else ""
-        for part in whole:
-            if part.parameter:
-                where = "its module" if part.parameter.rpartition(".")[0] == here else repr(here or "the model")
+    def _report(self, whole: Iterable[Sharing]) -> None:
+        """Report whole tensors that meet a split tensor in the running module."""
+        here = self._running.innermost
+        for sharing in whole:
+            if sharing.parameter:
+                where = "its module" if module_of(sharing.parameter) == here else repr(here or "the model")
                 cause = (
                     f"it is whole, and meets parts of an activation in {where}: each rank would have a part of its gradient"
                 )
                 fix = "Split it alike, keep whole what it works on, or freeze it"
-                problem = Problem(part.parameter, cause, fix, self._tree[part.parameter].type)
+                problem = Problem(sharing.parameter, cause, fix, self._tree[sharing.parameter].type)
             else:
                 cause = "a whole activation meets parts here, and nothing adds up its gradient: each rank has a part of it"
                 problem = Problem(here, cause, f"sch.at[{here!r}].sync('backward_post', 'all_reduce')")
             self.problems.setdefault(problem.path, problem)
 
-    def known(self, tensor: Tensor) -> Hashable:
-        """Return what is known of a tensor, but not by which parameters."""
-        part = self._part(tensor)
-        return part and (part.kind, part.needs_gradient, bool(part.parameter), bool(part.summed))
+    def key(self, tensor: Tensor) -> Hashable:
+        """Return a key of how ranks share a tensor, without the paths of parameters."""
+        sharing = self._get(tensor)
+        return sharing and (sharing.kind, sharing.needs_gradient, bool(sharing.parameter), bool(sharing.summed))
 
-    def _part(self, value: Any) -> Part | None:
+    def _get(self, value: Any) -> Sharing | None:
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             return None
-        return self._parts.get(value.untyped_storage()._cdata)  # noqa: SLF001  views share what is known of their memory
+        return self._of_storage.get(storage_id(value))
 
-    def _note(self, tensor: Tensor, part: Part | None) -> None:
-        storage = tensor.untyped_storage()
-        if part is None:
-            self._parts.pop(storage._cdata, None)  # noqa: SLF001
+    def _set(self, tensor: Tensor, sharing: Sharing | None) -> None:
+        if sharing is None:
+            self._of_storage.pop(storage_id(tensor), None)
         else:
-            self._parts[storage._cdata] = part  # noqa: SLF001
-            self._alive.append(storage)  # else its identity would be given to another one
+            self._of_storage[storage_id(tensor)] = sharing
+            self._alive.append(tensor.untyped_storage())

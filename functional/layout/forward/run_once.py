@@ -1,4 +1,4 @@
-"""Repeated modules of a model that is only looked at: the second of a family runs, and what it gave stands for the rest."""
+"""Skip repeated layers of a model that runs on fake tensors: the second layer of a family runs in place of the rest."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ from attrs import Factory, define
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from ...model.repeated_layers import Call, Families, First
+from ...model.repeated_layers import LayerCall, RepeatedLayers, Representative
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def _nothing(_: Tensor) -> None:
-    """Know nothing of a tensor but its shape and dtype."""
+def _no_key(_: Tensor) -> None:
+    """Tell tensors apart by shape and dtype alone."""
 
 
 @define
-class Shortcut(Families):
-    """The families of one run on fake tensors.
+class SkippedLayers(RepeatedLayers):
+    """Repeated layers in a run on fake tensors, of which only the first two of each family run.
 
-    The first of a family may keep, or be given, what all share; so it is the second that the others are like. They return
-    its very tensors, so that what comes after is as if they had run, and so is what goes back.
+    The first layer may save, or be given, tensors that all layers share; so the second is the representative. Skipped layers
+    return its very tensors, so that the layers after them, and the backward pass, are as if they had run.
 
     Args:
-        known: What else is known of a tensor, in which those that modules are called with must agree.
-        repeated: The modules that did not run, and the one that stands for each, by path.
+        tensor_key: Returns a further key of a tensor, in which the arguments of repeated layers must agree.
+        representative_of: For each layer that was skipped, the layer that stands for it, by path.
     """
 
-    known: Callable[[Tensor], Hashable] = _nothing
-    repeated: dict[str, str] = Factory(dict)
+    tensor_key: Callable[[Tensor], Hashable] = _no_key
+    representative_of: dict[str, str] = Factory(dict)
 
-    def first(self, call: Call, leaves: list[Any], spec: TreeSpec) -> Any:
-        """Run the first of a family, or one that is like none."""
-        returned, first = self.run(call, *tree_unflatten(leaves, spec))
-        if first is not None:
-            self.firsts.setdefault(call.key, []).append(first)
-        return returned
+    def first(self, call: LayerCall, leaves: list[Any], structure: TreeSpec) -> Any:
+        """Run a layer that repeats none."""
+        result, representative = self.run(call, *tree_unflatten(leaves, structure))
+        if representative is not None:
+            self.representatives.setdefault(call.key, []).append(representative)
+        return result
 
-    def repeat(self, call: Call, first: First, leaves: list[Any], spec: TreeSpec) -> Any:
-        """Run the second of a family; let it stand for the others."""
-        if first.is_second:
-            self.repeated[call.path] = first.path
-            self.count(call.path, first)
-            return tree_unflatten(first.given, first.spec)
-        returned, second = self.run(call, *tree_unflatten(leaves, spec))
+    def repeat(self, call: LayerCall, representative: Representative, leaves: list[Any], structure: TreeSpec) -> Any:
+        """Run the second layer of a family and let it stand for the rest; skip the rest."""
+        if representative.is_second:
+            self.representative_of[call.path] = representative.path
+            self.count(call.path, representative)
+            return tree_unflatten(representative.returned, representative.structure)
+        result, second = self.run(call, *tree_unflatten(leaves, structure))
         if second is not None:
-            firsts = self.firsts[call.key]
-            firsts[firsts.index(first)] = second.as_second()
-        return returned
+            known = self.representatives[call.key]
+            known[known.index(representative)] = second.as_second()
+        return result
 
-    def told_apart(self, leaf: Any) -> Hashable:
-        """Return what must be the same of what modules are called with."""
-        known = self.known(leaf) if isinstance(leaf, Tensor) else None
-        return super().told_apart(leaf), known
+    def argument_key(self, leaf: Any) -> Hashable:
+        """Return a key that is equal for arguments that are alike."""
+        return super().argument_key(leaf), self.tensor_key(leaf) if isinstance(leaf, Tensor) else None
 
     @property
     def is_sound(self) -> bool:
-        """Whether each module that stands for another, and each other one, was called once: else counts are not theirs."""
-        return all(self.num_calls.get(path) == 1 for path in {*self.repeated, *self.repeated.values()})
+        """Whether each skipped layer and each representative was called once, so that counts of one hold for the other."""
+        layers = {*self.representative_of, *self.representative_of.values()}
+        return all(self.num_calls.get(path) == 1 for path in layers)
 
-    def alike(self, path: str) -> Iterable[str]:
-        """Return the paths that stand in the place of one, of a tensor or module, in those that it stands for."""
-        for other, stands_for in self.repeated.items():
-            if f"{path}.".startswith(f"{stands_for}."):
-                yield other + path.removeprefix(stands_for)
+    def repeats_of(self, path: str) -> Iterable[str]:
+        """Map the path of a module or tensor in a representative to its path in each layer that was skipped for it."""
+        for skipped, representative in self.representative_of.items():
+            if f"{path}.".startswith(f"{representative}."):
+                yield skipped + path.removeprefix(representative)

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardplan.functional import create_schedule, plan_build
-from shardplan.functional.layout.forward import saved_activations as kept
+from shardplan.functional.layout.forward import saved_activations
 from shardplan.functional.layout.forward.microbatch import follow_microbatch
 from shardplan.functional.layout.forward.saved_activations import blocks
 from shardplan.functional.layout.local_model import LocalModel
-from shardplan.functional.model.repeated_layers import Families
+from shardplan.functional.model.repeated_layers import RepeatedLayers
 from shardplan.specs import Mesh, Microbatch, Saved, dumps, loads
 from tests.helpers import families
 from tests.helpers.families import MAKERS, family, inputs, schedule_of
@@ -201,7 +201,7 @@ def test_of_repeated_layers_two_stand_for_all(name, monkeypatch):
     given = {**inputs(name, 0)[0], **({} if name == "bert" else {"use_cache": False})}
     once = plan_build(sch, example_inputs=given).microbatch
     ran = []
-    monkeypatch.setattr(Families, "_stand_in", lambda self, path, module, forward: ran.append(path) or forward)
+    monkeypatch.setattr(RepeatedLayers, "_watched_forward", lambda self, path, module, forward: ran.append(path) or forward)
     each = plan_build(sch, example_inputs=given).microbatch
     assert len(ran) >= 2 * 7
     assert len(each.calls) > 7
@@ -263,7 +263,7 @@ def test_what_has_no_backward_pass_is_planned_without_a_record(kind):
 
 
 def test_an_error_of_the_record_itself_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(kept.Kept, "_note", None)
+    monkeypatch.setattr(saved_activations.SavedActivations, "_note", None)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         follow(nn.Linear(4, 4, device="meta"), {"input": torch.empty(2, 4)})
 

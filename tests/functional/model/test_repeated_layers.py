@@ -52,7 +52,7 @@ def each(monkeypatch):
 
     def call(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            repeats = sys.modules["shardplan.functional.pipeline.repeat_markers"].Repeats
+            repeats = sys.modules["shardplan.functional.pipeline.repeat_markers"].MarkedLayers
             patch.setattr(repeats, "watch", lambda *_: None)
             return function(*args, **kwargs)
 
