@@ -15,8 +15,7 @@ from ..specs.plan import Plan
 from ..specs.report import Report
 from ..specs.traffic import Boundary
 from .auditing.contents_trace import trace
-from .auditing.findings import find
-from .auditing.findings.silences import unused
+from .auditing.findings.all_findings import find_all, unused_silences
 from .auditing.memory import shares
 from .auditing.proofs import prove
 from .auditing.traffic import execution_traffic, step_traffic
@@ -71,8 +70,8 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
         ranks_per_node=ranks_per_node,
         device_memory=device_memory,
     )
-    loud, quiet = silenced(find(plan, report, dialect), plan.silences, plan.tree)
-    return evolve(report, findings=(*loud, *unused(plan, report, quiet)), silenced=tuple(quiet))
+    loud, quiet = silenced(find_all(plan, report, dialect), plan.silences, plan.tree)
+    return evolve(report, findings=(*loud, *unused_silences(plan, report, quiet)), silenced=tuple(quiet))
 
 
 def _check(plan: object, ranks_per_node: object, device_memory: object) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...specs.memory import Memory, Share
 from ...specs.source import ModuleValues, OwnValues
-from .stage_of_module import stages_of
+from .module_tree import stages_of
 
 if TYPE_CHECKING:
     from ...specs.distinct_ranks import Distinct

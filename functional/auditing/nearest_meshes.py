@@ -1,4 +1,4 @@
-"""Other meshes on which a plan's tensors fit the devices. No torch."""
+"""Other meshes on which a plan's tensors fit the devices."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _FEW = 3
 def nearest_meshes(plan: Plan, device_memory: int, ranks_per_node: int | None = None) -> tuple[Mesh, ...]:
     """Return up to three other meshes on which training fits: of as many ranks first, then of 2, 4 and 8 times as many.
 
-    Of meshes of one size those come first whose groups along ``tensor`` stay within a node, then those whose ``tensor``
-    differs least. Tensors are taken as the plan splits them, so that sizes must divide. A rank keeps what the audit counts
-    for training, and activations at most as large as the plan's, scaled up where fewer ranks share a layer. It is advice
-    for a new plan, not a plan: sizes that modules keep are those of the old mesh. ``pipe`` stays, as other stages need the
-    model, and so does ``expert``, unless tensors are split over it.
+    Meshes of one size are ordered by whether groups along ``tensor`` stay within a node, then by the change of ``tensor``.
+    Tensors are split as in the plan, so that sizes must divide. A rank's memory is the audit's count for training, with the
+    plan's activations, scaled up where fewer ranks share a layer. It is advice for a new plan, not a plan: modules keep the
+    local sizes of the old mesh. ``pipe`` stays, as other stages need the model, and so does ``expert``, unless tensors are
+    split over it.
 
     Args:
-        plan: A plan that is too large, say.
+        plan: A plan, for instance one that is too large.
         device_memory: Bytes of one device.
         ranks_per_node: Ranks that share a node.
 
@@ -53,7 +53,7 @@ def nearest_meshes(plan: Plan, device_memory: int, ranks_per_node: int | None = 
 
     def fits(mesh: Mesh) -> bool:
         room = [device_memory - ceil(kept.get(place, (0, 0))[0] * _growth(plan, mesh)) for place in heaviest]
-        # the cheap reason first
+        # the cheap test first
         if any(_least(stages[place], mesh) > left for place, left in zip(heaviest, room, strict=True)):
             return False
         return all(_holds(stages[place], dialect, mesh, place, left) for place, left in zip(heaviest, room, strict=True))
@@ -95,17 +95,17 @@ def _distance(mesh: Mesh, other: Mesh, ranks_per_node: int | None) -> tuple[bool
 
 
 def _stage(plan: Plan, place: int) -> Plan:
-    """Return a plan of what one stage holds."""
+    """Return a plan of one stage's tensors."""
     return evolve(plan, tree=SpecTree(spec for spec in plan.tree.values() if place in spec.places(plan.mesh)), steps=())
 
 
 def _growth(plan: Plan, mesh: Mesh) -> float:
-    """Return how much larger activations are at most where fewer ranks share a layer."""
+    """Return the factor by which activations may grow where fewer ranks share a layer."""
     return max(1.0, plan.mesh.tensor / mesh.tensor)
 
 
 def _least(stage: Plan, mesh: Mesh) -> int:
-    """Return bytes that the first rank holds in any case: each element in two bytes, over all ranks along ``data``."""
+    """Return a lower bound of the first rank's bytes: two bytes an element, divided over all ranks along ``data``."""
     alike = Counter((spec.orig_shape, spec.shards) for spec in stage.tree.values() if spec.kind == "parameter")
     firsts = {(spec.orig_shape, spec.shards): spec for spec in stage.tree.values()}
     here = mesh.coordinate(0)
@@ -114,6 +114,6 @@ def _least(stage: Plan, mesh: Mesh) -> int:
 
 
 def _holds(stage: Plan, dialect: Dialect, mesh: Mesh, place: int, room: int) -> bool:
-    """Tell whether training fits on a stage: of uneven parts the first rank has most, of gradients under ZeRO 2 any may."""
+    """Tell whether training fits on a stage: the first rank has the largest part; under ZeRO 2 any rank may have most."""
     there, first = evolve(stage, mesh=mesh), mesh.at(pipe=place)
     return memory_at(there, dialect, first, alike=range(mesh.data)).training_bytes <= room

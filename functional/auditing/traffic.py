@@ -10,7 +10,7 @@ from ...specs.paths import join
 from ...specs.steps import SumGradient
 from ...specs.traffic import Cargo, StepTraffic, Traffic
 from ..dialects.accounting.messages import Messages
-from .stage_of_module import stages_of
+from .module_tree import stages_of
 
 if TYPE_CHECKING:
     from ...specs.mesh import Groups, Mesh

@@ -1,5 +1,1 @@
-"""What may hurt, read off a plan and what is known of it; without torch. docs/findings.md says what each code means."""
-
-from .all_findings import find
-
-__all__ = ["find"]
+"""Find whatever may hurt, read off a plan and its report; docs/findings.md says what each code means."""

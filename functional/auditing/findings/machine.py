@@ -1,4 +1,4 @@
-"""Demands on the machine: memory of a device, and links between nodes."""
+"""Demands on the machine: slow links between nodes, and the memory of a device: SP027, SP030."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
+from ..nearest_meshes import divisors, nearest_meshes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ....specs.mesh import Mesh
     from ....specs.plan import Plan
     from ....specs.report import Report
+    from ...dialects import Dialect
 
 _PARTS = {
     "parameter_bytes": "parameters",
@@ -29,8 +31,8 @@ _PARTS = {
 _NUM_PARTS = 3
 
 
-def tensor_across_nodes(plan: Plan, report: Report) -> Iterator[Finding]:
-    """Find that ranks along ``tensor`` stand on different nodes, if ``ranks_per_node`` is known."""
+def tensor_across_nodes(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find groups along ``tensor`` that span several nodes, if the number of ranks per node is known."""
     mesh, here = plan.mesh, report.ranks_per_node
     if here is None or mesh.tensor == 1 or here % mesh.tensor == 0:
         return
@@ -47,12 +49,10 @@ def tensor_across_nodes(plan: Plan, report: Report) -> Iterator[Finding]:
     yield Finding("SP027", "warning", "", cause, _within(mesh, here))
 
 
-def memory_overflow(plan: Plan, report: Report) -> Iterator[Finding]:
-    """Find that ranks need more memory than a device has, if it is known how much that is."""
+def memory_overflow(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find ranks that need more memory than a device has, if the device's memory is known."""
     if report.device_memory is None or report.worst.memory.peak_bytes <= report.device_memory:
         return
-    from ..nearest_meshes import nearest_meshes  # it stands on the audit's memory
-
     worst, limit = report.worst, report.device_memory
     over = sum(s.num_ranks for s in report.shares if s.memory.peak_bytes > limit)
     cause = (
@@ -60,7 +60,7 @@ def memory_overflow(plan: Plan, report: Report) -> Iterator[Finding]:
         f" {human_bytes(worst.memory.peak_bytes - limit)} more than a device has ({human_bytes(limit)}), and"
         f" {over} of {plan.mesh.num_ranks} ranks need too much: {_largest(worst.memory)}"
     )
-    # which mesh would stage less while the plan is executed is not known without planning it
+    # the peak of an execution on another mesh is not known without planning for it
     fits = nearest_meshes(plan, limit, report.ranks_per_node) if worst.memory.executing_bytes <= limit else ()
     ways = [f"It fits on {', '.join(_named(mesh, plan.mesh) for mesh in fits)}"] if fits else []
     if max(share.memory.checkpointed_peak_bytes for share in report.shares) <= limit:
@@ -69,10 +69,13 @@ def memory_overflow(plan: Plan, report: Report) -> Iterator[Finding]:
     yield Finding("SP030", "error", "", cause, text)
 
 
+FINDINGS = {"SP027": tensor_across_nodes, "SP030": memory_overflow}
+
+
 def _within(mesh: Mesh, here: int) -> str:
-    """Return the nearest mesh of as many ranks whose groups along ``tensor`` stay on a node."""
+    """Return the nearest meshes of as many ranks whose groups along ``tensor`` stay within a node."""
     ranks = mesh.data * mesh.tensor
-    fits = [n for n in range(1, ranks + 1) if gcd(ranks, here) % n == 0 and (ranks // n) % mesh.expert == 0]
+    fits = [n for n in divisors(gcd(ranks, here)) if (ranks // n) % mesh.expert == 0]
     sizes = sorted(fits, key=lambda n: (abs(n - mesh.tensor), -n))
     if not sizes or sizes[0] == 1:
         return f"No size above 1 divides the {here} ranks of a node and the {ranks} of a stage: tensor=1, or other nodes"

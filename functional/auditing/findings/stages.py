@@ -1,4 +1,4 @@
-"""Stages of a pipeline that wait for one, and boundaries that send more than they need."""
+"""Pipeline stages that are much heavier than the mean, and boundaries that send more than hidden states: SP022, SP029."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ if TYPE_CHECKING:
     from ....specs.pipeline import Pipeline
     from ....specs.plan import Plan
     from ....specs.report import Report
+    from ...dialects import Dialect
 
 OVER_MEAN = 1.2
-"""Of the mean: all other stages wait for the heaviest one in every micro-batch, so that a sixth of their time is lost."""
+"""Multiple of the mean from which the heaviest stage is reported: all stages wait for it a sixth of their time."""
 
 OVER_BYTES = 64 * 2**20
-"""Bytes above the mean from which it is more than the rounding to whole layers of a small model."""
+"""Bytes above the mean from which the heaviest stage is reported: whole layers of small models differ by less."""
 
 EXTRA_SHARE = 0.1
-"""Of the bytes of the hidden states: norms' scales and masks stay below it."""
+"""Share of the hidden states' bytes from which extra tensors are reported: scales and masks are smaller."""
 
 
-def unbalanced(plan: Plan, report: Report) -> Iterator[Finding]:
-    """Find a stage whose parameters are many more than the mean of all."""
+def unbalanced(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find a stage with many more parameter bytes than the mean."""
     mesh = plan.mesh
     if mesh.pipe == 1:
         return
@@ -48,8 +49,8 @@ def unbalanced(plan: Plan, report: Report) -> Iterator[Finding]:
     yield Finding("SP022", "warning", "", cause, fix)
 
 
-def wide_boundaries(plan: Plan) -> Iterator[Finding]:
-    """Find boundaries where other tensors cross than the hidden states: with a gradient, or larger than these."""
+def wide_boundaries(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find boundaries that send, besides the hidden states, tensors with a gradient or larger than the hidden states."""
     for number, stage in enumerate(plan.stages[:-1]):
         main = max(stage.outputs, key=lambda output: (output.requires_grad, output.num_bytes), default=None)
         if main is None:
@@ -66,6 +67,9 @@ def wide_boundaries(plan: Plan) -> Iterator[Finding]:
         assert plan.pipeline is not None, "it has stages"
         fix = "Cut after a module that gives hidden states alone, such as a whole layer"
         yield Finding("SP029", "warning", _cut(plan.pipeline, number), cause, fix)
+
+
+FINDINGS = {"SP022": unbalanced, "SP029": wide_boundaries}
 
 
 def _cut(pipeline: Pipeline, number: int) -> str:

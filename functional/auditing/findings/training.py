@@ -1,4 +1,4 @@
-"""Memory of training that is kept without need, or is not counted."""
+"""Memory and time of training that is spent without need, or is not counted: SP025, SP026, SP031."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 
-from ....specs.dtypes import human_bytes
+from ....specs.dtypes import human_bytes, num_bytes, short_name
 from ....specs.finding import Finding
 
 if TYPE_CHECKING:
@@ -16,11 +16,41 @@ if TYPE_CHECKING:
     from ....specs.report import Report
     from ...dialects import Dialect
 
+HALF_SHARE = 0.5
+"""Share of the elements of floating-point parameters from which a 16-bit dtype is the dtype that the model computes in."""
+
 STATE_BYTES = 64 * 2**20
-"""Bytes of states that AdamW would keep on a rank, from which a total without them misleads."""
+"""Bytes of AdamW's states on a rank from which a total without them misleads."""
 
 
-def without_gradient(plan: Plan, dialect: Dialect) -> Iterator[Finding]:
+def full_precision(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find float32 and float64 parameters of a model that is mostly bfloat16 or float16; buffers may have any dtype.
+
+    Of any size: a small parameter costs few bytes, but its products are float32, and so are all later activations.
+    """
+    if dialect.training(plan).cast_to is not None:
+        return
+    floating = [s for s in plan.tree.values() if s.kind == "parameter" and s.dtype.startswith(("float", "bfloat"))]
+    elements: dict[str, int] = {}
+    for spec in floating:
+        elements[spec.dtype] = elements.get(spec.dtype, 0) + spec.num_elements
+    half = max(("bfloat16", "float16"), key=lambda dtype: elements.get(dtype, 0))
+    if elements.get(half, 0) < HALF_SHARE * max(1, sum(elements.values())):
+        return
+    for spec in floating:
+        if spec.dtype in ("float32", "float64"):
+            here = plan.mesh.at(pipe=spec.places(plan.mesh)[0])
+            local = spec.local_bytes(here)
+            more = human_bytes(local - local * num_bytes(half) // num_bytes(spec.dtype))
+            cause = (
+                f"{spec.type} stands where most of the model is {short_name(half)}: {more} more on a rank, and activations"
+                f" that meet it become {short_name(spec.dtype)}"
+            )
+            fix = f"model.get_parameter({spec.path!r}) to torch.{half} before the schedule, or .silence('SP025', reason=...)"
+            yield Finding("SP025", "warning", spec.path, cause, fix)
+
+
+def without_gradient(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
     """Find trained tensors that no gradient reaches with the example inputs."""
     unreached = plan.microbatch.without_gradient if plan.microbatch else ()
     follows = dialect.training(plan).without_gradient
@@ -31,7 +61,7 @@ def without_gradient(plan: Plan, dialect: Dialect) -> Iterator[Finding]:
 
 
 def unknown_optimizer(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
-    """Find that a target's configuration names no optimizer that is known, so that its states are not counted."""
+    """Find a configuration without a known optimizer, whose states are therefore not counted."""
     if plan.target is None or dialect.training(plan).optimizer:
         return
     here = report.worst.coordinate
@@ -45,3 +75,6 @@ def unknown_optimizer(plan: Plan, report: Report, dialect: Dialect) -> Iterator[
     )
     fix = 'Name it, and the runtime makes it: config={..., "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}'
     yield Finding("SP031", "warning", "", cause, fix)
+
+
+FINDINGS = {"SP025": full_precision, "SP026": without_gradient, "SP031": unknown_optimizer}

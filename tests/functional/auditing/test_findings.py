@@ -71,12 +71,23 @@ def test_every_code_has_its_section_and_its_code():
 
 
 def test_thresholds_are_those_of_the_page():
-    from shardplan.functional.auditing.findings import precision, stages, training, vocabulary
-    from shardplan.functional.auditing.findings import replicas as layout
+    from shardplan.functional.auditing.findings import stages, training, uneven_splits, whole_tensors
 
-    sizes = [layout.LARGE_BYTES, vocabulary.VOCABULARY_BYTES, layout.IDLE_BYTES, stages.OVER_BYTES, training.STATE_BYTES]
+    sizes = [
+        whole_tensors.LARGE_BYTES,
+        uneven_splits.VOCABULARY_BYTES,
+        uneven_splits.IDLE_BYTES,
+        stages.OVER_BYTES,
+        training.STATE_BYTES,
+    ]
     assert [size // findings.MIB for size in sizes] == [16, 16, 1, 64, 64]
-    shares = [layout.LARGE_SHARE, layout.IDLE_SHARE, vocabulary.PADDING_SHARE, stages.EXTRA_SHARE, precision.HALF_SHARE]
+    shares = [
+        whole_tensors.LARGE_SHARE,
+        uneven_splits.IDLE_SHARE,
+        uneven_splits.PADDING_SHARE,
+        stages.EXTRA_SHARE,
+        training.HALF_SHARE,
+    ]
     assert shares == [0.01, 0.05, 0.01, 0.1, 0.5]
     assert stages.OVER_MEAN == 1.2
 

@@ -1,4 +1,4 @@
-"""Laws that do not hold for the plan."""
+"""Laws that do not hold for the plan: SP001 to SP007."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ....specs.finding import Severity
+    from ....specs.plan import Plan
     from ....specs.proof import Law
     from ....specs.report import Report
+    from ...dialects import Dialect
 
 _AGAIN = "Build the plan anew with plan_build: what was built by hand, or saved and changed, may break it"
 _KINDS: dict[Law, tuple[str, Severity, str]] = {
@@ -26,8 +28,8 @@ _KINDS: dict[Law, tuple[str, Severity, str]] = {
 }
 
 
-def unproven(report: Report) -> Iterator[Finding]:
-    """Find what each law fails for: one finding a path, with the first cause."""
+def unproven(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find the failures of each law: one finding a path, with the first cause."""
     for proof in report.proofs:
         causes: dict[str, list[str]] = {}
         for failure in proof.failures:
@@ -36,3 +38,6 @@ def unproven(report: Report) -> Iterator[Finding]:
         for path, (first, *others) in causes.items():
             more = f", and {len(others)} cases more" if len(others) > 1 else ", and one case more" if others else ""
             yield Finding(code, severity, path, f"{first}{more}; against the law that {LAWS[proof.law]}", fix)
+
+
+FINDINGS = {"SP001": unproven}

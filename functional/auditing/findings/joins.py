@@ -1,7 +1,7 @@
-"""Split tensors that nothing joins again.
+"""Parts of split tensors that are never joined, and sums over ranks that count too often: SP010 to SP013.
 
-These are signs, found by names and by the order in which modules are registered. Whether parts meet is tried by
-``plan_build`` with ``example_inputs``.
+SP010 and SP011 go by names and by the order in which modules are registered. Whether parts meet is tried by ``plan_build``
+with ``example_inputs``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
-from ....specs.steps import DispatchTokens, Sync, VocabParallel
-from .module_paths import block_of, module_of, modules_around, spans_of
+from ....specs.paths import join, module_of
+from ....specs.steps import AddBiasAfterSync, DispatchTokens, Sync, VocabParallel
+from ..module_tree import block_of, modules_around, spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from ....specs.mesh import MeshAxis
     from ....specs.param import ParamSpec
     from ....specs.plan import Plan
+    from ....specs.report import Report
+    from ...dialects import Dialect
 
 _Verdict = Literal["later", "earlier", "never"]
 
 
-def unjoined(plan: Plan) -> Iterator[Finding]:
-    """Find tensors that are split, while nothing after them in their block brings the parts together again.
+def unjoined(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find split tensors whose parts are not joined later in their block.
 
     The block is the repeated layer that holds the module (``layers.3``), else all that is outside such layers. Modules
     count as being called in the order in which they are registered; where that alone speaks against it, it is a warning.
@@ -47,8 +50,53 @@ def unjoined(plan: Plan) -> Iterator[Finding]:
                     )
 
 
+def whole_biases(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find whole biases beside split weights: every rank adds the bias, and a sum counts it repeatedly."""
+    first = plan.mesh.coordinate(0)
+    deferred = {step.module for step in plan.steps if isinstance(step, AddBiasAfterSync)}
+    for spec in plan.tree.values():
+        path = join(spec.module, "bias")
+        if not spec.path.endswith("weight") or path not in plan.tree or spec.module in deferred:
+            continue
+        bias = plan.tree[path]
+        if not spec.mesh_axes(first) or bias.mesh_axes(first):
+            continue
+        num = plan.mesh.num(*spec.mesh_axes(first))
+        cause = f"{bias.type} is whole beside {spec.type}: each of {num} ranks adds it, and a sum counts it {num} times"
+        fix = f"sch.at[{spec.module!r}].rowwise() adds it once, on a plain nn.Linear; or split it: .shard('bias', axis=0)"
+        yield Finding("SP012", "error", bias.path, cause, fix)
+
+
+def counted_twice(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
+    """Find sums over ranks that hold the same tensors: the result is counted once a rank."""
+    first = plan.mesh.coordinate(0)
+    holders = {prefix for path in plan.tree.all_paths for prefix in modules_around(path)}
+    split = {
+        (mesh_axis, prefix)
+        for spec in plan.tree.values()
+        for mesh_axis in spec.mesh_axes(first)
+        for path in spec.paths
+        for prefix in modules_around(path)
+    }
+    for step in plan.steps:
+        match step:
+            case Sync(when="forward_post", op="all_reduce" | "reduce_scatter"):
+                what = "output"
+            case Sync(when="backward_post", op="all_reduce" | "reduce_scatter") | Sync(when="forward_pre", op="all_gather"):
+                what = "input's gradient"
+            case _:
+                continue
+        if step.module in holders and (step.mesh_axis, step.module) not in split:
+            num = plan.mesh.num(step.mesh_axis)
+            cause = f"{step} sums its {what} over {num} ranks that hold the same tensors, so that it counts {num} times"
+            yield Finding("SP013", "warning", step.module, cause, "Split its tensors, or synchronise the module before it")
+
+
+FINDINGS = {"SP010": unjoined, "SP012": whole_biases, "SP013": counted_twice}
+
+
 class _Joins:
-    """The synchronisations that may bring parts together, and where they stand."""
+    """The synchronisations that may join parts, by module and block."""
 
     def __init__(self, plan: Plan) -> None:
         self.own_rows = {step.module for step in plan.steps if isinstance(step, VocabParallel)}
@@ -65,7 +113,7 @@ class _Joins:
         }
 
     def verdict(self, module: str, mesh_axis: MeshAxis) -> _Verdict:
-        """Tell whether the parts of a module are joined after it, perhaps before it, or not at all."""
+        """Tell whether the parts of a module are joined after it, only before it, or never."""
         if mesh_axis == "expert":
             return "later" if module in self._dispatched else "never"
         here = self._span[module][0]
