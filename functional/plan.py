@@ -44,7 +44,7 @@ def plan_build(
     config: Mapping[str, Any] | None = None,
     example_inputs: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """Return what every rank will hold and do. Touches no device, no process group, no generator, and not the model.
+    """Plan the tensors and the steps of every rank, without touching devices, process groups, generators or the model.
 
     Args:
         sch: The declared schedule.
@@ -52,14 +52,14 @@ def plan_build(
         init_weights: True for the model's own init code; a function ``(module)`` or ``(module, path)`` that is called for
             each module that holds tensors; a ``Checkpoint``, of whose files only the headers are read now; False to leave
             tensors on meta without values, and send nothing.
-        strategy: ``local`` (each rank evaluates the init programs of its own parts; only tensors without one are
-            scattered), ``scatter`` (one rank makes a tensor, each gets its part), ``broadcast`` (each gets all and slices),
-            or ``auto``, which is ``local``. The values are the same.
+        strategy: ``local`` (each rank evaluates the init programs of its own parts; only tensors without a
+            program are scattered), ``scatter`` (the first rank makes a tensor and sends each rank its part), ``broadcast``
+            (it sends all ranks the whole, which they slice), or ``auto``, which is ``local``. The values are the same.
         seed: The seed of all random numbers.
         config: The target's configuration: plain JSON values.
-        example_inputs: Tensors by the names of the model's arguments, meta ones will do; with them a forward pass at local
-            shapes is tried on fake tensors, and gradients that would be partial are found. A model that is cut into stages
-            is exported with them; the first stage takes them in this order.
+        example_inputs: Tensors by the names of the model's arguments, also on the meta device; with them a forward pass at
+            local shapes is tried on fake tensors, and gradients that would be partial are found. A model with stages is exported
+            with them; the first stage takes them in this order.
 
     Raises:
         PlanError: With everything that is wrong, at once.
@@ -158,7 +158,7 @@ def _without_init(spec: ParamSpec) -> ParamSpec:
 def _with_sources(
     subject: LocalModel, init_weights: object, init_code: str | None
 ) -> tuple[LocalModel, list[Unit], Folder | None, list[Problem]]:
-    """Return the model with the sources of all values, its runs of init code, the folder that is read, what is wrong."""
+    """Return the model with the sources of all values, its runs of init code, the folder that is read, and problems."""
     tree, folder = subject.tree, None
     if isinstance(init_weights, Checkpoint):
         tree, folder, problems = checkpoint_sources(subject.model, tree, init_weights)
@@ -170,7 +170,7 @@ def _with_sources(
 
 
 def _wrong_when_run(sch: Schedule, subject: LocalModel) -> list[Problem]:
-    """Return what an export into stages cannot hold; else what goes wrong in a forward pass on fake tensors."""
+    """Return problems of an export into stages, or if there are none, of a forward pass on fake tensors."""
     problems = list(wrong_for_stages(subject)) if is_cut(sch) and not sch.handed else []
     if problems or subject.example_inputs is None:
         return problems

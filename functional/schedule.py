@@ -1,4 +1,4 @@
-"""The schedule: how a model is to be split, said in verbs, each giving a new schedule."""
+"""The schedule: how a model is to be split, declared by verbs, each of which returns a new schedule."""
 
 from __future__ import annotations
 
@@ -6,43 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Unpack
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import nn
 
 from ..specs.declaration import Declaration
-from ..specs.errors import Problem
-from ..specs.finding import Silence
-from ..specs.json_values import is_plain
-from ..specs.mesh import STAGE_AXES, Mesh, MeshAxis
-from ..specs.paths import join, module_of
-from ..specs.pipeline import By, Even
+from ..specs.mesh import Mesh, MeshAxis
+from ..specs.pipeline import By
 from ..specs.plan import Runtime
-from ..specs.program import Fill, InitProgram, Operation
 from ..specs.shard import Split
-from ..specs.source import Made, TensorCall
-from ..specs.steps import ForkRng, SetAttributes, SumGradient, Sync, SyncOp, When
-from .model.callables import register
+from ..specs.steps import SyncOp, When
 from .model.read import read_modules, read_tensors
-from .verbs import modules as module_verbs
-from .verbs.checks import wrong_attribute, wrong_even, wrong_fill, wrong_handed, wrong_silence, wrong_sync
-from .verbs.edits import (
-    edited,
-    module_at,
-    or_unmatched,
-    own_tensors,
-    selected_modules,
-    selected_tensors,
-    split_named,
-    split_tensors,
-    tensors_below,
-    with_layout,
-    wrong,
-)
-from .verbs.selection import At
+from .verbs import modules, pipeline, selection, splits, syncs, values
 
 
 def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
-    """Return a schedule that says nothing yet: every rank of a stage holds every tensor whole.
+    """Return a schedule without declarations: every rank of a stage holds every tensor whole.
 
     Reads shapes, dtypes, ties, buffers and requires_grad; copies and changes no tensor.
 
@@ -77,77 +55,38 @@ def create_schedule(model: nn.Module, mesh: Mesh) -> Schedule:
 class Schedule(Declaration):
     """How a model is to be split. Immutable: a verb gives a new schedule.
 
-    ``sch.at[pattern]`` selects modules and tensors; the verbs after it apply to them. What is wrong is collected in
-    ``problems`` and raised by ``plan_build``, all at once.
+    ``sch.at[pattern]`` selects modules and tensors; the verbs after it apply to them. Mistakes are collected in
+    ``problems`` and raised by ``plan_build``, all at once. The bodies of the verbs stand in ``functional/verbs/``.
     """
 
     @property
-    def at(self) -> At[Schedule]:
+    def at(self) -> selection.At[Schedule]:
         """``sch.at[pattern]``: the same schedule, with a selection.
 
-        ``*`` stands for anything within one name, ``**`` across names, ``[qkv]`` for one of these characters,
-        ``{gate,up}`` for one of these names. A pattern that matches nothing is a problem.
+        ``*`` matches anything within a name, ``**`` across names, ``[qkv]`` any of these characters, ``{gate,up}`` any of
+        these names. A pattern that matches nothing is a problem.
         """
-        return At(self)
+        return selection.At(self)
 
     def expect(self, num: int) -> Schedule:
-        """Say how many modules and tensors the pattern selects; another number is a problem."""
-        found = len(selected_modules(self)) + len(selected_tensors(self))
-        if found == 0 or (found == num and not isinstance(num, bool)):
-            return or_unmatched(self)
-        named = [m.path for m in selected_modules(self)] + [s.path for s in selected_tensors(self)]
-        cause = f"{num!r} expected, {found} selected: {', '.join(named[:3])}{', ...' if found > 3 else ''}"  # noqa: PLR2004
-        return wrong(self, Problem(self.selected, cause, f"Write .expect({found}) if that is meant, or mend the pattern"))
+        """Check the number of modules and tensors that the pattern selects; another number is a problem."""
+        return selection.expect(self, num)
 
     def tag(self, **tags: object) -> Schedule:
-        """Note plain values on tensors, or on all tensors of modules; ``spec.tags`` has them."""
-        if not is_plain(tags):
-            cause = f"a plan holds plain values, and {tags!r} has others"
-            return wrong(self, Problem(self.selected, cause, "Note numbers, strings, booleans, or lists of them"))
-        return edited(self, "tag", tensors_below(self), lambda spec: evolve(spec, tags={**spec.tags, **tags}))
+        """Note plain values on tensors, or on all tensors of modules; they stand in ``spec.tags``."""
+        return values.tag(self, tags)
 
     def init(self, value: float | Callable[..., object]) -> Schedule:
-        """Give tensors their values, whatever other init code says.
+        """Give tensors their values, which no other init code overwrites.
 
         Args:
             value: A number that fills them, or a function that is called with each whole tensor and writes it in place.
         """
-        if isinstance(value, float) and not is_plain(value):
-            return wrong(self, Problem(self.selected, f"a plan holds finite numbers, not {value}", "Fill by a function"))
-        if isinstance(value, (bool, int, float)):
-            misfits = [wrong_fill(spec, value) for spec in tensors_below(self)]
-            sch = evolve(self, problems=(*self.problems, *(problem for problem in misfits if problem)))
-            program = InitProgram([Operation(Fill(value))], replaces=True)
-            return edited(sch, "init", tensors_below(sch), lambda spec: evolve(spec, source=program))
-        if not callable(value):
-            fix = "nn.init.ones_, or a function of your own with def"
-            return wrong(self, Problem(self.selected, f".init takes a number or a function, not {value!r}", fix))
-        name, callables = register(self.runtime.callables, value)
-        sch = evolve(self, runtime=evolve(self.runtime, callables=callables))
-        return edited(
-            sch, "init", tensors_below(self), lambda spec: evolve(spec, source=Made((TensorCall(spec.path, name),)))
-        )
+        return values.init(self, value)
 
     def set(self, **attributes: object) -> Schedule:
         """Set attributes of modules to their local values, e.g. ``.set(num_heads=8)`` where 32 heads meet 4 ranks."""
-        sch = or_unmatched(self, modules=True)
-        modules = selected_modules(self)
-        earlier = {(s.module, name): v for s in self.layout if isinstance(s, SetAttributes) for name, v in s.values.items()}
-        problems = [
-            problem
-            for module in modules
-            for name, value in attributes.items()
-            if (
-                problem := wrong_attribute(
-                    module, module_at(self, module), name, value, earlier.get((module.path, name), value)
-                )
-            )
-        ]
-        if not attributes:
-            problems = [Problem(self.selected, ".set() names no attribute", ".set(num_heads=8)")]
-        if problems:
-            return evolve(sch, problems=(*sch.problems, *problems))
-        return with_layout(sch, (SetAttributes(module.path, attributes) for module in modules))
+        return values.set_attributes(self, attributes)
 
     def shard(
         self, name: str | None = None, *, axis: int, mesh_axis: MeshAxis = "tensor", **split: Unpack[Split]
@@ -159,16 +98,9 @@ class Schedule(Declaration):
             axis: Axis of the tensor, negative from the end.
             mesh_axis: ``tensor``, ``data`` or ``expert``. A tensor can be split along two axes, over two mesh axes.
             split: ``blocks``, ``interleaved``, ``granule``, ``replicate``, ``uneven``, ``allow_empty``, ``pad_to_multiple``:
-                what they mean is said by ``shardplan.specs.Shard``.
+                ``shardplan.specs.Shard`` explains them.
         """
-        sch = or_unmatched(self, modules=name is not None)
-        if name is not None:
-            return split_named(sch, "shard", selected_modules(self), name, axis, mesh_axis, **split)
-        specs = selected_tensors(self)
-        if not specs and selected_modules(self):
-            cause = "it selects modules, and .shard(axis=...) is for tensors"
-            return wrong(sch, Problem(self.selected, cause, f'Name the tensor: .shard("weight", axis={axis})'))
-        return split_tensors(sch, "shard", specs, axis, mesh_axis, **split)
+        return splits.shard(self, name, axis, mesh_axis, **split)
 
     def sync(
         self,
@@ -182,10 +114,10 @@ class Schedule(Declaration):
     ) -> Schedule:
         """Send a module's input or output through a collective operator, with its own autograd formula.
 
-        The first floating-point tensor among the arguments, or of the result, is meant. What each does on the way forward
-        and to the gradient stands in ``functional/layout/collectives.py``. A gather before a module (``forward_pre``) sums
-        its gradient: it is for modules of which each rank holds another part. Where the next module is whole on every rank,
-        gather after the one before it (``forward_post``).
+        The operator works on the first floating-point tensor among the arguments, or of the result; the table in
+        ``functional/layout/collectives.py`` gives its forward pass and its gradient. A gather before a module
+        (``forward_pre``) sums its gradient: it is for modules that are split over the ranks. Before a module that is whole
+        on every rank, gather after the preceding module (``forward_post``).
 
         Args:
             when: ``forward_pre`` (the input), ``forward_post`` (the output), ``backward_post`` (the gradient of the input)
@@ -194,52 +126,26 @@ class Schedule(Declaration):
                 ``(tensor, group) -> tensor``.
             axis: Axis of the activation that is gathered or scattered, negative from the end.
             mesh_axis: Mesh axis along which it communicates.
-            which: Another floating-point tensor than the first, counted from 0.
-            features: Of a gradient that is summed, some entries of the last axis alone: the first, and the one after the
-                last.
+            which: Number of the floating-point tensor, from 0.
+            features: Entries of the last axis to which the sum of a gradient is limited, as ``(start, stop)``.
         """
-        sch = or_unmatched(self, modules=True)
-        if problem := wrong_sync(self.selected, when, op, axis, mesh_axis, which, features):
-            return wrong(sch, problem)
-        if callable(op):
-            name, callables = register(self.runtime.callables, op)
-            sch = evolve(sch, runtime=evolve(self.runtime, callables=callables))
-        else:
-            name = op
-        syncs = (Sync(m.path, when, name, axis, mesh_axis, which, features) for m in selected_modules(self))
-        return with_layout(sch, syncs)
+        return syncs.sync(self, when, op, axis, mesh_axis, which, features)
 
     def sum_gradient(self, name: str | None = None, *, mesh_axis: MeshAxis = "tensor") -> Schedule:
         """Sum the gradient of tensors that are whole on every rank, and work on parts of activations there.
 
-        Such are norms of split heads, or on a split sequence. The tensor passes an operator on its way into its module, so
-        that the sum is part of the backward pass.
+        Examples are norms of split heads, and norms on a split sequence. The tensor passes through an operator before its
+        module computes with it, so that the sum is part of the backward pass.
 
         Args:
-            name: Tensor of each selected module; left out for all its trained ones, or if the pattern selects tensors.
+            name: Tensor of each selected module; left out for all its trained tensors, or if the pattern selects tensors.
             mesh_axis: Mesh axis along which the activations are split.
         """
-        sch = or_unmatched(self, modules=name is not None)
-        if mesh_axis not in STAGE_AXES:
-            cause = f"activations are not split over mesh axis {mesh_axis!r}"
-            return wrong(sch, Problem(self.selected, cause, "They are over data or tensor"))
-        chosen = {path for spec in selected_tensors(self) for path in spec.paths}
-        for module in selected_modules(self):
-            owned = {path for spec in own_tensors(self, module) if spec.requires_grad for path in spec.paths}
-            mine = {path for path in owned if module_of(path) == module.path}
-            found = mine if name is None else mine & {join(module.path, name)}
-            if not found:
-                held = ", ".join(sorted(mine)) or "none"
-                cause = f"it has no trained tensor{f' {name!r}' if name else ''} of its own"
-                sch = wrong(sch, Problem(module.path, cause, f"Its trained tensors are {held}"))
-            chosen |= found
-        named = (path.rpartition(".") for path in sch.tree.all_paths if path in chosen)
-        return with_layout(sch, (SumGradient(module, last, mesh_axis) for module, _, last in named))
+        return syncs.sum_gradient(self, name, mesh_axis)
 
     def fork_rng(self) -> Schedule:
-        """Draw other random numbers on each rank along ``tensor`` within modules: dropout on parts of activations."""
-        sch = or_unmatched(self, modules=True)
-        return with_layout(sch, (ForkRng(module.path) for module in selected_modules(self)))
+        """Draw different random numbers on each rank along ``tensor`` within modules: dropout on parts of activations."""
+        return syncs.fork_rng(self)
 
     def colwise(self, *, gather_output: bool = False, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
         """Split the outputs of ``nn.Linear`` or ``Conv1D``: each rank computes some features of the output.
@@ -253,7 +159,7 @@ class Schedule(Declaration):
                 in place of the sum of its gradient.
             split: As for ``.shard``.
         """
-        return module_verbs.colwise(self, gather_output=gather_output, sequence_axis=sequence_axis, **split)
+        return modules.colwise(self, gather_output=gather_output, sequence_axis=sequence_axis, **split)
 
     def rowwise(self, *, split_input: bool = False, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
         """Split the inputs of ``nn.Linear`` or ``Conv1D``: each rank sums over some input features, then all ranks sum.
@@ -267,79 +173,62 @@ class Schedule(Declaration):
             sequence_axis: Axis along which the outputs stay split: ``reduce_scatter`` in place of ``all_reduce``.
             split: As for ``.shard``.
         """
-        return module_verbs.rowwise(self, split_input=split_input, sequence_axis=sequence_axis, **split)
+        return modules.rowwise(self, split_input=split_input, sequence_axis=sequence_axis, **split)
 
     def vocab_parallel(self, *, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
         """Split the rows of ``nn.Embedding``: each rank looks up its own, and all ranks sum.
 
-        In verbs: ``.shard("weight", axis=0)``, rows of others give zeros, ``.sync("forward_post", "all_reduce")``,
+        In verbs: ``.shard("weight", axis=0)``, rows of other ranks give zeros, ``.sync("forward_post", "all_reduce")``,
         ``.set(num_embeddings=...)``.
 
         Args:
             sequence_axis: As for ``.rowwise``.
             split: As for ``.shard``; ``pad_to_multiple`` pads the vocabulary.
         """
-        return module_verbs.vocab_parallel(self, sequence_axis=sequence_axis, **split)
+        return modules.vocab_parallel(self, sequence_axis=sequence_axis, **split)
 
     def expert_parallel(self) -> Schedule:
         """Spread the experts of fused modules over ``expert``: axis 0 of each tensor that they hold.
 
         Such a module has ``num_experts`` and is called with tokens, the experts chosen for each, and their weights. Tokens
-        of all ranks along ``expert`` are gathered, each rank computes with its experts, what they give is summed, and each
-        rank keeps its own tokens'; gradients of experts are summed over ``expert_data`` and divided by ``data``.
+        of all ranks along ``expert`` are gathered, each rank computes with its experts, the results are summed, and each
+        rank keeps the results of its own tokens; gradients of experts are summed over ``expert_data`` and divided by
+        ``data``.
         """
-        return module_verbs.expert_parallel(self)
+        return modules.expert_parallel(self)
 
     def cut_pipeline_stage(self) -> Schedule:
-        """End a pipeline stage after each selected module; there is one stage more than cuts."""
-        sch = or_unmatched(self, modules=True)
-        paths = [module.path for module in selected_modules(self)]
-        if "" in paths:
-            cause = "it is the model itself, and nothing comes after it"
-            return wrong(sch, Problem(self.selected, cause, "Cut a module inside it"))
-        return evolve(sch, cuts=tuple(dict.fromkeys((*self.cuts, *paths))))
+        """End a pipeline stage after each selected module: n cuts make n + 1 stages."""
+        return pipeline.cut_pipeline_stage(self)
 
     def leaf(self) -> Schedule:
-        """Let modules run as they are, as one operation of their stage: their code is not exported, and not cut."""
-        sch = or_unmatched(self, modules=True)
-        paths = [module.path for module in selected_modules(self)]
-        if "" in paths:
-            cause = "it is the model itself, and a leaf is one operation of one stage"
-            return wrong(sch, Problem(self.selected, cause, "Mark the module that cannot be exported"))
-        return evolve(sch, leaves=tuple(dict.fromkeys((*self.leaves, *paths))))
+        """Run each module as it is, as a single operation of its stage: its code is neither exported nor cut."""
+        return pipeline.leaf(self)
 
     def silence(self, code: str, *, reason: str) -> Schedule:
-        """Say that findings of one kind are known and meant: the audit lists them apart, and no longer minds them.
+        """Note that findings of a kind are known and meant: the audit lists them apart, and does not fail for them.
 
         Args:
-            code: Their kind, such as ``SP021``: docs/findings.md has all. Laws that fail (SP001 to SP005, SP007) stay.
+            code: Their kind, such as ``SP021``; docs/findings.md lists all. Laws that fail (SP001 to SP005, SP007) cannot
+                be silenced.
             reason: Why they are meant. The plan keeps it.
         """
-        if problem := wrong_silence(self.selected, code, reason):
-            return wrong(self, problem)
-        silences = dict.fromkeys((*self.silences, Silence(code, self.selected, reason)))
-        return evolve(or_unmatched(self), silences=tuple(silences))
+        return values.silence(self, code, reason)
 
     def cut_evenly(self, num_stages: int, by: By = "parameters") -> Schedule:
         """Cut the longest chain of repeated modules so that the stages weigh alike, embeddings and head counted.
 
         Args:
-            num_stages: How many stages.
+            num_stages: Number of stages.
             by: ``parameters`` (their elements) or ``flops`` (of a forward pass on the example inputs).
         """
-        if problem := wrong_even(num_stages, by):
-            return wrong(self, problem)
-        return evolve(self, even=Even(num_stages, by))
+        return pipeline.cut_evenly(self, num_stages, by)
 
     def with_stages(self, stages: Sequence[nn.Module]) -> Schedule:
-        """Hand over the stages: modules of the model that are called one after another; nothing is exported.
+        """Hand over the stages: modules of the model that are called in sequence; nothing is exported.
 
         Args:
-            stages: One module a stage. The first is called with the example inputs, each other one with what the one before
-                gave: a tensor, or a tuple of tensors.
+            stages: A module for each stage. The first is called with the example inputs, each later stage with the output
+                of its predecessor: a tensor, or a tuple of tensors.
         """
-        names = {id(module_at(self, module)): module.path for module in self.modules}
-        if problem := wrong_handed(stages, names):
-            return wrong(self, problem)
-        paths = [names[id(stage)] for stage in stages]
-        return evolve(self, handed=tuple((path,) for path in paths))
+        return pipeline.with_stages(self, stages)

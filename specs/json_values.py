@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import isfinite
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from frozendict import deepfreeze, frozendict
 
@@ -52,9 +52,14 @@ def check_plain(_: object, attribute: Attribute[Any], value: object) -> None:
         raise ValueError(msg)
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Tell whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_integer(_: object, attribute: Attribute[Any], value: object) -> None:
     """Raise TypeError if a record is given anything but an integer: an attrs validator, to which True is none."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         msg = f"{attribute.name} is an integer, not {value!r}"
         raise TypeError(msg)
 

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of ``plan_build``, and with scripted modules in the model."""
+"""Problems with the arguments of ``plan_build``, and with scripted modules in the model."""
 
 from __future__ import annotations
 

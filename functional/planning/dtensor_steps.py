@@ -1,4 +1,4 @@
-"""What torch's DTensor can say of a split, and the plan whose tensors become DTensors. No torch."""
+"""Plans whose tensors become DTensors, and the splits that a DTensor can express."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from ...specs.shard import Interval, Shard
 
 _LOCAL = 'execute(plan, layout="local")'
-_AFTER = (MakeOptimizer, Wrap)  # what takes the module as it is
+_AFTER = (MakeOptimizer, Wrap)  # the module is complete before these
 
 
 def as_dtensors(plan: Plan) -> Plan:
-    """Return the plan whose ranks hold DTensors at the end: what ``execute(plan, layout="dtensor")`` carries out.
+    """Return the plan whose ranks hold DTensors at the end, as ``execute(plan, layout="dtensor")`` carries it out.
 
     Raises:
-        PlanError: If a tensor's layout, or what takes the module, is not for DTensors.
+        PlanError: If DTensors cannot express a tensor's layout, or the target does not take them.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
     >>> from shardplan.specs.steps import Wrap
@@ -74,7 +74,7 @@ def _inexpressible(spec: ParamSpec, mesh: Mesh) -> Iterator[Problem]:
 
 
 def _differs_from_chunks(size: int, shard: Shard, mesh: Mesh) -> tuple[str, str] | None:
-    """Return why an axis is split otherwise than by the rule of ``torch.chunk``, and what to do; None if it is not."""
+    """Return how a split differs from the rule of ``torch.chunk``, and a fix; None if it does not."""
     num, along = mesh.num(shard.mesh_axis), f"along {shard.mesh_axis!r}"
     group = [mesh.coordinate(rank) for rank in mesh.groups(shard.mesh_axis)[0]]
     parts = [shard.intervals(size, here) for here in group]

@@ -1,4 +1,4 @@
-"""The plan that starts from files of single ranks, in place of what made their values. No torch."""
+"""Plans that start from files of single ranks, which replace all other sources of values."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from ...specs.param import ParamSpec
     from ...specs.tree import SpecTree
 
-_MOVES = (
+_VALUE_STEPS = (
     *(Allocate, Broadcast, EvaluateShard, EvaluateWhole, Generate, LoadOwn, LoadShard, Place),
     *(Scatter, SendCopy, Slice, TakeShard, TakeWhole),
 )
 
 
 def from_shards(plan: Plan, folder: str | Path) -> Plan:
-    """Return the plan that starts from files which ``materialize`` wrote: each rank reads its own, and nothing is sent.
+    """Return the plan that starts from files written by ``materialize``: each rank reads its own, and nothing is sent.
 
     Args:
-        plan: The plan that they were written for.
-        folder: Where they are when the plan is executed.
+        plan: The plan that the files were written for.
+        folder: Where they lie when the plan is executed.
 
     Raises:
         PlanError: If the plan starts from such files already.
@@ -65,10 +65,10 @@ def from_shards(plan: Plan, folder: str | Path) -> Plan:
     steps: list[Step] = []
     is_done = False
     for step in plan.steps:
-        if not isinstance(step, _MOVES):
+        if not isinstance(step, _VALUE_STEPS):
             steps.append(step)
         elif not is_done:
-            steps += _moves(plan, tree)
+            steps += _load_steps(plan, tree)
             is_done = True
     return evolve(plan, tree=tree, steps=steps, folder=Folder(str(folder), ()))
 
@@ -83,7 +83,7 @@ def _materialised(spec: ParamSpec, plan: Plan) -> ParamSpec:
             return evolve(spec, source=Materialised(plan.fingerprint))
 
 
-def _moves(plan: Plan, tree: SpecTree) -> Iterator[Step]:
+def _load_steps(plan: Plan, tree: SpecTree) -> Iterator[Step]:
     for at in range(plan.mesh.pipe):
         held = [spec for spec in tree.values() if at in spec.places(plan.mesh)]
         bare = tuple(spec.path for spec in held if isinstance(spec.source, Uninitialised))

@@ -23,7 +23,7 @@ from ...specs.steps import (
 MeshAxes = tuple[MeshAxis, ...]
 
 
-def group_steps(  # noqa: C901  one case a step
+def group_steps(  # noqa: C901  a case for each kind of step
     steps: Sequence[Step], of_dialect: Sequence[MeshAxes]
 ) -> Iterator[Step]:
     """Iterate over the steps that make the groups in which ranks communicate.

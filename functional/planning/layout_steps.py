@@ -1,4 +1,4 @@
-"""The layout steps of a plan: the declared ones that matter on its mesh, and those that follow from the splits."""
+"""The layout steps of a plan: declared steps that matter on its mesh, and sums and biases that follow from the splits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[list[LayoutStep], list[Problem]]:
-    """Return the changes of how modules compute on a mesh, and what is wrong with them.
+    """Return the changes of how modules compute on a mesh, and their problems.
 
     A bias behind a summed output is added after the sum. Sums of gradients come last, so that the other changes of a module
     see the result of the operator that sums.

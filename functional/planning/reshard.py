@@ -1,4 +1,4 @@
-"""From one plan to another: checked, and proven complete. No torch."""
+"""From one plan to another: each message between ranks, proven complete."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def reshard(source: Plan, target: Plan) -> Reshard:
-    """Return which rank sends what to which, so that what one plan's ranks hold becomes what another's hold.
+    """Return the messages between ranks that turn the layout of a plan into the layout of another.
 
-    For each kind of tensor and of rank it is proven that what it gets is what it holds, each element once, and that whoever
-    sends it has it. Time goes by kinds of tensors and of ranks.
+    For each kind of tensor and of rank it is proven that the rank gets each element of its part once, from a rank that
+    holds it. The time is proportional to the number of these kinds.
 
     Args:
         source: The plan that was executed.
-        target: The plan of the same tensors on another mesh, or split otherwise.
+        target: A plan of the same tensors on another mesh, or with other splits.
 
     Raises:
         PlanError: If the tensors are not the same, all at once.
@@ -52,7 +52,7 @@ def reshard(source: Plan, target: Plan) -> Reshard:
 
 
 def _differences(source: Plan, target: Plan) -> Iterator[Problem]:
-    """Iterate over what the two plans do not have in common."""
+    """Iterate over the differences between the tensors of two plans."""
     for spec in target.tree.values():
         before = source.tree.get(spec.path)
         if before is None or before.path != spec.path:
@@ -72,7 +72,7 @@ def _differences(source: Plan, target: Plan) -> Iterator[Problem]:
 
 
 def _prove(resharding: Reshard, path: str, here: Coordinate) -> None:
-    """Raise AssertionError unless what a rank gets is what it holds, each element once, and who sends it has it."""
+    """Raise AssertionError unless a rank gets each element of its part once, from a rank that holds it."""
     before, after = resharding.source.tree[path], resharding.target.tree[path]
     moves = list(resharding.of(path, here.rank))
     boxes = [box for move in moves for _, box in local_boxes(after, here, move.index)]

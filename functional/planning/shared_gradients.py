@@ -1,4 +1,4 @@
-"""Which gradients ranks must sum because they hold the same part of a split tensor. No torch."""
+"""Sums of gradients that splits ask for: several ranks hold the same part, and use it on different activations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:
-    """Iterate over the sums of gradients of what several ranks hold for parts of activations: repeated granules, experts.
+    """Iterate over the sums of gradients of repeated granules and of experts.
 
-    Each path of a tied tensor has its own, as each is used by a module of its own.
+    Each path of a tied tensor has a sum of its own, as a module of its own uses it.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree
     >>> experts = ParamSpec("experts.up", (4, 8), "float32", shards=(Shard(0, "expert"),))

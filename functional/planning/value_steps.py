@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..init.units import Unit
 
 Strategy = Literal["local", "scatter", "broadcast"]
-"""How values get to the ranks that keep them: made there, or by one rank that sends them."""
+"""How values get to the ranks that keep them: made there, or sent by the rank that made them."""
 
 BUCKET_BYTES = 32 * 2**20
 """Small tensors travel together until they fill a bucket of this size; a larger tensor travels alone."""
@@ -146,7 +146,7 @@ def _kept_or_bare(specs: Sequence[ParamSpec], stage: int) -> Iterator[Step]:
 
 @define
 class _Sender:
-    """Sends whole tensors in buckets: tensors of one dtype that are split over the same mesh axes travel together.
+    """Sends whole tensors in buckets: tensors of equal dtype that are split over the same mesh axes travel together.
 
     Args:
         first: The rank that makes the tensors.
@@ -186,7 +186,7 @@ class _Sender:
             yield EvaluateWhole(self.stage, evaluated)
         mesh = self.first.mesh
         rest = _longer_than_one(mesh, unsplit(STAGE_AXES, split))
-        # after a scatter over 'expert' alone, ranks along 'expert_data' and 'tensor' have no group with one first rank
+        # after a scatter over 'expert' alone, ranks along 'expert_data' and 'tensor' have no common group to pass parts on
         if self.scatters and split and all(mesh.has_groups(*axes) for axes in (split, rest) if axes):
             yield Scatter(self.stage, paths, split)
             if rest:

@@ -1,1 +1,1 @@
-"""What the verbs of a schedule are made of: pure."""
+"""The bodies of a schedule's verbs: each takes a schedule and returns a new schedule."""

@@ -8,32 +8,22 @@ from torch import nn
 
 from ...specs.declaration import D, Declaration
 from ...specs.errors import Problem
+from ...specs.module import ModuleSpec
 from ...specs.paths import join
 from ...specs.shard import Split
 from ...specs.steps import DispatchTokens, MaskPadding, SetAttributes, VocabParallel
+from ..layout.apply import first_argument
 from ..model.linear import linear_of
-from .checks import wrong_embedding
-from .edits import (
-    joined_sizes,
-    module_at,
-    of_kind,
-    or_unmatched,
-    own_tensors,
-    selected_modules,
-    split_named,
-    split_tensors,
-    with_layout,
-    with_local_size,
-    with_syncs,
-    wrong,
-)
+from .selection import module_at, of_kind, or_unmatched, own_tensors, selected_modules, wrong
+from .splits import joined_sizes, split_named, split_tensors, with_local_size
+from .syncs import with_layout, with_syncs
 
 _LINEAR = "nn.Linear and transformers' Conv1D"
 _SPELLED = '.shard("weight", axis=...) and .sync(...)'
 
 
 def colwise(sch: D, *, gather_output: bool, sequence_axis: int | None, **split: Unpack[Split]) -> D:
-    """Return the schedule with the output features of the selected modules split."""
+    """Split the output features of the selected linear modules."""
     if problem := _wrong_axis(sch, sequence_axis):
         return wrong(sch, problem)
     sch, linears = of_kind(sch, linear_of, "colwise", _LINEAR, _SPELLED)
@@ -59,7 +49,7 @@ def colwise(sch: D, *, gather_output: bool, sequence_axis: int | None, **split: 
 
 
 def rowwise(sch: D, *, split_input: bool, sequence_axis: int | None, **split: Unpack[Split]) -> D:
-    """Return the schedule with the input features of the selected modules split."""
+    """Split the input features of the selected linear modules."""
     if problem := _wrong_axis(sch, sequence_axis):
         return wrong(sch, problem)
     sch, linears = of_kind(sch, linear_of, "rowwise", _LINEAR, _SPELLED)
@@ -80,7 +70,7 @@ def rowwise(sch: D, *, split_input: bool, sequence_axis: int | None, **split: Un
 
 
 def vocab_parallel(sch: D, *, sequence_axis: int | None, **split: Unpack[Split]) -> D:
-    """Return the schedule with the rows of the selected embeddings split."""
+    """Split the rows of the selected embeddings."""
 
     def is_embedding(module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding)
@@ -106,8 +96,20 @@ def vocab_parallel(sch: D, *, sequence_axis: int | None, **split: Unpack[Split])
     return sch
 
 
+def wrong_embedding(module: ModuleSpec, found: nn.Module) -> Problem | None:
+    """Return why the rows of an embedding cannot be split, if they cannot."""
+    if getattr(found, "max_norm", None) is not None or getattr(found, "scale_grad_by_freq", False):
+        cause = "max_norm and scale_grad_by_freq look at all rows, and each rank has some"
+        return Problem(module.path, cause, "Leave it whole, or do without them")
+    name = first_argument(found)
+    if name not in ("input", "input_ids", "ids"):
+        cause = f"the forward of {type(found).__name__} takes {name!r} first, and not the ids of rows"
+        return Problem(module.path, cause, "Leave it whole")
+    return None
+
+
 def expert_parallel(sch: D) -> D:
-    """Return the schedule with the experts of the selected modules spread over ``expert``."""
+    """Spread the experts of the selected modules over ``expert``."""
     sch = or_unmatched(sch, modules=True)
     for module in selected_modules(sch):
         num = getattr(module_at(sch, module), "num_experts", None)
@@ -126,18 +128,18 @@ def expert_parallel(sch: D) -> D:
 
 
 def _wrong_axis(sch: Declaration, axis: object) -> Problem | None:
-    """Return what is wrong with the axis along which a sequence is split, if anything."""
+    """Return a problem if the axis along which a sequence is split is no integer."""
     if axis is None or (isinstance(axis, int) and not isinstance(axis, bool)):
         return None
     cause = f"the axis along which a sequence is split is an integer, not {axis!r}"
     return Problem(sch.selected, cause, "sequence_axis=1")
 
 
-def _consecutive(sch: D, path: str, what: str) -> D:
-    """Return the schedule, with a problem if what the ranks hold of a tensor, one after the other, is not the tensor."""
+def _consecutive(sch: D, path: str, needs: str) -> D:
+    """Note a problem unless the parts of a tensor, joined in the order of ranks, are the tensor."""
     spec = sch.tree[path]
     shard = spec.on("tensor")
     if shard is None or not (shard.blocks or shard.replicate) or sch.mesh.tensor == 1:
         return sch
-    cause = f"its module {what}, and its blocks and repeated granules are not in that order"
+    cause = f"its module {needs}, and its blocks and repeated granules are not in that order"
     return wrong(sch, Problem(path, cause, "Split it as one block, without replicate", spec.type))

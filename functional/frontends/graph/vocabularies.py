@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import nn
 
 from ...model.linear import linear_of, overrides_forward
-from ...verbs.checks import wrong_embedding
+from ...verbs.modules import wrong_embedding
 
 if TYPE_CHECKING:
     from ....specs.param import ParamSpec
