@@ -58,8 +58,8 @@ def plan_build(
         seed: The seed of all random numbers.
         config: The target's configuration: plain JSON values.
         example_inputs: Tensors by the names of the model's arguments, also on the meta device; with them a forward pass at
-            local shapes is tried on fake tensors, and gradients that would be partial are found. A model with stages is exported
-            with them; the first stage takes them in this order.
+            local shapes is tried on fake tensors, and gradients that would be partial are found. A model with stages is
+            exported with them; the first stage takes them in this order.
 
     Raises:
         PlanError: With everything that is wrong, at once.
