@@ -103,14 +103,16 @@ def reading_alone(job: Job) -> Loaded:
     import torch
     import torch.distributed as dist
 
-    from shardplan.functional.checkpoints.reader import Files, read_part
+    from shardplan.functional.checkpoints.byte_ranges import select_all
+    from shardplan.functional.checkpoints.reader import Files, ReadRequest, read_all
 
     here, found = job.plan.mesh.coordinate(dist.get_rank()), dict[str, Any]()
     assert job.plan.folder is not None, "it reads files"
     with Files(job.plan.folder) as files:
         for path, spec in _persistent(job.plan):
             found[path] = torch.empty(spec.local_shape(here), dtype=getattr(torch, spec.dtype))
-            read_part(found[path], spec.source.parts, spec.index(here), files)
+            requests = [ReadRequest(found[path], one) for one in select_all(spec.source.parts, spec.index(here))]
+            read_all(requests, files)
     return found, sum(files.num_read.values())
 
 

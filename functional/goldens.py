@@ -11,7 +11,7 @@ from attrs import Factory, define
 
 from ..specs.listing import golden
 from ..specs.plan import Plan
-from .saving.atomic_file import write_whole
+from .saving.atomic import write_whole
 
 UPDATE = "pytest --update-goldens"
 

@@ -1,4 +1,4 @@
-"""A tensor put together from boxes of stored ones, and what can be done to it without touching an element. No torch."""
+"""A tensor assembled from boxes of stored tensors, and operations on it that touch no element."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ...specs.stored import Box, Part
 
 @frozen
 class Assembly:
-    """A tensor that is to be read.
+    """A tensor as boxes of stored tensors.
 
     Args:
         shape: Its shape.
-        parts: What fills it, each element once.
+        parts: The boxes; together they cover the tensor, each element once.
     """
 
     shape: tuple[int, ...]
@@ -26,10 +26,10 @@ class Assembly:
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Assembly:
-        """Return what parts make, which reaches to where the last of them ends.
+        """Assemble parts into the smallest tensor that contains them.
 
         Raises:
-            ValueError: If they leave a hole, or overlap.
+            ValueError: If the parts leave a gap, or overlap.
         """
         ends = zip(*([start + size for start, size in zip(p.at, p.shape, strict=True)] for p in parts), strict=True)
         shape = tuple(max(axis) for axis in ends)
@@ -41,15 +41,15 @@ class Assembly:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of the stored tensors, each once."""
+        """Distinct keys of the stored tensors."""
         return tuple(dict.fromkeys(part.stored.key for part in self.parts))
 
 
 def concatenated(tensors: Sequence[Assembly], axis: int) -> Assembly:
-    """Return tensors one after another along an axis, as ``torch.cat`` does.
+    """Concatenate tensors along an axis, as ``torch.cat`` does.
 
     Raises:
-        ValueError: If they differ along another axis.
+        ValueError: If their sizes differ along another axis.
     """
     first = tensors[0].shape
     axis = _axis(axis, len(first))
@@ -65,7 +65,7 @@ def concatenated(tensors: Sequence[Assembly], axis: int) -> Assembly:
 
 
 def stacked(tensors: Sequence[Assembly], axis: int) -> Assembly:
-    """Return tensors along a new axis, as ``torch.stack`` does.
+    """Stack tensors along a new axis, as ``torch.stack`` does.
 
     Raises:
         ValueError: If their shapes differ.
@@ -84,7 +84,7 @@ def stacked(tensors: Sequence[Assembly], axis: int) -> Assembly:
 
 
 def narrowed(tensor: Assembly, axis: int, start: int, stop: int) -> Assembly:
-    """Return the entries from ``start`` to ``stop`` of an axis.
+    """Narrow an axis to its entries from ``start`` to ``stop``.
 
     >>> from ...specs.stored import StoredTensor
     >>> rows = narrowed(Assembly.of([Part.whole(StoredTensor("f", "qkv", 0, (6, 4), "float32"))]), 0, 2, 4)
@@ -106,15 +106,15 @@ def narrowed(tensor: Assembly, axis: int, start: int, stop: int) -> Assembly:
 
 
 def squeezed(tensor: Assembly, axis: int) -> Assembly:
-    """Return a tensor without an axis of one entry; a part's stored axis goes unnamed then, and its box has one entry."""
+    """Remove an axis of size 1; the stored axis behind it drops out of a part's ``axes``, and has size 1 in its box."""
     axis = _axis(axis, len(tensor.shape))
-    assert tensor.shape[axis] == 1, f"axis {axis} of {tensor.shape} has more entries than one"
+    assert tensor.shape[axis] == 1, f"axis {axis} of {tensor.shape} is not of size 1"
     parts = tuple(evolve(part, at=_without(part.at, axis), axes=_without(part.axes, axis)) for part in tensor.parts)
     return Assembly(_without(tensor.shape, axis), parts)
 
 
 def transposed(tensor: Assembly, axis: int, other: int) -> Assembly:
-    """Return a tensor with two axes exchanged."""
+    """Exchange two axes."""
     axis, other = _axis(axis, len(tensor.shape)), _axis(other, len(tensor.shape))
     parts = tuple(
         evolve(part, at=_exchanged(part.at, axis, other), axes=_exchanged(part.axes, axis, other)) for part in tensor.parts
@@ -123,20 +123,19 @@ def transposed(tensor: Assembly, axis: int, other: int) -> Assembly:
 
 
 def miscovered(shape: Sequence[int], parts: Iterable[Part]) -> tuple[tuple[int, ...], int] | None:
-    """Return an element that is not in exactly one part, and in how many it is; None if there is no such element.
-
-    Where parts begin and end cuts the first axis into intervals; in each the parts over it are looked at along the next.
-    """
-    places = [
+    """Find an element that is not in exactly one part, and the number of parts it is in; None if there is none."""
+    boxes = [
         tuple((at, at + size) for at, size in zip(part.at, part.shape, strict=True)) for part in parts if prod(part.shape)
     ]
-    return miscovered_by(shape, places)
+    return miscovered_by_boxes(shape, boxes)
 
 
-def miscovered_by(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[tuple[int, ...], int] | None:
-    """Return an element that is not in exactly one box, and in how many it is; None if there is no such element.
+def miscovered_by_boxes(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[tuple[int, ...], int] | None:
+    """Find an element that is not in exactly one box, and the number of boxes it is in; None if there is none.
 
-    >>> miscovered_by((4, 2), [((0, 2), (0, 2)), ((3, 4), (0, 2))])
+    The ends of the boxes cut the first axis into intervals; the boxes over each interval are checked along the next axis.
+
+    >>> miscovered_by_boxes((4, 2), [((0, 2), (0, 2)), ((3, 4), (0, 2))])
     ((2, 0), 0)
     """
     return None if 0 in shape else _miscovered(tuple(shape), list(boxes))

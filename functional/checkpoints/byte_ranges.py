@@ -1,7 +1,7 @@
-"""Which bytes of which files a part of a tensor lies in. No torch, no numpy.
+"""Byte ranges in the files that hold a part of a tensor.
 
-What is taken of a stored tensor is a few intervals of each of its axes, so that a million rows are one record. Its elements
-are met in the order of the file; in the tensor they fill one box, whose axes may stand in another order.
+A selection has a few intervals along each axis of a stored tensor, so that a million rows are one record. Its elements are
+read in the order of the file; in the model's tensor they fill one box, whose axes may be permuted.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from ...specs.param import ParamSpec
 
 STAGING_BYTES = 2**20
-"""Most bytes that lie between the files and the tensors: what stays in a core's cache."""
+"""Size of the buffer between files and tensors: it fits a core's cache."""
 
 
 @frozen
-class Taken:
-    """What is taken of a stored tensor, and the box that it fills in a part of a tensor.
+class Selection:
+    """A selection of a stored tensor's elements, and the box that they fill in a part of a model's tensor.
 
     Args:
         stored: The stored tensor.
-        entries: The intervals of each of its axes that are taken, in order.
-        at: Where the box begins in the part, for each axis of that.
-        axes: For each axis of the part the axis of the stored tensor; -1 for a new axis, of one entry here.
+        entries: The selected intervals of each stored axis, in order.
+        at: First entry of the box along each axis of the part.
+        axes: For each axis of the part the stored axis; -1 for a new axis, of size 1.
 
     >>> up = StoredTensor("model.safetensors", "up.weight", 80, (6, 8), "float32")
-    >>> taken = take(Part.whole(up), (((2, 5),), ((0, 4),)))
-    >>> taken.num_bytes, list(taken.runs())
+    >>> rows = select(Part.whole(up), (((2, 5),), ((0, 4),)))
+    >>> rows.num_bytes, list(rows.runs())
     (48, [(144, 16), (176, 16), (208, 16)])
-    >>> [window.shape for window in taken.windows(32)]
+    >>> [window.shape for window in rows.windows(32)]
     [(2, 4), (1, 4)]
     """
 
@@ -50,33 +50,33 @@ class Taken:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """How many entries of each axis of the stored tensor are taken."""
+        """Number of selected entries of each stored axis."""
         return index_shape(self.entries)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are read."""
+        """Bytes selected."""
         return prod(self.shape) * self.stored.item_bytes
 
     @property
     def begin(self) -> int:
-        """First byte in the file."""
+        """Byte of the file at which the selection begins."""
         return self.stored.offset + self._flat([intervals[0][0] for intervals in self.entries]) * self.stored.item_bytes
 
     @property
     def end(self) -> int:
-        """The byte in the file after the last."""
+        """Byte of the file after the selection's last."""
         last = self._flat([intervals[-1][1] - 1 for intervals in self.entries])
         return self.stored.offset + (last + 1) * self.stored.item_bytes
 
     @property
     def num_runs(self) -> int:
-        """Stretches of the file that it is read from, those counted one by one that happen to meet."""
+        """Number of contiguous byte ranges, at most: adjacent ranges are counted one by one."""
         cut = self._num_cut()
         return prod(self.shape[: cut - 1]) * len(self.entries[cut - 1]) if cut else 1
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Iterate over the stretches of the file: the first byte, and how many. Those that meet are one."""
+        """Iterate over the contiguous byte ranges, adjacent ranges merged: first byte and length."""
         first, length = self.begin, 0
         for start, size in self._rows():
             if start == first + length:
@@ -86,8 +86,8 @@ class Taken:
                 first, length = start, size
         yield first, length
 
-    def windows(self, max_bytes: int) -> Iterator[Taken]:
-        """Iterate over pieces of it of at most so many bytes, or one element, in the order of the file."""
+    def windows(self, max_bytes: int) -> Iterator[Selection]:
+        """Cut the selection into pieces of at most ``max_bytes`` (at least one element), in the order of the file."""
         axis = next((axis for axis, size in enumerate(self.shape) if size > 1), None)
         if axis is None or self.num_bytes <= max_bytes:
             yield self
@@ -115,12 +115,12 @@ class Taken:
                 yield row + start, size
 
     def _num_cut(self) -> int:
-        """Return the number of axes up to the last one that is not taken whole."""
+        """Return the number of axes up to the last axis that is not selected whole."""
         cut = [axis for axis, size in enumerate(self.stored.shape) if self.entries[axis] != ((0, size),)]
         return cut[-1] + 1 if cut else 0
 
-    def _narrow(self, axis: int, start: int, stop: int) -> Taken:
-        """Return the entries from ``start`` to ``stop`` of those that are taken of an axis."""
+    def _narrow(self, axis: int, start: int, stop: int) -> Selection:
+        """Keep the entries from ``start`` to ``stop``, counted among the selected entries of an axis."""
         entries = (*self.entries[:axis], _between(self.entries[axis], start, stop), *self.entries[axis + 1 :])
         at = tuple(place + start if of == axis else place for place, of in zip(self.at, self.axes, strict=True))
         return evolve(self, entries=entries, at=at)
@@ -130,13 +130,13 @@ class Taken:
 
 
 def stored_parts(spec: ParamSpec) -> tuple[Part, ...]:
-    """Return what a tensor is made of that lies in files."""
+    """Return the parts of a tensor that is read from files."""
     assert isinstance(spec.source, Loaded), f"{spec.path} lies in no file"
     return spec.source.parts
 
 
-def take(part: Part, index: Index) -> Taken | None:
-    """Return what a part of a checkpoint gives to the entries ``index`` of a tensor; None for nothing."""
+def select(part: Part, index: Index) -> Selection | None:
+    """Select the elements of a part that lie in the entries ``index`` of the tensor; None if there are none."""
     found = part.within(index)
     if found is None:
         return None
@@ -148,17 +148,17 @@ def take(part: Part, index: Index) -> Taken | None:
         if of >= 0:
             shift = part.box[of][0] - start
             entries[of] = tuple((begin + shift, stop + shift) for begin, stop in intervals)
-    return Taken(part.stored, tuple(entries), tuple(at), part.axes)
+    return Selection(part.stored, tuple(entries), tuple(at), part.axes)
 
 
-def take_all(parts: Iterable[Part], index: Index) -> list[Taken]:
-    """Return what fills the entries ``index`` of a tensor, in the order in which it lies in the files."""
-    found = (take(part, index) for part in parts)
-    return sorted((taken for taken in found if taken), key=lambda taken: (taken.stored.file, taken.begin))
+def select_all(parts: Iterable[Part], index: Index) -> list[Selection]:
+    """Select the elements of all parts that fill the entries ``index`` of a tensor, in the order of the files."""
+    found = (selection for part in parts if (selection := select(part, index)))
+    return sorted(found, key=lambda selection: (selection.stored.file, selection.begin))
 
 
 def staging_bytes(num_bytes: int) -> int:
-    """Return the bytes that reading takes besides the tensors, when ``num_bytes`` are read in one go."""
+    """Return the size of the buffer through which ``num_bytes`` are read."""
     return min(num_bytes, STAGING_BYTES)
 
 

@@ -1,9 +1,9 @@
-"""Sums by which damaged weights are found out, compiled for the CPU. No torch.
+"""Checksums that reveal damaged weights, compiled for the CPU.
 
-Of a stored tensor with elements x_i, as unsigned integers of their own size, the sum is Σ x_i · (2i + 1) modulo 2^64. The
-weights are odd, so that each bit counts: one that flips changes the sum by 2^k · (2i + 1), which is never 0. Two elements
-that change places change it by 2 (x_i - x_j) (j - i), which is not 0 either where they have 4 bytes or fewer. The sums of
-parts add up to that of the whole, so that ranks which read a part each check it together.
+The checksum of a stored tensor with elements x_i, as unsigned integers of their own size, is Σ x_i · (2i + 1) modulo 2^64.
+The weights are odd, so that each bit counts: flipping bit k of x_i changes the sum by 2^k · (2i + 1), which is never 0.
+Exchanging two elements changes the sum by 2 (x_i - x_j) (j - i), which is never 0 for elements of 4 bytes or fewer. The
+sums of disjoint parts add up to the sum of the whole, so that ranks that read a part each check the tensor together.
 
 Cf. Fletcher, "An arithmetic checksum for serial transmissions", 1982, which weighs places too.
 """
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
     from ...specs.index import Index
     from ...specs.shard import Interval
-    from .byte_ranges import Taken
+    from .byte_ranges import Selection
 
 MODULUS = 2**64
 _WORD = 8
 
 
 def position_sum(elements: NDArray[Any], start: int = 0) -> int:
-    """Return the sum of neighbouring elements of a stored tensor.
+    """Return the checksum of consecutive elements of a stored tensor.
 
     Args:
-        elements: As unsigned integers; of 16 bytes each as two.
-        start: Place of the first one in the stored tensor.
+        elements: The elements as unsigned integers; an element of 16 bytes as two.
+        start: Position of the first element in the stored tensor.
 
     >>> import numpy as np
     >>> whole = np.array([7, 0, 2, 65535], np.uint16)
@@ -47,18 +47,18 @@ def position_sum(elements: NDArray[Any], start: int = 0) -> int:
     return int(_sum(flat, *(np.array([number], np.int64) for number in (0, flat.size, start))))
 
 
-def sum_taken(raw: NDArray[np.uint8], taken: Taken, counted: Index) -> int:
-    """Return the sum of those elements that count, of what was taken of a stored tensor.
+def sum_selected(raw: NDArray[np.uint8], selection: Selection, counted: Index) -> int:
+    """Return the checksum of the elements of a selection that lie in ``counted``.
 
     Args:
-        raw: The bytes that were taken, in the order of the file.
-        taken: What they are.
-        counted: The intervals of each axis of the stored tensor whose elements count.
+        raw: The selection's bytes, in the order of the file.
+        selection: The selection.
+        counted: The intervals of each stored axis whose elements count.
     """
-    item = taken.stored.item_bytes
+    item = selection.stored.item_bytes
     words = max(1, item // _WORD)
-    whole, held = (*taken.stored.shape, words), (*taken.shape, words)
-    axes = [_meeting(*pair) for pair in zip(taken.entries, counted, strict=True)] + [[(0, 0, words)]]
+    whole, held = (*selection.stored.shape, words), (*selection.shape, words)
+    axes = [_meeting(*pair) for pair in zip(selection.entries, counted, strict=True)] + [[(0, 0, words)]]
     if not all(axes):
         return 0
     inner = len(axes) - 1
@@ -76,11 +76,11 @@ def sum_taken(raw: NDArray[np.uint8], taken: Taken, counted: Index) -> int:
     return int(_sum(raw.view(f"u{min(item, _WORD)}"), begins, np.tile(sizes, len(place)), positions))
 
 
-def _meeting(taken: Sequence[Interval], counted: Sequence[Interval]) -> list[tuple[int, int, int]]:
-    """Return where two sets of intervals meet: first entry, its place among those that are taken, and how many."""
+def _meeting(selected: Sequence[Interval], counted: Sequence[Interval]) -> list[tuple[int, int, int]]:
+    """Intersect intervals: first entry of each intersection, its place among the selected entries, and its length."""
     found: list[tuple[int, int, int]] = []
     place = 0
-    for start, stop in taken:
+    for start, stop in selected:
         meets = ((max(start, low), min(stop, high)) for low, high in counted)
         found += [(low, place + low - start, high - low) for low, high in meets if low < high]
         place += stop - start
@@ -94,7 +94,7 @@ def _sum(x: Any, begins: Any, sizes: Any, positions: Any) -> Any:
         row = x[begins[run] : begins[run] + sizes[run]]
         plain = np.uint64(0)
         weighted = np.uint64(0)
-        for place in range(len(row)):  # what the compiler turns into SIMD
+        for place in range(len(row)):  # the compiler turns this loop into SIMD
             element = np.uint64(row[place])
             plain += element
             weighted += element * np.uint64(place)

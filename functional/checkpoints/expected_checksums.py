@@ -1,4 +1,4 @@
-"""Which stored tensors can be checked by their sums, and which parts of tensors count for them. No torch, no numpy."""
+"""Checksums that loading must reproduce, and the parts of tensors that add up to each."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ if TYPE_CHECKING:
     from ...specs.stored import Part
     from ...specs.tree import SpecTree
 
-Stored = tuple[str, str]
-"""A stored tensor: file and key."""
+FileKey = tuple[str, str]
+"""A stored tensor's file and key."""
 
 
 @frozen
-class Known:
-    """A stored tensor whose sum was written down, and all of which is read.
+class ExpectedSum:
+    """The recorded checksum of a stored tensor that is read whole.
 
     Args:
-        sum: The sum.
-        counting: The parts of the model's tensors that make it up: canonical path, and number among its parts.
+        sum: The checksum.
+        counting: The parts that cover the stored tensor, each as its tensor's canonical path and the part's number.
     """
 
     sum: int
     counting: frozenset[tuple[str, int]]
 
 
-def known_sums(tree: SpecTree) -> dict[Stored, Known]:
-    """Return what can be checked, in an order that is the same on all ranks.
+def expected_sums(tree: SpecTree) -> dict[FileKey, ExpectedSum]:
+    """Return the checksums that can be verified, in the same order on all ranks.
 
-    What several tensors read alike counts for the first of them.
+    A box that several tensors read counts for the first of them.
     """
-    found: dict[Stored, dict[object, tuple[str, int, Part]]] = {}
+    found: dict[FileKey, dict[object, tuple[str, int, Part]]] = {}
     for spec in tree.values():
         for number, part in enumerate(spec.source.parts if isinstance(spec.source, (Loaded, Materialised)) else ()):
             if part.stored.sum is not None:
                 key = part.stored.file, part.stored.key
                 found.setdefault(key, {}).setdefault(part.box, (spec.path, number, part))
-    return {key: known for key, parts in sorted(found.items()) if (known := _known(list(parts.values())))}
+    return {key: one for key, parts in sorted(found.items()) if (one := _expected(list(parts.values())))}
 
 
-def differing(known: Mapping[Stored, Known], sums: Mapping[Stored, int], now: Mapping[Stored, int]) -> Iterator[Problem]:
-    """Iterate over the stored tensors whose sums are not those that were written down.
+def wrong_sums(
+    expected: Mapping[FileKey, ExpectedSum], sums: Mapping[FileKey, int], recorded_now: Mapping[FileKey, int]
+) -> Iterator[Problem]:
+    """Iterate over problems with stored tensors whose checksum is not the expected one.
 
     Args:
-        known: What was written down when the plan was made.
-        sums: What was read.
-        now: What is written down by now.
+        expected: Checksums recorded when the plan was made.
+        sums: Checksums of the bytes that were read.
+        recorded_now: Checksums that the folder records now.
     """
-    for (file, key), one in known.items():
+    for (file, key), one in expected.items():
         if sums[file, key] == one.sum:
             continue
-        if now.get((file, key)) == sums[file, key]:
+        if recorded_now.get((file, key)) == sums[file, key]:
             cause = f"{file} was saved again after the plan was made: it has other values than were planned"
             yield Problem(key, cause, "Plan again")
         else:
@@ -65,9 +67,10 @@ def differing(known: Mapping[Stored, Known], sums: Mapping[Stored, int], now: Ma
             yield Problem(key, cause, "Copy or download the file again, or go back to the checkpoint before")
 
 
-def _known(parts: list[tuple[str, int, Part]]) -> Known | None:
+def _expected(parts: list[tuple[str, int, Part]]) -> ExpectedSum | None:
+    """Return the recorded checksum of the stored tensor if the parts cover it, else None."""
     stored = parts[0][2].stored
     in_file = [evolve(part, at=tuple(a for a, _ in part.box), axes=tuple(range(len(part.box)))) for *_, part in parts]
     if stored.sum is None or miscovered(stored.shape, in_file) is not None:
         return None
-    return Known(stored.sum, frozenset((path, number) for path, number, _ in parts))
+    return ExpectedSum(stored.sum, frozenset((path, number) for path, number, _ in parts))

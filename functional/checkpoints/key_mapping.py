@@ -1,6 +1,6 @@
-"""Names in a checkpoint and names in a model: the mapping that transformers itself declares, followed without a tensor.
+"""Map keys of a checkpoint to paths of a model and back, as transformers declares it, without a tensor.
 
-It follows ``convert_and_load_state_dict_in_model``, ``revert_weight_conversion`` and
+The code follows ``convert_and_load_state_dict_in_model``, ``revert_weight_conversion`` and
 ``remove_tied_weights_from_state_dict`` of transformers 5, with boxes of stored tensors in place of tensors.
 """
 
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 
 from ...specs.errors import PlanError, Problem
+from ...specs.paths import join
 from ...specs.stored import Part, StoredTensor
 from ..model.read import named_tensors
 from .assembly import Assembly
-from .key_transforms import converted
+from .key_transforms import convert
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,14 +31,14 @@ _FIX = "Load it with transformers once, and write it with save_pretrained(folder
 
 
 @frozen
-class Served:
-    """What a checkpoint has for a model.
+class MappedCheckpoint:
+    """The tensors of a checkpoint under a model's names.
 
     Args:
-        tensors: What is stored for a path of the model's; of tied ones any may be there.
-        extra: Keys that nothing is made of, and why.
-        problems: What cannot be made.
-        failed: Paths that they are about.
+        tensors: The stored tensor for each path of the model; tied tensors may appear under any of their paths.
+        extra: Keys that no tensor of the model uses, and why.
+        problems: Tensors that cannot be assembled.
+        failed: Paths of the tensors with problems.
     """
 
     tensors: Mapping[str, Assembly]
@@ -47,15 +48,15 @@ class Served:
 
 
 @frozen
-class Kept:
-    """A tensor of a checkpoint that is written.
+class TensorToSave:
+    """A tensor of a checkpoint to be written.
 
     Args:
-        key: Its name there.
-        shape: Its shape there.
+        key: Its key in the checkpoint.
+        shape: Its shape in the checkpoint.
         dtype: torch's name of its element type.
-        parts: What it is made of. What they name as stored are whole tensors of the model, by canonical path; an axis of
-            those that a part's ``axes`` leave out has one entry in its box.
+        parts: Its parts. In them the whole tensors of the model, by canonical path, stand for stored tensors; an axis of
+            such a tensor that ``axes`` leaves out has size 1 in the box.
     """
 
     key: str
@@ -64,20 +65,20 @@ class Kept:
     parts: tuple[Part, ...]
 
 
-def model_parts(model: nn.Module, tree: SpecTree, contents: Contents) -> Served:
-    """Return what a checkpoint has for each tensor of a model, by the names that transformers declares.
+def map_checkpoint(model: nn.Module, tree: SpecTree, contents: Contents) -> MappedCheckpoint:
+    """Map the keys of a checkpoint to the tensors of a model, by the renamings and conversions that transformers declares.
 
-    Keys of a model that is not transformers' are its paths.
+    For a model that is not from transformers the keys are the paths.
 
     Args:
         model: The model; it is not changed.
-        tree: Its tensors.
+        tree: The model's tensors.
         contents: The checkpoint.
     """
     names = {path: True for spec in tree.values() if spec.kind != "non_persistent_buffer" for path in spec.paths}
     if not is_pretrained(model):
         extra = {key: "the model has no tensor of this name" for key in contents.tensors if key not in names}
-        groups = {key: _Group(None, {"": [key]}) for key in contents.tensors if key in names}
+        groups = {key: _KeyGroup(None, {"": [key]}) for key in contents.tensors if key in names}
     else:
         groups, extra = _grouped(model, names, contents.tensors)
     found: dict[str, Assembly] = {}
@@ -86,7 +87,7 @@ def model_parts(model: nn.Module, tree: SpecTree, contents: Contents) -> Served:
     for name, group in groups.items():
         try:
             stored = {pattern: [Assembly.of(contents.tensors[key]) for key in keys] for pattern, keys in group.keys.items()}
-            made = _made(group.converter, stored, name, model, tree)
+            made = _convert(group.converter, stored, name, model, tree)
         except ValueError as error:
             problems.append(Problem(name, str(error), _FIX if group.converter else "Write the checkpoint again"))
             failed.update(_targets(group.converter, name))
@@ -99,25 +100,25 @@ def model_parts(model: nn.Module, tree: SpecTree, contents: Contents) -> Served:
                     f"{path} is made of it, and {'has its values already' if path in names else 'the model has not that'}"
                 )
                 extra |= dict.fromkeys(assembly.keys, cause)
-    return Served(found, extra, tuple(problems), frozenset(failed))
+    return MappedCheckpoint(found, extra, tuple(problems), frozenset(failed))
 
 
 def may_be_missing(model: nn.Module) -> Callable[[str], bool]:
-    """Return what tells of a path whether transformers declares that checkpoints may lack it."""
+    """Return a predicate for paths that checkpoints may lack, as transformers declares."""
     return _any_of(getattr(model, "_keys_to_ignore_on_load_missing", None) if is_pretrained(model) else None)
 
 
-def stored_form(model: nn.Module, tree: SpecTree) -> tuple[Kept, ...]:
-    """Return what ``save_pretrained`` writes of a model, in its order: names and shapes of the original checkpoint.
+def stored_form(model: nn.Module, tree: SpecTree) -> tuple[TensorToSave, ...]:
+    """Return the tensors that ``save_pretrained`` writes, in its order, with keys and shapes of the original checkpoint.
 
-    Of tied tensors one is written. Other models than transformers' are written by canonical path.
+    Tied tensors are written once. Models that are not from transformers are written by canonical path.
 
     Args:
         model: The model; it is not changed.
-        tree: Its tensors.
+        tree: The model's tensors.
 
     Raises:
-        PlanError: If an operation that the original form needs cannot be done to boxes of tensors.
+        PlanError: If the original form needs an operation that cannot be done to boxes of tensors.
     """
     whole = {
         name: Assembly.of([Part.whole(StoredTensor("", spec.path, 0, spec.orig_shape, spec.dtype))])
@@ -125,14 +126,14 @@ def stored_form(model: nn.Module, tree: SpecTree) -> tuple[Kept, ...]:
     }
     if is_pretrained(model):
         whole = _reverted(model, tree, whole)
-    return tuple(Kept(key, one.shape, one.parts[0].stored.dtype, one.parts) for key, one in whole.items())
+    return tuple(TensorToSave(key, one.shape, one.parts[0].stored.dtype, one.parts) for key, one in whole.items())
 
 
 def saved_tensors(model: Any, tree: SpecTree) -> Iterator[tuple[str, ParamSpec]]:
-    """Iterate over the names under which tensors are saved, in the order of ``state_dict``; of tied ones over one."""
+    """Iterate over tensors with the names they are saved under, in the order of ``state_dict``; tied tensors come once."""
     persistent = [path for path, kind, _ in named_tensors(model) if kind != "non_persistent_buffer"]
     pretrained = is_pretrained(model)
-    dropped = set((model._keys_to_ignore_on_save or ()) if pretrained else ())  # noqa: SLF001  it has no other name
+    dropped = set((model._keys_to_ignore_on_save or ()) if pretrained else ())  # noqa: SLF001  there is no public name
     is_tie = _any_of(_tie_patterns(model) if pretrained else None)
     left: dict[str, list[str]] = {}
     for path in persistent:
@@ -148,7 +149,7 @@ def saved_tensors(model: Any, tree: SpecTree) -> Iterator[tuple[str, ParamSpec]]
 
 
 def family(path: str) -> str:
-    """Return a pattern of the paths that differ from one only in their numbers.
+    """Replace the numbers in a path by ``*``: the pattern of its repeats.
 
     >>> family("model.layers.11.mlp.experts.3.w1.weight")
     'model.layers.*.mlp.experts.*.w1.weight'
@@ -157,7 +158,7 @@ def family(path: str) -> str:
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Tell whether a model is transformers'."""
+    """Tell whether a model is from transformers."""
     return any(
         cls.__name__ == "PreTrainedModel" and cls.__module__.partition(".")[0] == "transformers"
         for cls in type(model).__mro__
@@ -165,15 +166,15 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 @frozen
-class _Group:
-    """Keys that one tensor of the model is made of, or the first of several, by the pattern that matched them."""
+class _KeyGroup:
+    """The keys, by the pattern that matched them, that one conversion turns into one or more tensors of the model."""
 
     converter: Any
     keys: dict[str, list[str]]
 
 
-def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[dict[str, _Group], dict[str, str]]:
-    """Return the keys that each name is made of, and those that nothing is."""
+def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[dict[str, _KeyGroup], dict[str, str]]:
+    """Group the keys by the (first) path they contribute to; return the groups, and the unused keys with the cause."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
@@ -182,7 +183,7 @@ def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[d
     converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     is_ignored = _any_of(_ignored(model))
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _KeyGroup] = {}
     extra: dict[str, str] = {}
     for key in sorted(keys, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
@@ -190,7 +191,7 @@ def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[d
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
         converter = None if pattern is None else by_pattern[pattern]
         if name in names:
-            group = groups.setdefault(name, _Group(converter, {}))
+            group = groups.setdefault(name, _KeyGroup(converter, {}))
             if group.converter is not converter or (converter is None and group.keys):
                 first = next(iter(group.keys.values()))[0]
                 extra[key] = f"it gives {name}, which {first} gives too"
@@ -204,15 +205,15 @@ def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[d
 
 
 def _targets(converter: Any, name: str) -> list[str]:
-    """Return the names of all that is made with what has a name."""
+    """Return the names of all tensors that a conversion yields, given the first."""
     targets = [] if converter is None else converter.target_patterns
     return [name.replace(targets[0], target) for target in targets] or [name]
 
 
 def _ignored(model: Any) -> set[str]:
-    """Return the patterns of names that transformers expects in old checkpoints, and leaves out."""
+    """Return patterns of keys in old checkpoints that transformers ignores."""
     buffers = [path for path, _ in model.named_buffers()]
-    patterns: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001  it has no other name
+    patterns: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001  there is no public name
     if any(path.endswith("rotary_emb.inv_freq") for path in buffers):
         patterns.add(r"rotary_emb\.inv_freq")
     if any(path.endswith("position_ids") for path in buffers):
@@ -225,23 +226,24 @@ def _any_of(patterns: Iterable[str] | None) -> Callable[[str], bool]:
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 
-def _made(
+def _convert(
     converter: Any, stored: Mapping[str, list[Assembly]], name: str, model: Any, tree: SpecTree
 ) -> dict[str, Assembly]:
     if converter is None:
-        (one,) = next(iter(stored.values()))
-        return {name: one}
-    return converted(converter, stored, name, lambda path: tree[path].orig_shape, model.config)
+        (only,) = next(iter(stored.values()))
+        return {name: only}
+    return convert(converter, stored, name, lambda path: tree[path].orig_shape, model.config)
 
 
 def _tie_patterns(model: Any) -> Iterator[str]:
+    """Iterate over patterns of the tied paths that transformers leaves out when it saves."""
     for path, module in model.named_modules():
         for pattern in getattr(module, "_tied_weights_keys", None) or ():
-            yield f"{path}.{pattern}" if path else pattern
+            yield join(path, pattern)
 
 
 def _reverted(model: Any, tree: SpecTree, whole: Mapping[str, Assembly]) -> dict[str, Assembly]:
-    """Return tensors in the form of the original checkpoint."""
+    """Return tensors under the keys, and in the shapes, of the original checkpoint."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -266,7 +268,7 @@ def _reverted(model: Any, tree: SpecTree, whole: Mapping[str, Assembly]) -> dict
     problems: list[Problem] = []
     for name, (converter, stored) in groups.items():
         try:
-            made = _made(converter, stored, name, model, tree)
+            made = _convert(converter, stored, name, model, tree)
         except ValueError as error:
             paths = [key for ones in stored.values() for one in ones for key in one.keys]
             cause = f"its original form {family(name)} cannot be made: {error}"

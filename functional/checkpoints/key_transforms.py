@@ -1,7 +1,7 @@
-"""What transformers declares is done to tensors between a checkpoint and a model, done to boxes instead. No torch.
+"""The tensor conversions that transformers declares between a checkpoint and a model, applied to boxes.
 
-transformers' core_model_loading.py has the operations. Each of them that only joins, cuts or turns tensors has its like
-here, which gives the same result under the same names.
+The operations are those of transformers' ``core_model_loading.py``. Each operation that only concatenates, cuts or
+transposes tensors has a counterpart here, which gives the same result under the same names.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from attrs import frozen
 from .assembly import Assembly, concatenated, narrowed, squeezed, stacked, transposed
 
 Collected = dict[str, list[Assembly]]
-"""Tensors by the pattern of the declaration that matched their keys."""
+"""Tensors by the pattern, in the declaration, that matched their keys."""
 
 
 @frozen
-class Around:
-    """What an operation may ask about besides its tensors.
+class Context:
+    """The context of an operation, besides its tensors.
 
     Args:
-        name: Full name of the first tensor that it makes.
-        sources: Patterns of what goes in.
-        targets: Patterns of what comes out.
-        shape_of: Shape of the model's tensor of a name; raises KeyError if there is none.
+        name: Full name of the first tensor that the conversion yields.
+        sources: Patterns of the input keys.
+        targets: Patterns of the output names.
+        shape_of: Returns the shape of the model's tensor of a name; raises KeyError if there is none.
         config: The model's configuration.
     """
 
@@ -36,26 +36,26 @@ class Around:
     config: Any
 
 
-def converted(
+def convert(
     converter: Any,
     collected: Mapping[str, Sequence[Assembly]],
     name: str,
     shape_of: Callable[[str], tuple[int, ...]],
     config: Any,
 ) -> dict[str, Assembly]:
-    """Return what a declared conversion makes of tensors, by their full names.
+    """Apply a declared conversion to tensors; return its results by their full names.
 
     Args:
         converter: transformers' ``WeightConverter``.
         collected: The tensors by the source pattern that matched them, in natural order of their keys.
-        name: Full name of what is made; of several the first.
-        shape_of: Shape of the model's tensor of a name; raises KeyError if there is none.
+        name: Full name of the (first) result.
+        shape_of: Returns the shape of the model's tensor of a name; raises KeyError if there is none.
         config: The model's configuration.
 
     Raises:
-        ValueError: If an operation cannot be done to boxes, or not to these; the text names it.
+        ValueError: If an operation cannot be done to boxes, or not to these tensors; the message names the operation.
     """
-    around = Around(name, converter.source_patterns, converter.target_patterns, shape_of, config)
+    context = Context(name, converter.source_patterns, converter.target_patterns, shape_of, config)
     tensors: Collected = {pattern: list(ones) for pattern, ones in collected.items()}
     for operation in converter.operations:
         apply = _OPERATIONS.get(type(operation).__name__)
@@ -63,7 +63,7 @@ def converted(
             msg = f"{operation} of transformers' declaration cannot be done to boxes of stored tensors"
             raise ValueError(msg)
         try:
-            tensors = apply(operation, tensors, around)
+            tensors = apply(operation, tensors, context)
         except (ValueError, KeyError, AttributeError) as error:
             msg = f"{operation} of transformers' declaration cannot be done: {error}"
             raise ValueError(msg) from None
@@ -73,18 +73,18 @@ def converted(
     return {f"{before}{pattern}{after}": _only(pattern, ones) for pattern, ones in tensors.items()}
 
 
-def _concatenate(operation: Any, tensors: Collected, around: Around) -> Collected:
-    target = operation.get_target_pattern(around.targets)
-    ones = [one for pattern in around.sources for one in tensors.get(pattern, ())]
+def _concatenate(operation: Any, tensors: Collected, context: Context) -> Collected:
+    target = operation.get_target_pattern(context.targets)
+    ones = [one for pattern in context.sources for one in tensors.get(pattern, ())]
     if not ones:
         msg = "none of its tensors is there"
         raise ValueError(msg)
     return {target: [concatenated(ones, operation.dim)]}
 
 
-def _chunk(operation: Any, tensors: Collected, around: Around) -> Collected:
+def _chunk(operation: Any, tensors: Collected, context: Context) -> Collected:
     tensor = _single(tensors)
-    targets = operation.get_target_patterns(around.targets, config=around.config)
+    targets = operation.get_target_patterns(context.targets, config=context.config)
     length = tensor.shape[operation.dim]
     size = max(1, -(-length // len(targets)))  # as torch.chunk has it
     starts = range(0, length, size)
@@ -94,12 +94,12 @@ def _chunk(operation: Any, tensors: Collected, around: Around) -> Collected:
     }
 
 
-def _split(operation: Any, tensors: Collected, around: Around) -> Collected:
+def _split(operation: Any, tensors: Collected, context: Context) -> Collected:
     tensor = _single(tensors)
     found: Collected = {}
     start = 0
-    for target in around.targets:
-        size = around.shape_of(around.name.replace(around.targets[0], target))[operation.dim]
+    for target in context.targets:
+        size = context.shape_of(context.name.replace(context.targets[0], target))[operation.dim]
         found[target] = [narrowed(tensor, operation.dim, start, start + size)]
         start += size
     if start != tensor.shape[operation.dim]:
@@ -108,36 +108,36 @@ def _split(operation: Any, tensors: Collected, around: Around) -> Collected:
     return found
 
 
-def _merge(operation: Any, tensors: Collected, around: Around) -> Collected:
+def _merge(operation: Any, tensors: Collected, context: Context) -> Collected:
     for pattern, ones in tensors.items():
         _check_numbers(pattern, ones)
     return {
-        operation.get_target_pattern(len(tensors), pattern, around.targets): [stacked(ones, operation.dim)]
+        operation.get_target_pattern(len(tensors), pattern, context.targets): [stacked(ones, operation.dim)]
         for pattern, ones in tensors.items()
     }
 
 
-def _unmerge(operation: Any, tensors: Collected, around: Around) -> Collected:
+def _unmerge(operation: Any, tensors: Collected, context: Context) -> Collected:
     found: Collected = {}
     for pattern, ones in tensors.items():
         tensor = _only(pattern, ones)
         size = tensor.shape[operation.dim]
-        targets = operation.get_target_patterns(tensors, pattern, around.targets, size)
+        targets = operation.get_target_patterns(tensors, pattern, context.targets, size)
         for place, target in enumerate(targets):
             found[target] = [squeezed(narrowed(tensor, operation.dim, place, place + 1), operation.dim)]
     return found
 
 
-def _transpose(operation: Any, tensors: Collected, around: Around) -> Collected:
-    target = operation.get_target_pattern(tensors, around.sources, around.targets)
+def _transpose(operation: Any, tensors: Collected, context: Context) -> Collected:
+    target = operation.get_target_pattern(tensors, context.sources, context.targets)
     tensor = _single(tensors)
-    if operation.check_dims and tensor.shape == around.shape_of(around.name):
+    if operation.check_dims and tensor.shape == context.shape_of(context.name):
         return {target: [tensor]}
     return {target: [transposed(tensor, operation.dim0, operation.dim1)]}
 
 
 def _check_numbers(pattern: str, ones: Sequence[Assembly]) -> None:
-    """Raise ValueError unless the keys of a list are numbered from 0 on: places are counted, and one may be missing."""
+    """Raise ValueError if the numbers in the keys of a list have a gap, since tensors are stacked by place."""
     rows = [[int(name) for name in one.keys[0].split(".") if name.isdecimal()] for one in ones]
     counted = next((set(column) for column in zip(*rows, strict=False) if len(set(column)) > 1), {0})
     if lost := set(range(max(counted))) - counted:
@@ -159,7 +159,7 @@ def _only(pattern: str, ones: list[Assembly]) -> Assembly:
     return ones[0]
 
 
-_OPERATIONS: Mapping[str, Callable[[Any, Collected, Around], Collected]] = {
+_OPERATIONS: Mapping[str, Callable[[Any, Collected, Context], Collected]] = {
     "Chunk": _chunk,
     "Concatenate": _concatenate,
     "MergeModulelist": _merge,

@@ -1,4 +1,4 @@
-"""What a folder has of an optimizer's states, whoever wrote it. No torch."""
+"""Optimizer states stored in a folder that ``save_checkpoint`` or DeepSpeed wrote."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .formats.hugging_face import read_files
 from .formats.manifest import read_manifest
 from .formats.universal import WEIGHTS, ZERO, read, read_states
 
-OPTIMIZER = "optimizer.safetensors"
-"""The file of the states, beside the weights."""
+STATES_FILE = "optimizer.safetensors"
+"""The file of optimizer states, beside the weights."""
 
 _SAVE = "Save it with the optimizer: save_checkpoint(plan, model, folder, optimizer=optimizer)"
 
 
 @frozen
-class Group:
-    """A group of an optimizer's parameters.
+class ParamGroup:
+    """A parameter group of an optimizer.
 
     Args:
-        settings: Such as ``lr``: plain values.
-        paths: The tensors that it trains.
+        settings: Plain values such as ``lr``, by name.
+        paths: Paths of the tensors that the group trains.
     """
 
     settings: Mapping[str, Any]
@@ -35,52 +35,54 @@ class Group:
 
 
 @frozen
-class SavedStates:
-    """States by ``name/path``.
+class StoredStates:
+    """Stored optimizer states, by ``name/path``.
 
     Args:
         folder: The files.
-        tensors: Those that lie in files: what each is made of.
-        numbers: Others.
-        groups: The optimizer's groups; None if the folder does not say.
+        tensors: Parts of each state that is a tensor.
+        numbers: States that are plain numbers.
+        groups: The optimizer's groups; None if the folder does not have them.
     """
 
     folder: Folder
     tensors: Mapping[str, tuple[Part, ...]]
     numbers: Mapping[str, float]
-    groups: tuple[Group, ...] | None
+    groups: tuple[ParamGroup, ...] | None
 
 
-def saved_states(folder: str) -> SavedStates:
-    """Return what a folder has of an optimizer's states: one that ``save_checkpoint`` wrote, or a universal checkpoint.
+def stored_states(folder: str) -> StoredStates:
+    """List the optimizer states in a folder that ``save_checkpoint`` wrote, or in a universal checkpoint.
 
-    The float32 weights of a universal checkpoint are states too, as DeepSpeed keeps them beside weights of fewer bits.
+    The float32 weights of a universal checkpoint count as states: DeepSpeed keeps them beside weights of fewer bits.
 
     Raises:
-        PlanError: If it has none, or they are damaged.
+        PlanError: If the folder has no states, or they are damaged.
     """
     if (Path(folder) / ZERO).is_dir():
         states, weights = read_states(folder), read(folder)
         named = {WEIGHTS: weights.tensors, **states.tensors}
         files = dict.fromkeys((*states.folder.files, *weights.folder.files))
-        return SavedStates(Folder(folder, tuple(files)), _by_key(named), _by_key(states.numbers), None)
+        return StoredStates(Folder(folder, tuple(files)), _by_key(named), _by_key(states.numbers), None)
     manifest = read_manifest(folder)
-    if manifest is None or manifest.training is None or OPTIMIZER not in manifest.files:
-        raise PlanError([_nothing(folder)])
+    if manifest is None or manifest.training is None or STATES_FILE not in manifest.files:
+        raise PlanError([_no_states(folder)])
     groups = _groups(folder, manifest.training)
-    files, held, problems = read_files(folder, [OPTIMIZER], manifest)
+    files, held, problems = read_files(folder, [STATES_FILE], manifest)
     if problems:
         raise PlanError(problems)
-    tensors = {key: (Part.whole(stored),) for key, stored in held[OPTIMIZER].items()}
-    return SavedStates(Folder(folder, files), tensors, frozendict(), groups)
+    tensors = {key: (Part.whole(stored),) for key, stored in held[STATES_FILE].items()}
+    return StoredStates(Folder(folder, files), tensors, frozendict(), groups)
 
 
-def settings_for(saved: Sequence[Group] | None, own: Sequence[Group]) -> tuple[tuple[Mapping[str, Any], ...], list[Problem]]:
-    """Return the settings that each group of an optimizer gets, those that its tensors had; and what is wrong.
+def settings_for(
+    saved: Sequence[ParamGroup] | None, own: Sequence[ParamGroup]
+) -> tuple[tuple[Mapping[str, Any], ...], list[Problem]]:
+    """Return the settings for each group of an optimizer, which are those its tensors were saved with, and the problems.
 
     Args:
-        saved: The groups that were saved; None if nobody knows them.
-        own: Those of the optimizer, with those of their tensors that this rank holds.
+        saved: The saved groups; None if they are not known.
+        own: The optimizer's groups, with the paths of the tensors that this rank holds.
     """
     if saved is None:
         return tuple(group.settings for group in own), []
@@ -108,7 +110,8 @@ def settings_for(saved: Sequence[Group] | None, own: Sequence[Group]) -> tuple[t
     return tuple(found), problems
 
 
-def _nothing(folder: str) -> Problem:
+def _no_states(folder: str) -> Problem:
+    """Return the problem with a folder that has no states."""
     if not Path(folder).is_dir():
         return Problem(folder, "there is no such folder", "Name the folder that save_checkpoint wrote")
     if (Path(folder) / ".metadata").exists():
@@ -117,16 +120,18 @@ def _nothing(folder: str) -> Problem:
     return Problem(folder, "it holds no states of an optimizer", _SAVE)
 
 
-def _groups(folder: str, training: Mapping[str, Any]) -> tuple[Group, ...]:
-    found: list[Group] = []
+def _groups(folder: str, training: Mapping[str, Any]) -> tuple[ParamGroup, ...]:
+    """Return the groups that a manifest records."""
+    found: list[ParamGroup] = []
     for group in training.get("groups", ()) if isinstance(training.get("groups"), list) else (None,):
         match group:
             case {"settings": dict(settings), "paths": list(paths)} if all(isinstance(path, str) for path in paths):
-                found.append(Group(settings, tuple(paths)))
+                found.append(ParamGroup(settings, tuple(paths)))
             case _:
                 raise PlanError([Problem(folder, "what manifest.json says of the training is damaged", _SAVE)])
     return tuple(found)
 
 
 def _by_key(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Flatten states by name and path to states by ``name/path``."""
     return {f"{name}/{path}": value for name, paths in states.items() for path, value in paths.items()}

@@ -1,11 +1,11 @@
-"""Parts of tensors read from files: each rank its own bytes, once, in the order of the files.
+"""Read parts of tensors from files: each rank reads its own bytes, once, in the order of the files.
 
-Bytes go by way of a MiB that stays in the core's cache, whether they are converted, turned, summed or sent to a device; that
-takes no longer than reading to where they stay, as it is there that memory is touched for the first time.
+All bytes pass through a buffer of one MiB that stays in the core's cache, where they are converted, permuted, summed or
+sent to a device. This is as fast as reading straight into the tensors, whose memory is then touched for the first time.
 
-Stretches of the file are read by ``preadv``, neighbouring ones in one call. Short ones with short gaps, the rows of a tensor
-that is split along its last axis, are copied out of a mapping of the file instead, which is populated before, so that what
-cannot be read is an error, and let go after: a call for each row takes twice as long.
+Byte ranges are read by ``preadv``, adjacent ranges in one call. Short ranges with short gaps (the rows of a tensor split
+along its last axis) are copied from a memory mapping instead: a call for each row takes twice as long. The mapping is
+populated beforehand, so that an unreadable page is an error rather than a signal, and dropped afterwards.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ...specs.errors import PlanError, Problem
 from ...specs.index import Index
-from .byte_ranges import Taken, staging_bytes, take_all
-from .checksum import MODULUS, sum_taken
+from .byte_ranges import Selection, staging_bytes
+from .checksum import MODULUS, sum_selected
 from .formats.safetensors import header_bytes
 
 if TYPE_CHECKING:
@@ -34,71 +34,56 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ...specs.stored import Folder, Part, StoredFile, StoredTensor
+    from ...specs.stored import Folder, StoredFile, StoredTensor
 
-_SHORT = 2**14  # of longer runs a call costs a tenth at most
-_NEAR = 2**16  # pages that a fault maps at once
-_SPAN = 2**25  # of a file that is mapped at one time
-_MAX_BUFFERS = 1024  # of one call
-_MAX_OPEN = 64  # a universal checkpoint has a file a tensor, and a process may open a thousand or so
+_SHORT = 2**14  # bytes of a range; for longer ranges the call itself costs a tenth at most
+_NEAR = 2**16  # bytes that one page fault maps
+_SPAN = 2**25  # bytes of a file mapped at one time
+_MAX_BUFFERS = 1024  # of one ``preadv``
+_MAX_OPEN = 64  # a universal checkpoint has one file a tensor, and a process may open about a thousand
 _POPULATE = 22  # MADV_POPULATE_READ
 
 
-def read_part(out: Tensor, parts: Iterable[Part], index: Index, files: Files) -> None:
-    """Read the entries ``index`` of a tensor.
-
-    Args:
-        out: Where they go, in the shape of ``index``; what has another dtype is converted.
-        parts: What the tensor is made of.
-        index: The entries.
-        files: The files.
-
-    Raises:
-        PlanError: If a file is not what was planned, or cannot be read.
-    """
-    read_all([Reading(out, taken) for taken in take_all(parts, index)], files)
-
-
 @frozen(eq=False)
-class Reading:
-    """What is read of one stored tensor.
+class ReadRequest:
+    """A selection to read, and the tensor that it goes to.
 
     Args:
-        out: The part of a tensor that it belongs to.
-        taken: What it is.
-        counted: The intervals of each axis of the stored tensor whose elements are summed; None for nothing.
+        out: The part of a model's tensor that holds the selection's box; elements are converted to its dtype.
+        selection: The selection.
+        counted: The intervals of each stored axis whose elements are summed; None for no checksum.
     """
 
     out: Tensor
-    taken: Taken
+    selection: Selection
     counted: Index | None = None
 
 
-def read_all(readings: Sequence[Reading], files: Files) -> list[int]:
-    """Read parts of tensors in the order of the files; return for each the sum of those of its elements that count.
+def read_all(requests: Sequence[ReadRequest], files: Files) -> list[int]:
+    """Read selections in the order of the files; return the checksum of the counted elements of each request.
 
     Raises:
-        PlanError: If a file is not what was planned, or cannot be read.
+        PlanError: If a file has changed since it was planned, or cannot be read.
     """
-    staging = files.staging(staging_bytes(sum(reading.taken.num_bytes for reading in readings)))
-    raw, sums = staging.numpy(), [0] * len(readings)
-    for batch in _batches(readings, staging.nbytes):
+    staging = files.staging(staging_bytes(sum(request.selection.num_bytes for request in requests)))
+    raw, sums = staging.numpy(), [0] * len(requests)
+    for batch in _batches(requests, staging.nbytes):
         _fill(raw, batch, files)
         for number, window, start in batch:
-            stop, counted = start + window.num_bytes, readings[number].counted
+            stop, counted = start + window.num_bytes, requests[number].counted
             if counted is not None:
-                sums[number] = (sums[number] + sum_taken(raw[start:stop], window, counted)) % MODULUS
-            _place(readings[number].out, window, staging[start:stop])
+                sums[number] = (sums[number] + sum_selected(raw[start:stop], window, counted)) % MODULUS
+            _store(staging[start:stop], window, requests[number].out)
     return sums
 
 
 @define
 class Files:
-    """The files of a folder, each opened when it is read first: ``with Files(folder) as files``.
+    """The files of a folder, each opened at its first read: ``with Files(folder) as files``.
 
     Args:
-        folder: What they are.
-        num_read: Bytes read of each.
+        folder: The folder and the planned files.
+        num_read: Bytes read from each file so far.
     """
 
     folder: Folder
@@ -111,24 +96,24 @@ class Files:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._maps.clear()  # unmapped when nothing refers to them: the trace of an error may
+        self._maps.clear()  # unmapped when nothing refers to them: a traceback may
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
     def staging(self, num_bytes: int) -> Tensor:
-        """Return memory that is used again by what is read next."""
+        """Return the buffer that all reads share."""
         if len(self._staging) < num_bytes:
             self._staging = torch.empty(num_bytes, dtype=torch.uint8)
         return self._staging[:num_bytes]
 
     def read(self, buffers: Sequence[memoryview], offset: int, stored: Sequence[StoredTensor]) -> None:
-        """Read neighbouring stretches of a file.
+        """Read adjacent byte ranges of a file.
 
         Args:
-            buffers: Where they go.
-            offset: The first byte in the file.
-            stored: Which tensor each of them is of.
+            buffers: Destination of each range.
+            offset: First byte of the first range.
+            stored: Stored tensor that each range belongs to.
         """
         file, left, at = stored[0].file, list(buffers), 0
         descriptor = self._open(stored[0])
@@ -147,14 +132,14 @@ class Files:
             if left:
                 left[0] = left[0][count:]
 
-    def gather(self, out: NDArray[np.uint8], taken: Taken) -> None:
-        """Copy many short stretches of a file.
+    def gather(self, out: NDArray[np.uint8], selection: Selection) -> None:
+        """Copy many short byte ranges of a file.
 
         Args:
-            out: Where they go, as bytes.
-            taken: What they are.
+            out: Destination, as bytes.
+            selection: The selection that the ranges belong to.
         """
-        stored, start, stop = taken.stored, taken.begin // mmap.PAGESIZE * mmap.PAGESIZE, taken.end
+        stored, start, stop = selection.stored, selection.begin // mmap.PAGESIZE * mmap.PAGESIZE, selection.end
         descriptor = self._open(stored)
         mapped = self._maps.get(stored.file)
         if mapped is None:
@@ -164,24 +149,24 @@ class Files:
         try:
             mapped.madvise(_POPULATE, start, stop - start)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # Linux before 5.14 has it not
+            if error.errno != errno.EINVAL:  # Linux before 5.14 does not know it
                 raise PlanError([_unread(stored, str(error.strerror))]) from None
         words, size = divmod(stored.item_bytes, 8)
         item = (max(1, words), size or 8)
         whole = np.ndarray((*stored.shape, item[0]), f"u{item[1]}", buffer=mapped, offset=stored.offset)
-        into = out.view(whole.dtype).reshape(*taken.shape, item[0])
-        for box in _boxes(taken.entries):
+        into = out.view(whole.dtype).reshape(*selection.shape, item[0])
+        for box in _boxes(selection.entries):
             into[tuple(slice(place, place + stop - start) for place, start, stop in box)] = whole[
                 tuple(slice(start, stop) for _, start, stop in box)
             ]
-        self._note(stored.file, taken.num_bytes)
+        self._note(stored.file, selection.num_bytes)
         mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def _open(self, stored: StoredTensor) -> int:
-        """Return the descriptor of a tensor's file, once it is known to be the one of the plan."""
+        """Return the descriptor of a tensor's file; when it is opened, check that it is the planned file."""
         name = stored.file
         if name not in self._descriptors:
-            if len(self._descriptors) == _MAX_OPEN:  # files are read one after another: the first is done with
+            if len(self._descriptors) == _MAX_OPEN:  # files are read one after another: the oldest is finished
                 first = next(iter(self._descriptors))
                 self._maps.pop(first, None)
                 os.close(self._descriptors.pop(first))
@@ -199,17 +184,18 @@ class Files:
         self.num_read[file] = self.num_read.get(file, 0) + num_bytes
 
 
-_Window = tuple[int, Taken, int]
-"""What is read in one go: the number of the reading that it is of, what it is, and the byte of the staging it is put at."""
+_Window = tuple[int, Selection, int]
+"""A piece of a request that fits the buffer: the request's number, the selection, and its first byte in the buffer."""
 
 
-def _batches(readings: Sequence[Reading], room: int) -> Iterator[list[_Window]]:
+def _batches(requests: Sequence[ReadRequest], room: int) -> Iterator[list[_Window]]:
+    """Iterate over lists of windows that fill the buffer once, in the order of the files."""
     batch: list[_Window] = []
     filled = 0
-    order = sorted((reading.taken.stored.file, reading.taken.begin, number) for number, reading in enumerate(readings))
-    for _, _, number in order:
-        taken = readings[number].taken
-        for window in taken.windows(_most(taken, room)):
+    order = sorted((request.selection.stored.file, request.selection.begin, n) for n, request in enumerate(requests))
+    for *_, number in order:
+        selection = requests[number].selection
+        for window in selection.windows(_max_window_bytes(selection, room)):
             start = -(-filled // window.stored.item_bytes) * window.stored.item_bytes
             if start + window.num_bytes > room:
                 yield batch
@@ -220,18 +206,20 @@ def _batches(readings: Sequence[Reading], room: int) -> Iterator[list[_Window]]:
         yield batch
 
 
-def _is_scattered(taken: Taken) -> bool:
-    num_runs, span = taken.num_runs, taken.end - taken.begin
-    return num_runs > 1 and taken.num_bytes < _SHORT * num_runs and span < _NEAR * num_runs
+def _is_scattered(selection: Selection) -> bool:
+    """Tell whether a selection is many short byte ranges with short gaps."""
+    num_runs, span = selection.num_runs, selection.end - selection.begin
+    return num_runs > 1 and selection.num_bytes < _SHORT * num_runs and span < _NEAR * num_runs
 
 
-def _most(taken: Taken, room: int) -> int:
-    """Return the most bytes of a window."""
-    return min(room, taken.num_bytes * _SPAN // (taken.end - taken.begin)) if _is_scattered(taken) else room
+def _max_window_bytes(selection: Selection, room: int) -> int:
+    if not _is_scattered(selection):
+        return room
+    return min(room, selection.num_bytes * _SPAN // (selection.end - selection.begin))
 
 
 def _fill(raw: NDArray[np.uint8], batch: Iterable[_Window], files: Files) -> None:
-    """Read windows; what meets in a file in one call."""
+    """Read windows into the buffer, adjacent byte ranges in one call."""
     buffers: list[memoryview] = []
     stored: list[StoredTensor] = []
     first = end = 0
@@ -255,8 +243,8 @@ def _fill(raw: NDArray[np.uint8], batch: Iterable[_Window], files: Files) -> Non
         files.read(buffers, first, stored)
 
 
-def _place(out: Tensor, window: Taken, staged: Tensor) -> None:
-    """Copy what was read to where it belongs; the axes of the part are put in the order of the file for that."""
+def _store(staged: Tensor, window: Selection, out: Tensor) -> None:
+    """Copy a window from the buffer to its box, whose axes are permuted to the order of the file."""
     shape, view = window.shape, out
     for axis, (place, of) in enumerate(zip(window.at, window.axes, strict=True)):
         view = view.narrow(axis, place, shape[of] if of >= 0 else 1)
@@ -267,7 +255,7 @@ def _place(out: Tensor, window: Taken, staged: Tensor) -> None:
 
 
 def _boxes(entries: Index) -> Iterator[tuple[tuple[int, int, int], ...]]:
-    """Iterate over the boxes of some entries: for each axis the place among what is taken, and the interval."""
+    """Iterate over the boxes of a selection: for each axis the place among the selected entries, and the interval."""
     if not entries:
         yield ()
         return
@@ -279,7 +267,7 @@ def _boxes(entries: Index) -> Iterator[tuple[tuple[int, int, int], ...]]:
 
 
 def _changed(descriptor: int, planned: StoredFile) -> str:
-    """Return how an open file differs from the one of the plan; nothing if it does not."""
+    """Return how an open file differs from the planned file; "" if it does not."""
     size = os.fstat(descriptor).st_size
     if size != planned.num_bytes:
         return f"it has {size} bytes, and {planned.num_bytes} were planned"

@@ -1,8 +1,9 @@
-"""Which tensors of a model a checkpoint gives values, and everything that does not fit."""
+"""Match a checkpoint with a model: the tensors that it fills, and every mismatch as a problem."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,54 +16,55 @@ from ...specs.source import Loaded, Unknown
 from .assembly import Assembly, miscovered
 from .detect import read_contents
 from .formats.untrusted import read_object
-from .key_mapping import Served, family, may_be_missing, model_parts
-from .ties import differ
+from .key_mapping import MappedCheckpoint, family, map_checkpoint, may_be_missing
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ...specs.checkpoint import Checkpoint
     from ...specs.param import ParamSpec
-    from ...specs.stored import Contents, Folder
+    from ...specs.stored import Contents, Folder, StoredTensor
     from ...specs.tree import SpecTree
+
+_PROBE_BYTES = 65536
 
 
 def checkpoint_sources(
     model: nn.Module, tree: SpecTree, checkpoint: Checkpoint
 ) -> tuple[SpecTree, Folder | None, list[Problem]]:
-    """Return the tree with what is read from a checkpoint, the files that it is read from, and what is wrong.
+    """Return the tree with sources in a checkpoint, the files that are read, and the problems found.
 
-    A tensor that has another source keeps it. One that the checkpoint lacks stays without one, for init code to make, where
-    the user's ``init`` or transformers itself says that it may be lacking.
+    A tensor that has another source keeps it. A tensor that the checkpoint lacks stays without a source, for init code to
+    make, if the user's ``init`` or transformers itself says that it may be missing.
 
     Args:
         model: The model; it is not changed.
-        tree: Its tensors.
-        checkpoint: What the user asks for.
+        tree: The model's tensors.
+        checkpoint: The user's request.
     """
     try:
         contents = read_contents(checkpoint.folder)
-        served = model_parts(model, tree, contents)
-        wrong = [*_wrong_patterns(checkpoint), *_quantised(checkpoint.folder, served)]
+        mapped = map_checkpoint(model, tree, contents)
+        wrong = [*_wrong_patterns(checkpoint), *_quantised(checkpoint.folder, mapped)]
     except PlanError as error:
         return tree, None, list(error.problems)
     if wrong:
         return tree, None, wrong
-    return _Fitting(model, tree, checkpoint, contents, served).result()
+    return _Match(model, tree, checkpoint, contents, mapped).result()
 
 
 @frozen
-class _Fitting:
-    """A checkpoint held against a model."""
+class _Match:
+    """A model and the checkpoint that is to fill it."""
 
     model: nn.Module
     tree: SpecTree
     checkpoint: Checkpoint
     contents: Contents
-    served: Served
+    mapped: MappedCheckpoint
 
     def result(self) -> tuple[SpecTree, Folder | None, list[Problem]]:
-        """Return what ``checkpoint_sources`` does."""
+        """Return the result of ``checkpoint_sources``."""
         ignored = _matching(self.checkpoint.ignore)
         wanted = [
             spec
@@ -73,10 +75,10 @@ class _Fitting:
         missing: list[ParamSpec] = []
         unfit: list[tuple[ParamSpec, Assembly, str]] = []
         apart: list[tuple[ParamSpec, Assembly, Assembly]] = []
-        spare = set(self.served.extra)
+        spare = set(self.mapped.extra)
         names: set[str] = set()
         for spec in wanted:
-            stored = [self.served.tensors[path] for path in spec.paths if path in self.served.tensors]
+            stored = [self.mapped.tensors[path] for path in spec.paths if path in self.mapped.tensors]
             if len(stored) > 1:
                 spare.update(key for one in stored for key in one.keys)
                 stored = [one for one in stored if not all(map(ignored, one.keys))] or stored[:1]
@@ -84,7 +86,7 @@ class _Fitting:
                 missing.append(spec)
                 continue
             found, *others = stored
-            apart += [(spec, found, one) for one in others if differ(self.contents.folder.path, found, one)]
+            apart += [(spec, found, one) for one in others if _differ(self.contents.folder.path, found, one)]
             if cause := _misfit(spec, found):
                 spare.update(found.keys)
                 if all(map(ignored, found.keys)):
@@ -96,10 +98,10 @@ class _Fitting:
                 loaded[spec.path] = evolve(spec, source=Loaded(found.parts))
                 names.update(part.stored.file for part in found.parts)
         problems = [
-            *self.served.problems,
+            *self.mapped.problems,
             *self._unfit(unfit),
             *_untied(apart),
-            *self._missing([spec for spec in missing if not self.served.failed & set(spec.paths)]),
+            *self._missing([spec for spec in missing if not self.mapped.failed & set(spec.paths)]),
             *self._extra(),
             *self._idle(missing, spare),
         ]
@@ -113,9 +115,9 @@ class _Fitting:
         return self.tree.replace(loaded), evolve(self.contents.folder, files=files), problems
 
     def _missing(self, missing: Sequence[ParamSpec]) -> Iterator[Problem]:
-        """Iterate over the tensors that the checkpoint lacks, and nobody says that it may."""
+        """Iterate over problems with tensors that the checkpoint lacks and may not lack."""
         asked, allowed = _matching(self.checkpoint.init), may_be_missing(self.model)
-        spare = dict.fromkeys(family(key) for key in self.served.extra)
+        spare = dict.fromkeys(family(key) for key in self.mapped.extra)
         near: dict[str, list[str]] = {}
         for spec in missing:
             if any(asked(path) or allowed(path) for path in spec.paths):
@@ -128,7 +130,7 @@ class _Fitting:
             yield Problem(spec.path, f"the checkpoint has no tensor for it{other}", fix, spec.type)
 
     def _unfit(self, unfit: Sequence[tuple[ParamSpec, Assembly, str]]) -> Iterator[Problem]:
-        """Iterate over the tensors that what is stored does not fit; of a family of them all files are named once."""
+        """Iterate over problems with stored tensors of another type; the files of a family of tensors are named once."""
         files: dict[tuple[str, str], dict[str, None]] = {}
         for spec, found, cause in unfit:
             names = files.setdefault((family(spec.path), cause), {})
@@ -143,19 +145,19 @@ class _Fitting:
             yield Problem(spec.path, f"in {first}{more} {cause}", fix, spec.type)
 
     def _extra(self) -> Iterator[Problem]:
-        """Iterate over the keys that serve nothing."""
+        """Iterate over problems with keys that no tensor uses."""
         ignored = _matching(self.checkpoint.ignore)
-        for key, cause in self.served.extra.items():
+        for key, cause in self.mapped.extra.items():
             if not ignored(key):
                 yield Problem(
                     key, f"the checkpoint has it, and {cause}", f"To leave it out: Checkpoint(..., ignore=({key!r},))"
                 )
 
     def _idle(self, missing: Iterable[ParamSpec], spare: Iterable[str]) -> Iterator[Problem]:
-        """Iterate over the user's patterns that match nothing."""
+        """Iterate over problems with the user's patterns that match nothing."""
         lacking = [path for spec in missing for path in spec.paths]
         spare = list(spare)
-        for what, patterns, names, known in (
+        for kind, patterns, names, known in (
             ("no tensor that the checkpoint lacks", self.checkpoint.init, lacking, list(self.tree.all_paths)),
             ("no key that serves no tensor", self.checkpoint.ignore, spare, list(self.contents.tensors)),
         ):
@@ -165,16 +167,16 @@ class _Fitting:
                         pattern, dict.fromkeys(map(family, known))
                     )
                     fix = f"The closest are {', '.join(near)}" if near else "Leave it out"
-                    yield Problem(pattern, f"it matches {what}", fix)
+                    yield Problem(pattern, f"it matches {kind}", fix)
 
 
-def _quantised(folder: str, served: Served) -> Iterator[Problem]:
-    """Iterate over what keeps weights from being read: a quantised form that the model has not; left out, they are wrong."""
-    if not served.extra or not (Path(folder) / "config.json").is_file():
+def _quantised(folder: str, mapped: MappedCheckpoint) -> Iterator[Problem]:
+    """Report a quantised checkpoint whose extra keys (scales) a model in plain floats would silently leave out."""
+    if not mapped.extra or not (Path(folder) / "config.json").is_file():
         return
     match read_object(folder, "config.json").get("quantization_config"):
         case {"quant_method": method}:
-            some = f"{len(served.extra)} of its keys, such as {next(iter(served.extra))}"
+            some = f"{len(mapped.extra)} of its keys, such as {next(iter(mapped.extra))}"
             cause = f"its weights are quantised ({method}), and the model has no tensor for {some}"
             yield Problem("config.json", cause, "Let transformers dequantise it, and write it with save_pretrained")
         case _:
@@ -182,7 +184,7 @@ def _quantised(folder: str, served: Served) -> Iterator[Problem]:
 
 
 def _untied(apart: Iterable[tuple[ParamSpec, Assembly, Assembly]]) -> Iterator[Problem]:
-    """Iterate over tied tensors that the checkpoint has twice, with values of their own."""
+    """Iterate over problems with tied tensors that the checkpoint has twice, with different values."""
     for spec, one, other in apart:
         cause = f"in the model it is one tensor, and the checkpoint has {one.keys[0]} and {other.keys[0]}, which differ"
         fix = (
@@ -191,8 +193,34 @@ def _untied(apart: Iterable[tuple[ParamSpec, Assembly, Assembly]]) -> Iterator[P
         yield Problem(spec.path, cause, fix, spec.type)
 
 
+def _differ(folder: str, first: Assembly, second: Assembly) -> bool:
+    """Tell whether two stored tensors visibly differ: in shape, dtype, or bytes at their beginning, middle or end.
+
+    Weights that were trained apart differ nearly everywhere, so that a few probes suffice. Tensors assembled from several
+    parts are compared by shape and dtype only.
+    """
+    if first.shape != second.shape or len({part.stored.dtype for part in (*first.parts, *second.parts)}) > 1:
+        return True
+    match (*first.parts, *second.parts):
+        case (one, other) if one.box == other.box:
+            return _probes(folder, one.stored) != _probes(folder, other.stored)
+        case _:
+            return False
+
+
+def _probes(folder: str, stored: StoredTensor) -> list[bytes]:
+    """Read bytes at the beginning, the middle and the end of a stored tensor."""
+    size = prod(stored.shape) * stored.item_bytes
+    found: list[bytes] = []
+    with (Path(folder) / stored.file).open("rb") as file:
+        for start in (0, size // 2, max(0, size - _PROBE_BYTES)):
+            file.seek(stored.offset + start)
+            found.append(file.read(min(_PROBE_BYTES, size - start)))
+    return found
+
+
 def _misfit(spec: ParamSpec, found: Assembly) -> str:
-    """Return why what is stored is not the tensor; empty if it is."""
+    """Return why a stored tensor cannot fill a model's tensor; "" if it can."""
     dtypes = list(dict.fromkeys(part.stored.dtype for part in found.parts))
     if found.shape != spec.orig_shape:
         of = "it is" if len(found.keys) == 1 else f"its {len(found.keys)} tensors make"
@@ -205,7 +233,7 @@ def _misfit(spec: ParamSpec, found: Assembly) -> str:
 
 
 def _converts(stored: str, wanted: str) -> bool:
-    """Tell whether values of one dtype are those of another: floats in any direction, integers that all fit.
+    """Tell whether a stored dtype is converted to the wanted dtype: any float to any float, integers if all of them fit.
 
     >>> _converts("float32", "bfloat16"), _converts("int32", "int64"), _converts("uint8", "int8"), _converts("bool", "uint8")
     (True, True, False, False)

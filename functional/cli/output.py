@@ -10,7 +10,7 @@ import click
 
 from ...specs.codec import as_plain
 from ...specs.errors import PlanError, Problem
-from ..saving.atomic_file import write_whole
+from ..saving.atomic import write_whole
 
 _STYLES = {
     r"\S+@tensor\S*?(?=[,\]\s])": "cyan",

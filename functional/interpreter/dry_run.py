@@ -9,8 +9,8 @@ from attrs import Factory, define
 
 from ...specs.dtypes import num_bytes
 from ...specs.receipt import AGREEMENT_BYTES, Receipt
-from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take_all
-from ..checkpoints.expected_checksums import known_sums
+from ..checkpoints.byte_ranges import select_all, staging_bytes, stored_parts
+from ..checkpoints.expected_checksums import expected_sums
 from ..checkpoints.formats.rank_file import rank_file_name
 from .interpret import interpret
 from .ledger import Ledger
@@ -85,10 +85,10 @@ class DryRun:
 
     def load_shard(self, pieces: Sequence[work.Piece], folder: Folder) -> Sequence[int]:
         made = self._allocate_all(pieces)
-        reads = [taken for piece in pieces for taken in take_all(stored_parts(piece.spec), piece.index)]
-        self.free(self._allocate(staging_bytes(sum(taken.num_bytes for taken in reads))))
-        for taken in reads:
-            self.ledger.read(taken.stored.file, taken.num_bytes)
+        reads = [selection for piece in pieces for selection in select_all(stored_parts(piece.spec), piece.index)]
+        self.free(self._allocate(staging_bytes(sum(selection.num_bytes for selection in reads))))
+        for selection in reads:
+            self.ledger.read(selection.stored.file, selection.num_bytes)
         return made
 
     def load_own(self, pieces: Sequence[work.Piece], folder: Folder) -> Sequence[int]:
@@ -99,7 +99,7 @@ class DryRun:
 
     def check_loaded(self, plan: Plan, *, failed: bool) -> None:
         if plan.mesh.num_ranks > 1:
-            self.ledger.call("all_reduce", (), range(plan.mesh.num_ranks), 8 * (len(known_sums(plan.tree)) + 1))
+            self.ledger.call("all_reduce", (), range(plan.mesh.num_ranks), 8 * (len(expected_sums(plan.tree)) + 1))
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> int:
         return self._allocate(prod(shape) * num_bytes(dtype))

@@ -13,12 +13,12 @@ from ...specs.index import whole_index
 from ...specs.ownership import held_first
 from ...specs.source import Materialised
 from ...specs.stored import Folder, Part
-from ..checkpoints.byte_ranges import staging_bytes, stored_parts, take, take_all
+from ..checkpoints.byte_ranges import select, select_all, staging_bytes, stored_parts
 from ..checkpoints.checksum import MODULUS
-from ..checkpoints.expected_checksums import differing, known_sums
+from ..checkpoints.expected_checksums import expected_sums, wrong_sums
 from ..checkpoints.formats.manifest import read_manifest
 from ..checkpoints.formats.rank_file import damaged, read_rank_file, wrong_tensors
-from ..checkpoints.reader import Files, Reading, read_all
+from ..checkpoints.reader import Files, ReadRequest, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,14 +49,14 @@ class Loading:
 
     def read_shards(self, tensors: Sequence[Tensor], pieces: Sequence[work.Piece], folder: Folder) -> None:
         """Fill tensors, without their padding, with their pieces from a folder."""
-        readings: dict[tuple[str, int], Reading] = {}
+        requests: dict[tuple[str, int], ReadRequest] = {}
         for out, piece in zip(tensors, pieces, strict=True):
             first = held_first(piece.spec, self.coordinate)
             for number, part in enumerate(stored_parts(piece.spec)):
-                if taken := take(part, piece.index):
-                    counted = take(part, first) if first is not None and part.stored.sum is not None else None
-                    readings[piece.path, number] = Reading(out, taken, counted and counted.entries)
-        self.sums.update(self._read(readings, folder))
+                if selection := select(part, piece.index):
+                    counted = select(part, first) if first is not None and part.stored.sum is not None else None
+                    requests[piece.path, number] = ReadRequest(out, selection, counted and counted.entries)
+        self.sums.update(self._read(requests, folder))
 
     def read_own(self, tensors: Sequence[Tensor], pieces: Sequence[work.Piece], folder: Folder) -> None:
         """Fill tensors from the file that was written for this rank alone.
@@ -67,12 +67,12 @@ class Loading:
         own, file, stored = read_rank_file(folder.path, self.coordinate.rank, _written_for(pieces[0]))
         if problems := wrong_tensors(file.name, [(p.path, p.spec.dtype, p.shape) for p in pieces], stored):
             raise PlanError(problems)
-        readings = {
-            piece.path: Reading(out, taken, taken.entries)
+        requests = {
+            piece.path: ReadRequest(out, selection, selection.entries)
             for out, piece in zip(tensors, pieces, strict=True)
-            for taken in take_all([Part.whole(stored[piece.path])], whole_index(piece.shape))
+            for selection in select_all([Part.whole(stored[piece.path])], whole_index(piece.shape))
         }
-        if problems := damaged(file.name, own, self._read(readings, Folder(folder.path, (file,)))):
+        if problems := damaged(file.name, own, self._read(requests, Folder(folder.path, (file,)))):
             raise PlanError(problems)
         self.sums.update(own.loaded)
 
@@ -82,7 +82,7 @@ class Loading:
         Raises:
             PlanError: If a stored tensor's sum differs.
         """
-        known = known_sums(plan.tree)
+        known = expected_sums(plan.tree)
         own = [sum(self.sums.get(part, 0) for part in stored.counting) for stored in known.values()]
         words = torch.tensor([*map(_signed, own), int(failed)], dtype=torch.int64, device=device)
         if plan.mesh.num_ranks > 1:
@@ -91,18 +91,18 @@ class Loading:
         *sums, num_failed = words.tolist()
         found = {name: word % MODULUS for name, word in zip(known, sums, strict=True)}
         if not num_failed and any(found[name] != stored.sum for name, stored in known.items()):
-            raise PlanError(list(differing(known, found, _recorded_now(plan))))
+            raise PlanError(list(wrong_sums(known, found, _recorded_now(plan))))
 
-    def _read(self, readings: Mapping[Key, Reading], folder: Folder) -> dict[Key, int]:
+    def _read(self, requests: Mapping[Key, ReadRequest], folder: Folder) -> dict[Key, int]:
         """Read from files; return the sum of each reading."""
-        staging = staging_bytes(sum(reading.taken.num_bytes for reading in readings.values()))
+        staging = staging_bytes(sum(request.selection.num_bytes for request in requests.values()))
         self.ledger.allocate(staging)
         with Files(folder) as files:
-            sums = read_all([*readings.values()], files)
+            sums = read_all([*requests.values()], files)
         self.ledger.free(staging)
         for file, num_bytes in files.num_read.items():
             self.ledger.read(file, num_bytes)
-        return dict(zip(readings, sums, strict=True))
+        return dict(zip(requests, sums, strict=True))
 
 
 def _signed(number: int) -> int:

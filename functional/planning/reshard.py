@@ -11,7 +11,7 @@ from ...specs.index import index_shape
 from ...specs.ownership import local_boxes
 from ...specs.plan import Plan
 from ...specs.resharding import Reshard
-from ..checkpoints.assembly import miscovered_by
+from ..checkpoints.assembly import miscovered_by_boxes
 
 if TYPE_CHECKING:
     from ...specs.index import Index
@@ -76,7 +76,7 @@ def _prove(resharding: Reshard, path: str, here: Coordinate) -> None:
     before, after = resharding.source.tree[path], resharding.target.tree[path]
     moves = list(resharding.of(path, here.rank))
     boxes = [box for move in moves for _, box in local_boxes(after, here, move.index)]
-    fault = miscovered_by(index_shape(after.index(here)), boxes)
+    fault = miscovered_by_boxes(index_shape(after.index(here)), boxes)
     assert fault is None, f"{after}: rank {here.rank} gets {moves}, which is not what it holds"
     for move in moves:
         sender = resharding.source.mesh.coordinate(move.source)

@@ -1,4 +1,4 @@
-"""A folder that all ranks save together: rank 0 writes, and whatever fails, none waits for another."""
+"""Save a folder from all ranks: rank 0 writes, and after an error no rank waits for another."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..checkpoints.formats.manifest import FORMAT, NAME
 from ..interpreter.world import agree
-from .atomic_folder import abandon, begin, finish, partial_of
+from .atomic import abandon_folder, begin_folder, finish_folder, partial_of
 from .messages import messages_on
-from .safetensors import Layout
-from .tensor_bytes import bytes_of, sum_of
+from .safetensors import FileLayout, bytes_of, sum_of
 
 if TYPE_CHECKING:
     from ...specs.plan import Plan
@@ -28,33 +27,34 @@ P = Arguments("P")
 
 
 @frozen
-class File:
-    """A file that is written.
+class FileToWrite:
+    """A file of tensors to be written.
 
     Args:
-        name: Its name.
+        name: The file's name.
         types: Dtype and shape of its tensors by key.
-        where: Where they lie in it.
-        bring: Fills a tensor on rank 0, where one is given; every rank calls it for every key, in their order.
+        layout: The layout of the file.
+        collect: Collects the tensor of a key from all ranks, into the given tensor on rank 0 (None to drop it); every rank
+            calls it for every key, in order.
     """
 
     name: str
     types: Mapping[str, tuple[str, tuple[int, ...]]]
-    where: Layout
-    bring: Callable[[str, Tensor | None], None]
+    layout: FileLayout
+    collect: Callable[[str, Tensor | None], None]
 
 
 @define
-class Saving:
-    """A folder that is written, and the first thing that went wrong; after that nothing is written, but all take part.
+class CollectiveSave:
+    """A folder being written, and the first error; after an error nothing is written, but every rank takes part.
 
     Args:
-        folder: Where it will be.
+        folder: The folder that will appear.
         is_writer: Whether this is rank 0.
-        error: What went wrong.
-        has_begun: Whether there is something to remove then.
-        sizes: Bytes of each file.
-        sums: Sums of the tensors in each file, by key.
+        error: The first error on this rank.
+        has_begun: Whether a partial folder has to be removed after an error.
+        sizes: Length of each file in bytes.
+        sums: Checksums of the tensors in each file, by key.
     """
 
     folder: Path
@@ -65,63 +65,63 @@ class Saving:
     sums: dict[str, dict[str, str]] = Factory(dict)
 
     def attempt(self, action: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-        """Do something, unless something went wrong before."""
+        """Run the action unless an earlier action failed; keep the first error."""
         if self.error is not None:
             return None
         try:
             return action(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  whatever fails here, others wait for the messages to come
+        except Exception as error:  # noqa: BLE001  other ranks wait for the messages to come
             self.error = error
             return None
 
     def agree(self, plan: Plan) -> None:
-        """Raise the first error of any rank on all; then nothing is left of what was written."""
+        """Raise the first error of any rank on all ranks; the partial folder is removed then."""
         try:
             agree(plan, self.error, messages_on())
         except BaseException:
             if self.has_begun:
-                abandon(self.folder)
+                abandon_folder(self.folder)
             raise
 
     def begin(self) -> None:
-        """Make room for the folder."""
+        """Begin the partial folder."""
         if self.is_writer:
-            self.has_begun = self.attempt(begin, self.folder) is not None
+            self.has_begun = self.attempt(begin_folder, self.folder) is not None
 
-    def write(self, file: File) -> None:
-        """Write a file, one tensor after another; each is let go before there is room for the next."""
+    def write(self, file: FileToWrite) -> None:
+        """Write a file, one tensor after another; each is freed before the next is allocated."""
         stream = self.attempt(self._opened, file) if self.is_writer else None
-        for key in file.where.starts:
+        for key in file.layout.starts:
             dtype, shape = file.types[key]
             whole = None if stream is None else self.attempt(torch.empty, shape, dtype=getattr(torch, dtype))
             try:
-                file.bring(key, whole)
-            except Exception as error:  # noqa: BLE001  the other ranks wait for what is still to come
+                file.collect(key, whole)
+            except Exception as error:  # noqa: BLE001  the other ranks wait for the messages still to come
                 self.error = self.error or error
             if stream is not None and whole is not None:
                 self.attempt(self._put, stream, file.name, key, whole)
             del whole
         if stream is not None:
             self.attempt(stream.flush)
-            with suppress(OSError):  # flush has told
+            with suppress(OSError):  # flush has reported the error
                 stream.close()
 
     def finish(self, describe: Callable[[Path], None], training: Mapping[str, Any] | None) -> None:
-        """Write what is said of the tensors, the manifest last, and let the folder appear.
+        """Write the files that describe the tensors, the manifest last, and let the folder appear.
 
         Args:
-            describe: Writes all but the manifest to a folder.
-            training: What the manifest notes of the training.
+            describe: Writes all of them but the manifest to a folder.
+            training: The manifest's record of the training.
         """
         if self.is_writer:
             self.attempt(describe, partial_of(self.folder))
             self.attempt(self._write_manifest, training)
-            self.attempt(finish, self.folder)
+            self.attempt(finish_folder, self.folder)
 
-    def _opened(self, file: File) -> IO[bytes]:
-        self.sums[file.name], self.sizes[file.name] = {}, file.where.num_bytes
+    def _opened(self, file: FileToWrite) -> IO[bytes]:
+        self.sums[file.name], self.sizes[file.name] = {}, file.layout.num_bytes
         stream = (partial_of(self.folder) / file.name).open("wb")
-        stream.write(file.where.header)
+        stream.write(file.layout.header)
         return stream
 
     def _put(self, stream: IO[bytes], name: str, key: str, tensor: Tensor) -> None:

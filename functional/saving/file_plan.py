@@ -1,4 +1,4 @@
-"""Which files a model is written to, under which names: those that it was read from, else those of transformers."""
+"""Plan the files of a saved model: the files and keys it was read from, else those that transformers would write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.source import Loaded
 from ...specs.stored import Part, StoredTensor
 from ..checkpoints.formats.hugging_face import SINGLE
-from ..checkpoints.key_mapping import Kept, is_pretrained, saved_tensors, stored_form
+from ..checkpoints.key_mapping import TensorToSave, is_pretrained, saved_tensors, stored_form
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from ...specs.tree import SpecTree
 
 MAX_FILE_BYTES = 50 * 10**9
-"""Where the next file begins, as in transformers 5."""
+"""Largest file, as in transformers 5."""
 
 
 @frozen
-class Written:
-    """A file of tensors.
+class PlannedFile:
+    """A file to be written.
 
     Args:
-        name: Its name.
-        tensors: What lies in it, in the order in which the model has them.
+        name: The file's name.
+        tensors: Its tensors, in the order of the model.
     """
 
     name: str
-    tensors: tuple[Kept, ...]
+    tensors: tuple[TensorToSave, ...]
 
 
-def written_files(plan: Plan, model: nn.Module | None) -> tuple[Written, ...]:
-    """Return the files of a plan's tensors: the files and names that they were read from, else those of ``save_pretrained``.
+def plan_files(plan: Plan, model: nn.Module | None) -> tuple[PlannedFile, ...]:
+    """Return the files to write: the files and keys that the tensors were read from, else those of ``save_pretrained``.
 
     Args:
-        plan: What was executed.
+        plan: The executed plan.
         model: The whole model, on meta or not; None if there is none.
 
     Raises:
-        PlanError: If the names cannot be told.
+        PlanError: If the keys are not known.
     """
     if read := as_read(plan.tree):
         return read
@@ -54,12 +54,12 @@ def written_files(plan: Plan, model: nn.Module | None) -> tuple[Written, ...]:
         cause = "the plan carries no model that says under which names it is saved: it was loaded, and the model is cut"
         fix = 'Save with the plan that plan_build returned; or save_checkpoint(..., format="dcp")'
         raise PlanError([Problem("", cause, fix)])
-    kept = stored_form(model, plan.tree)
-    return tuple(_in_files(kept, _storages(model, plan.tree) if is_pretrained(model) else {}))
+    storages = _storages(model, plan.tree) if is_pretrained(model) else {}
+    return tuple(_split_into_files(stored_form(model, plan.tree), storages))
 
 
-def as_read(tree: SpecTree) -> tuple[Written, ...]:
-    """Return the files that all tensors of a tree were read from, with all that was in them; none if it is otherwise."""
+def as_read(tree: SpecTree) -> tuple[PlannedFile, ...]:
+    """Return the files that all tensors of a tree were read from, if each file was read whole; else no files."""
     files: dict[str, dict[str, tuple[StoredTensor, list[Part], str]]] = {}
     for spec in tree.values():
         if spec.kind == "non_persistent_buffer":
@@ -69,20 +69,20 @@ def as_read(tree: SpecTree) -> tuple[Written, ...]:
         whole = StoredTensor("", spec.path, 0, spec.orig_shape, spec.dtype)
         for part in spec.source.parts:
             _, parts, _ = files.setdefault(part.stored.file, {}).setdefault(part.stored.key, (part.stored, [], spec.dtype))
-            parts.append(_reversed(part, whole))
-    found: list[Written] = []
+            parts.append(_inverse(part, whole))
+    found: list[PlannedFile] = []
     for name, tensors in sorted(files.items()):
-        kept: list[Kept] = []
+        to_save: list[TensorToSave] = []
         for key, (stored, parts, dtype) in tensors.items():
             if not name.endswith(".safetensors") or sum(prod(part.shape) for part in parts) != prod(stored.shape):
-                return ()  # another format, or something in it that the model has not
-            kept.append(Kept(key, stored.shape, dtype, tuple(parts)))
-        found.append(Written(name, tuple(kept)))
+                return ()  # another format, or the file has tensors that the model lacks
+            to_save.append(TensorToSave(key, stored.shape, dtype, tuple(parts)))
+        found.append(PlannedFile(name, tuple(to_save)))
     return tuple(found)
 
 
-def _reversed(part: Part, whole: StoredTensor) -> Part:
-    """Return what of a model's tensor makes a box of a stored one."""
+def _inverse(part: Part, whole: StoredTensor) -> Part:
+    """Invert a part: the box of the model's tensor that fills the box of the stored tensor."""
     sizes = part.shape
     box = tuple((at, at + size) for at, size in zip(part.at, sizes, strict=True))
     axes = tuple(part.axes.index(axis) if axis in part.axes else -1 for axis in range(len(part.box)))
@@ -90,9 +90,9 @@ def _reversed(part: Part, whole: StoredTensor) -> Part:
 
 
 def _storages(model: nn.Module, tree: SpecTree) -> dict[str, tuple[int, int]]:
-    """Return the storage of each stored tensor when transformers saves it, and its bytes: experts are views of one.
+    """Return the identity and size of each tensor's storage when transformers saves it: experts are views of one storage.
 
-    Its own code tells it, which is given tensors on meta.
+    transformers' own conversion is run on meta tensors to find out.
     """
     import torch
     from transformers.core_model_loading import revert_weight_conversion
@@ -106,17 +106,17 @@ def _storages(model: nn.Module, tree: SpecTree) -> dict[str, tuple[int, int]]:
     return {key: (storage._cdata, storage.nbytes()) for key, storage in storages.items()}  # noqa: SLF001  its identity
 
 
-def _in_files(kept: Iterable[Kept], storages: Mapping[str, tuple[int, int]]) -> Iterator[Written]:
-    """Iterate over files as ``split_torch_state_dict_into_shards`` of huggingface_hub has them.
+def _split_into_files(tensors: Iterable[TensorToSave], storages: Mapping[str, tuple[int, int]]) -> Iterator[PlannedFile]:
+    """Split tensors into files as ``split_torch_state_dict_into_shards`` of huggingface_hub does.
 
-    What shares a storage goes to one file, which is filled by all of that storage; what is too large has a file of its own.
+    Tensors that share a storage go to one file, which counts the whole storage; a storage over the limit gets its own file.
     """
-    files: list[list[Kept]] = []
-    open_file: list[Kept] = []
+    files: list[list[TensorToSave]] = []
+    open_file: list[TensorToSave] = []
     filled = 0
-    file_of: dict[int, list[Kept]] = {}
-    for number, tensor in enumerate(kept):
-        storage, size = storages.get(tensor.key, (-number, stored_bytes(tensor)))
+    file_of: dict[int, list[TensorToSave]] = {}
+    for number, tensor in enumerate(tensors):
+        storage, size = storages.get(tensor.key, (-number, _stored_bytes(tensor)))
         if storage in file_of:
             file_of[storage].append(tensor)
             continue
@@ -132,23 +132,23 @@ def _in_files(kept: Iterable[Kept], storages: Mapping[str, tuple[int, int]]) -> 
         filled += size
     files += [open_file] if open_file else []
     if len(files) <= 1:
-        yield Written(SINGLE, tuple(files[0]) if files else ())
+        yield PlannedFile(SINGLE, tuple(files[0]) if files else ())
         return
-    for number, tensors in enumerate(files, 1):
-        yield Written(f"model-{number:05d}-of-{len(files):05d}.safetensors", tuple(tensors))
+    for number, in_file in enumerate(files, 1):
+        yield PlannedFile(f"model-{number:05d}-of-{len(files):05d}.safetensors", tuple(in_file))
 
 
-def stored_bytes(tensor: Kept) -> int:
+def _stored_bytes(tensor: TensorToSave) -> int:
     """Return the bytes of a tensor in its file."""
     return prod(tensor.shape) * num_bytes(tensor.dtype)
 
 
-def index_of(files: Iterable[Written], tree: SpecTree) -> dict[str, object] | None:
-    """Return what stands in the index of several files, as transformers writes it; None for one file alone."""
+def index_of(files: Iterable[PlannedFile], tree: SpecTree) -> dict[str, object] | None:
+    """Return the content of the index, as transformers writes it; None for a single file."""
     files = list(files)
     if [file.name for file in files] == [SINGLE]:
         return None
     num_parameters = sum(spec.num_elements for spec in tree.values() if spec.kind == "parameter")
-    size = sum(stored_bytes(tensor) for file in files for tensor in file.tensors)
+    size = sum(_stored_bytes(tensor) for file in files for tensor in file.tensors)
     weight_map = {tensor.key: file.name for file in files for tensor in file.tensors}
     return {"metadata": {"total_parameters": num_parameters, "total_size": size}, "weight_map": weight_map}

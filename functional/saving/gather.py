@@ -1,10 +1,8 @@
-"""Whole tensors out of what the ranks hold, one after another, on rank 0."""
+"""Gather whole tensors on rank 0, one after another, from the shards of all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +13,10 @@ from ...specs.dtypes import num_bytes
 from ...specs.index import index_shape
 from ...specs.ownership import clip, holders, local_boxes
 from ...specs.plan import Plan
+from ..dialects.deepspeed.zero3_params import gathered
 from ..interpreter.world import agree, own_coordinate
 from .held_tensors import held_tensors
-from .messages import messages, messages_on, narrowed
+from .messages import agreement, as_message, messages, messages_on, receive, view_box
 
 if TYPE_CHECKING:
     from ...specs.mesh import Coordinate
@@ -26,16 +25,17 @@ if TYPE_CHECKING:
 
 
 def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over whole tensors on rank 0; every rank of the mesh iterates to the end, and others get nothing.
+    """Iterate over whole tensors on rank 0; every rank of the mesh iterates to the end, and ranks but 0 get nothing.
 
     ::
 
         for path, tensor in gather(plan, model):  # on rank 0; tensor is on the CPU
             print(path, tensor.norm())
 
-    Rank 0 holds one whole tensor at a time, what the loop keeps, and a message of 32 MiB; ``dict(gather(plan, model))``
-    holds them all. Each has its ``orig_shape``: padding is left out, and what several ranks hold is taken from the first.
-    Where rank 0 leaves the loop, what the others still send is received, and dropped.
+    Besides the tensors that the loop keeps, rank 0 holds one whole tensor at a time and a message of 32 MiB;
+    ``dict(gather(plan, model))`` holds all tensors. Each has its ``orig_shape``: padding is left out, and an element that
+    several ranks hold is taken from the first. If rank 0 leaves the loop, it still receives the remaining messages, and
+    drops them.
 
     Args:
         plan: What was executed.
@@ -57,7 +57,7 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
             is_wanted, error = False, no_room
         try:
             collect(spec, tuple((0, size) for size in spec.orig_shape), held.get(spec.path), here, whole)
-        except Exception as failed:  # noqa: BLE001  the other ranks wait for what is still to come
+        except Exception as failed:  # noqa: BLE001  the other ranks wait for the messages still to come
             is_wanted, error = False, error or failed
         if whole is not None and is_wanted:
             try:
@@ -69,91 +69,64 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def agreed(plan: Plan, model: Any) -> tuple[Mapping[str, Tensor], Coordinate]:
-    """Return what this rank holds, and where it stands, when all ranks hold what is planned."""
+    """Return the tensors that this rank holds, and its coordinate, once all ranks hold their tensors as planned."""
     if not isinstance(plan, Plan):
         msg = f"the plan comes first, and this is a {type(plan).__name__}: save_checkpoint(plan, model, folder)"
         raise TypeError(msg)
     here, error = own_coordinate(plan)
     held: Mapping[str, Tensor] = {}
-    try:
+    with agreement(plan):
+        if error is not None:
+            raise error
         held = held_tensors(plan, model, here)
-    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the agreement
-        error = error or wrong
-    agree(plan, error, messages_on())
     return held, here
 
 
 def collect(spec: ParamSpec, box: Box, local: Tensor | None, here: Coordinate, whole: Tensor | None) -> None:
-    """Fill a box of a tensor on rank 0; every rank calls it, those that hold nothing of it too.
+    """Fill a box of a tensor on rank 0; every rank calls it, whether it holds a part of the tensor or not.
 
-    A rank that cannot send a message sends zeros in its place, so that none waits for it, and raises at the end.
+    A rank that cannot send a message sends zeros in its place, so that no rank waits for it, and raises at the end.
 
     Args:
         spec: The tensor.
-        box: What of it.
-        local: What this rank holds of it, padding included; None if it holds nothing.
-        here: Where this rank stands.
-        whole: On rank 0 what is filled, on the CPU, of the box's shape; None there if nothing is kept of what comes.
+        box: The box.
+        local: This rank's shard, padding included; None if it has none.
+        here: This rank's coordinate.
+        whole: On rank 0 the destination on the CPU, of the box's shape; None there to drop the messages.
 
     Raises:
-        Exception: What kept this rank from sending what it has.
+        Exception: The error that kept this rank from sending its part.
     """
+    dtype: torch.dtype = getattr(torch, spec.dtype)
     error: Exception | None = None
-    with _given_whole(local):
+    with gathered(local):
         for rank, index in holders(spec, here.mesh):
-            part = clip(index, box)
-            if 0 in index_shape(part) or here.rank not in (0, rank):
+            wanted = clip(index, box)
+            if 0 in index_shape(wanted) or here.rank not in (0, rank):
                 continue
-            for there, own in local_boxes(spec, here.mesh.coordinate(rank), part):
+            for there, own in local_boxes(spec, here.mesh.coordinate(rank), wanted):
                 inside = tuple((start - low, stop - low) for (start, stop), (low, _) in zip(there, box, strict=True))
                 for row, mine in messages(inside, own, num_bytes(spec.dtype)):
-                    into = None if whole is None else narrowed(whole, row)
+                    shape = tuple(stop - start for start, stop in row)
                     if here.rank != rank:
-                        _receive(row, spec.dtype, into, rank)
-                        continue
-                    try:
-                        message = _message(spec, local, mine)
-                    except Exception as failed:  # noqa: BLE001  rank 0 waits for the message
-                        error, message = error or failed, torch.zeros(_num_bytes(row, spec.dtype), dtype=torch.uint8)
-                    if rank:
-                        dist.send(message.to(messages_on()), dst=0)
-                    elif into is not None:
-                        into.copy_(message.view(into.dtype).view(into.shape))
+                        part = receive(shape, dtype, rank)
+                    else:
+                        try:
+                            message = as_message(_own_part(spec, local, mine))
+                        except Exception as failed:  # noqa: BLE001  rank 0 waits for the message
+                            error, message = error or failed, as_message(torch.zeros(shape, dtype=dtype))
+                        if rank:
+                            dist.send(message, dst=0)
+                        part = message.view(dtype).view(shape)
+                    if whole is not None:
+                        view_box(whole, row).copy_(part)
     if error is not None:
         raise error
 
 
-def _message(spec: ParamSpec, local: Tensor | None, mine: Box) -> Tensor:
-    """Return the bytes of a box of what this rank holds, where messages are; on rank 0, which sends none, on the CPU."""
+def _own_part(spec: ParamSpec, local: Tensor | None, box: Box) -> Tensor:
+    """Return a box of this rank's shard as a view."""
     if local is None:
         msg = f"{spec}: it is not there"
         raise ValueError(msg)
-    part = narrowed(local.detach(), mine)
-    return (
-        part.to(messages_on() if dist.is_initialized() and dist.get_rank() else "cpu")
-        .contiguous()
-        .view(-1)
-        .view(torch.uint8)
-    )
-
-
-def _num_bytes(box: Box, dtype: str) -> int:
-    return prod(stop - start for start, stop in box) * num_bytes(dtype)
-
-
-def _receive(box: Box, dtype: str, into: Tensor | None, sender: int) -> None:
-    """Take a message from its sender."""
-    shape = tuple(stop - start for start, stop in box)
-    message = torch.empty(_num_bytes(box, dtype), dtype=torch.uint8, device=messages_on())
-    dist.recv(message, src=sender)
-    if into is not None:
-        into.copy_(message.cpu().view(getattr(torch, dtype)).view(shape))
-
-
-def _given_whole(local: Tensor | None) -> AbstractContextManager[Any]:
-    """Let a parameter that ZeRO 3 keeps in pieces be whole within the block; all ranks along ``data`` enter it."""
-    if not hasattr(local, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([local])
+    return view_box(local.detach(), box)

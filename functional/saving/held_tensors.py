@@ -1,4 +1,4 @@
-"""The tensors that this rank holds of a plan, found in what ``execute`` returned."""
+"""Find a plan's tensors on this rank in the model that ``execute`` returned."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...specs.dtypes import short_name
 from ...specs.errors import PlanError, Problem
+from ..dialects.deepspeed.zero3_params import whole_shape
 from ..model.copy import get_tensor
 from ..pipeline.stage_module import StageModule
 
@@ -22,15 +23,15 @@ _EXAMPLE = "model, optimizer = execute(plan); then give this model"
 
 
 def held_tensors(plan: Plan, model: Any, coordinate: Coordinate) -> Mapping[str, Tensor]:
-    """Return the tensors that a rank holds, by canonical path, in the order of the plan; buffers that are not saved too.
+    """Return the tensors that a rank holds, by canonical path, in the order of the plan; non-persistent buffers too.
 
     Args:
-        plan: What was executed.
-        model: What ``execute`` returned: a module, DDP or DeepSpeed's engine around it, a pipeline.
-        coordinate: Where the rank stands.
+        plan: The executed plan.
+        model: The model that ``execute`` returned: a module, DDP or DeepSpeed's engine around it, a pipeline.
+        coordinate: The rank's coordinate.
 
     Raises:
-        PlanError: If tensors are not there, or not as planned.
+        PlanError: If tensors are missing, or not as planned.
     """
     mine = [spec for spec in plan.tree.values() if coordinate.pipe in spec.places(plan.mesh)]
     modules = modules_of(model, mine)
@@ -38,8 +39,8 @@ def held_tensors(plan: Plan, model: Any, coordinate: Coordinate) -> Mapping[str,
     problems: list[Problem] = []
     for spec in mine:
         tensor = next((t for m in modules for path in spec.paths if (t := _tensor(m, path)) is not None), None)
-        shape = None if tensor is None else tuple(getattr(tensor, "ds_shape", tensor.shape))
-        local = None if tensor is None else own_part(tensor)
+        shape = None if tensor is None else whole_shape(tensor)
+        local = None if tensor is None else local_part(tensor)
         shape = tuple(local.shape) if local is not tensor and local is not None else shape
         if local is None or tensor is None:
             problems.append(Problem(spec.path, "the model does not have it on this rank", _EXAMPLE, spec.type))
@@ -57,16 +58,16 @@ def held_tensors(plan: Plan, model: Any, coordinate: Coordinate) -> Mapping[str,
     return found
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """Return what this rank has of a tensor: of a DTensor the local one, which is always the same object."""
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the local tensor of a DTensor, which is always the same object; any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
 def modules_of(model: Any, specs: Iterable[ParamSpec]) -> tuple[nn.Module, ...]:
-    """Return the modules that hold some tensors: this rank's stages, or what is left when runtimes are taken off.
+    """Return the modules that hold tensors: this rank's stages, or the user's module without the runtimes around it.
 
     Raises:
-        TypeError: If it is nothing that ``execute`` returns.
+        TypeError: If ``execute`` returns nothing of this type.
     """
     if not isinstance(model, nn.Module):
         stages = getattr(model, "modules", None)

@@ -1,4 +1,4 @@
-"""An optimizer gets back what it had noted, on whichever mesh it goes on."""
+"""Load saved states into an optimizer, on any mesh."""
 
 from __future__ import annotations
 
@@ -19,52 +19,48 @@ from ...specs.stored import Part
 from ...specs.tree import SpecTree
 from ..checkpoints.assembly import Assembly
 from ..checkpoints.formats.universal import WEIGHTS
-from ..checkpoints.optimizer_states import Group, SavedStates, saved_states, settings_for
+from ..checkpoints.optimizer_states import ParamGroup, StoredStates, settings_for, stored_states
 from ..interpreter.interpret import interpret
 from ..interpreter.torch_effects import TorchEffects
-from ..interpreter.world import agree
 from .gather import agreed
-from .messages import messages_on
+from .messages import agreement
 from .optimizer_states import give_states, groups_of
 
 
 def load_optimizer(plan: Plan, model: Any, optimizer: Any, folder: str | Path) -> None:
     """Give an optimizer the states and settings that were saved; every rank of the mesh calls it.
 
-    They are those that ``save_checkpoint`` wrote, or those of a universal checkpoint of DeepSpeed's, whose settings are not
-    read. Each rank reads its own part of each state alone. The settings of its groups, such as the learning rate, are those
-    that were saved, group by group.
+    The folder is one that ``save_checkpoint`` wrote, or a universal checkpoint of DeepSpeed's, whose settings are not read.
+    Each rank reads only its own part of each state. The settings of the optimizer's groups, such as the learning rate, are
+    restored group by group.
 
     Args:
-        plan: What was executed; its mesh may be another than that of the plan that was saved.
-        model: What ``execute`` returned.
-        optimizer: What it trains with: a torch optimizer, or DeepSpeed's with ZeRO 1 or 2.
-        folder: What was saved.
+        plan: The executed plan; its mesh may differ from the mesh of the saved plan.
+        model: The model that ``execute`` returned.
+        optimizer: The model's optimizer: a torch optimizer, or DeepSpeed's with ZeRO 1 or 2.
+        folder: The saved folder.
 
     Raises:
-        PlanError: In a single process, if the folder has no states, or those of another model or optimizer.
+        PlanError: In a single process, if the folder has no states, or states of another model or optimizer.
         ExecutionError: On every rank, with the first error of any rank.
     """
     held, here = agreed(plan, model)
     device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
-    found, error = _Found(plan, {}, ()), None
-    try:
+    found = _StatesToLoad(plan, {}, ())
+    with agreement(plan):
         found = states_plan(plan, folder, groups_of(held, optimizer))
-    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the agreement
-        error = wrong
-    agree(plan, error, messages_on())
     loaded = interpret(found.plan, here, TorchEffects(here, device, nn.Module(), nn.Module(), {}))
     give_states(held, optimizer, _by_path(held, {**_numbers(found.numbers), **loaded}), found.settings)
 
 
 @frozen
-class _Found:
-    """What is read of a folder.
+class _StatesToLoad:
+    """The states to load from a folder.
 
     Args:
         plan: A plan whose tensors are the states, under their keys.
-        numbers: States that lie in no tensor, by key.
-        settings: Those of each group of the optimizer's, in their order.
+        numbers: States that are plain numbers, by key.
+        settings: Settings of each of the optimizer's groups, in order.
     """
 
     plan: Plan
@@ -72,18 +68,18 @@ class _Found:
     settings: tuple[Mapping[str, Any], ...]
 
 
-def states_plan(plan: Plan, folder: str | Path, groups: Sequence[Group]) -> _Found:
-    """Return how the states of a plan's tensors are read from a folder: as a plan, split as the tensors are.
+def states_plan(plan: Plan, folder: str | Path, groups: Sequence[ParamGroup]) -> _StatesToLoad:
+    """Plan how states are read from a folder: each is split as its tensor is.
 
     Args:
-        plan: What was executed.
-        folder: What was saved.
-        groups: Those of the optimizer that gets the states, with those of their tensors that this rank holds.
+        plan: The executed plan.
+        folder: The saved folder.
+        groups: Groups of the optimizer that gets the states, with the paths of the tensors that this rank holds.
 
     Raises:
-        PlanError: If the folder has no states, or those of other tensors or of another optimizer.
+        PlanError: If the folder has no states, or states of other tensors or of another optimizer.
     """
-    saved = saved_states(str(folder))
+    saved = stored_states(str(folder))
     settings, problems = settings_for(saved.groups, groups)
     problems += _missing(plan, saved)
     specs: list[ParamSpec] = []
@@ -111,22 +107,22 @@ def states_plan(plan: Plan, folder: str | Path, groups: Sequence[Group]) -> _Fou
         Agree("closing"),
     ]
     found = Plan(plan.mesh, SpecTree(specs), steps, pipeline=plan.pipeline, folder=saved.folder)
-    return _Found(found, saved.numbers, settings)
+    return _StatesToLoad(found, saved.numbers, settings)
 
 
 def _state(spec: ParamSpec, key: str, parts: tuple[Part, ...], shape: tuple[int, ...]) -> ParamSpec:
-    """Return a state as a tensor of its own: split as the tensor that it is of, or a number."""
+    """Return the spec of a state: split as its tensor is, or a number without axes."""
     shards = spec.shards if shape == spec.orig_shape else ()
     source = Loaded(parts)
     return evolve(spec, path=key, tie=(), dtype=source.dtype, orig_shape=shape, shards=shards, source=source)
 
 
-def _missing(plan: Plan, saved: SavedStates) -> Iterator[Problem]:
-    """Iterate over the tensors of which some states are there, and others that their neighbours have are not."""
+def _missing(plan: Plan, saved: StoredStates) -> Iterator[Problem]:
+    """Iterate over problems with tensors that lack states which other tensors of their group have."""
     names: dict[str, set[str]] = {}
     for key in (*saved.tensors, *saved.numbers):
         name, _, path = key.partition("/")
-        names.setdefault(path, set()).update({name} - {WEIGHTS})  # of which float32 tensors have no copy
+        names.setdefault(path, set()).update({name} - {WEIGHTS})  # float32 tensors have no such copy
     trained = [spec.path for spec in plan.tree.values() if spec.requires_grad and spec.kind == "parameter"]
     together = [group.paths for group in saved.groups] if saved.groups is not None else [tuple(trained)]
     for paths in together:
@@ -143,7 +139,7 @@ def _numbers(numbers: Mapping[str, float]) -> dict[str, Tensor]:
 
 
 def _by_path(held: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the states of what a rank holds, by path and name."""
+    """Return the states of the tensors that this rank holds, by path and name."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in states.items():
         name, _, path = key.partition("/")

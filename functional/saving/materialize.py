@@ -1,4 +1,4 @@
-"""What one rank will hold, made in a process of its own, and written to a file."""
+"""Make the tensors of one rank in a process of its own, and write them to a file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from ..interpreter.work import Piece
 from ..model.callables import find_callable
 from ..model.copy import copy_module, on_meta
 from ..model.read import differences
-from .safetensors import layout
-from .tensor_bytes import bytes_of, sum_of
+from .safetensors import bytes_of, file_layout, sum_of
 
 if TYPE_CHECKING:
     from ...specs.mesh import Coordinate
@@ -32,20 +31,20 @@ if TYPE_CHECKING:
 
 
 def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | None = None) -> Path:
-    """Write all that a rank will hold to ``rank-00017.safetensors``, on the CPU, without a process group; return the file.
+    """Write all tensors of a rank to ``rank-00017.safetensors``, on the CPU, without a process group; return the file.
 
-    The values are those that ``execute`` gives that rank on the CPU; on CUDA, init code for which no program stands draws
-    other numbers. One tensor is held at a time; where init code makes several, or makes one whole, these.
+    The values equal those that ``execute`` gives the rank on the CPU; on CUDA, init code that no program replaces draws
+    other numbers. One tensor is held at a time, or the whole tensors that one call of init code makes together.
     ``execute(from_shards(plan, folder))`` starts from such files.
 
     Args:
-        plan: What is planned.
-        rank: Whose tensors.
-        folder: Where the file goes; it is made if it is not there.
-        model: The module, for init code and for values that it has; the one that was scheduled if left out.
+        plan: The plan.
+        rank: The rank.
+        folder: The folder of rank files; it is made if it does not exist.
+        model: The module, for init code and for values that it has; by default the scheduled module.
 
     Raises:
-        PlanError: If there is no such rank, a tensor has no values, or needs a model that is not there.
+        PlanError: If there is no such rank, or a tensor has no values or needs a model that is not given.
 
     >>> import tempfile
     >>> from shardplan.specs import Mesh
@@ -70,22 +69,22 @@ def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | No
     effects = TorchEffects(here, torch.device("cpu"), given or nn.Module(), copied, plan.runtime.callables)
     types = {spec.path: (spec.dtype, spec.local_shape(here)) for spec in held if not _is_bare(spec)}
     own = RankFile(plan.fingerprint, rank, dict.fromkeys(types, 0), dict.fromkeys(_counted(held), 0))
-    where = layout(types, own.metadata())
+    layout = file_layout(types, own.metadata())
     sums: dict[str, int] = {}
     path = Path(folder) / rank_file_name(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.truncate(where.num_bytes)
+            file.truncate(layout.num_bytes)
             for name, tensor in _made(plan, held, here, effects):
-                file.seek(where.starts[name])
+                file.seek(layout.starts[name])
                 file.write(bytes_of(tensor))
                 sums[name] = sum_of(tensor)
             loaded = {taken: effects.loading.sums.get(taken, 0) for taken in own.loaded}
             file.seek(0)
             file.write(
-                layout(types, evolve(own, sums={name: sums[name] for name in types}, loaded=loaded).metadata()).header
+                file_layout(types, evolve(own, sums={name: sums[name] for name in types}, loaded=loaded).metadata()).header
             )
             file.flush()
             os.fsync(file.fileno())
@@ -100,7 +99,7 @@ def _is_bare(spec: ParamSpec) -> bool:
 
 
 def _counted(held: Iterable[ParamSpec]) -> Iterator[tuple[str, int]]:
-    """Iterate over the parts of a checkpoint that have a sum."""
+    """Iterate over the parts of loaded tensors that have a recorded checksum."""
     for spec in held:
         for number, part in enumerate(spec.source.parts if isinstance(spec.source, Loaded) else ()):
             if part.stored.sum is not None:
@@ -129,7 +128,7 @@ def _wrong(plan: Plan, held: Iterable[ParamSpec], model: nn.Module | None) -> It
 
 
 def _made(plan: Plan, held: Iterable[ParamSpec], here: Coordinate, effects: TorchEffects) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over what a rank holds, by canonical path; what code makes comes last, as the code makes it."""
+    """Iterate over the tensors of a rank, by canonical path; tensors that init code makes come last, in its order."""
     coded: dict[str, ParamSpec] = {}
     for spec in held:
         piece = Piece.part(spec, here)
@@ -137,7 +136,7 @@ def _made(plan: Plan, held: Iterable[ParamSpec], here: Coordinate, effects: Torc
             case InitProgram():
                 yield spec.path, effects.evaluate([piece], plan.seed)[0]
             case Loaded():
-                assert plan.folder is not None, "what is read is planned with its folder"
+                assert plan.folder is not None, "a loaded tensor is planned with its folder"
                 yield spec.path, effects.load_shard([piece], plan.folder)[0]
             case ModuleValues() | OwnValues():
                 yield spec.path, effects.take(piece)

@@ -1,4 +1,4 @@
-"""What an optimizer has noted of the tensors that this rank holds, and its settings."""
+"""States and settings of an optimizer: read on this rank, exchanged between ranks, and restored."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from attrs import Factory, evolve, frozen
 from torch import Tensor
 
 from ...specs.errors import PlanError, Problem
 from ...specs.json_values import is_plain
-from ..checkpoints.optimizer_states import Group
+from ..checkpoints.optimizer_states import ParamGroup
 from ..dialects.deepspeed.optimizer_states import (
     MASTER,
     WholeStates,
@@ -22,7 +21,8 @@ from ..dialects.deepspeed.optimizer_states import (
     is_deepspeed,
     like_before,
 )
-from .held_tensors import own_part
+from .held_tensors import local_part
+from .messages import all_texts
 
 if TYPE_CHECKING:
     from ...specs.param import ParamSpec
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 @frozen
 class State:
-    """One thing that an optimizer notes of a tensor: as large as it, and split as it is, or a number.
+    """An optimizer state of a tensor: of the tensor's shape and split as it is, or a number.
 
     Args:
-        name: Its name in the optimizer, e.g. ``exp_avg``.
-        spec: The tensor, with the state's shape and dtype.
+        name: The state's name in the optimizer, e.g. ``exp_avg``.
+        spec: The tensor's spec, with the state's shape and dtype.
     """
 
     name: str
@@ -43,35 +43,36 @@ class State:
 
     @property
     def key(self) -> str:
-        """Its name in a file."""
+        """The state's key in a file."""
         return f"{self.name}/{self.spec.path}"
 
 
 @frozen
 class LocalStates:
-    """What this rank has of an optimizer's states.
+    """The optimizer states on this rank.
 
     Args:
-        tensors: By key, what it holds: of the tensor's local shape, or without axes.
-        groups: The optimizer's groups, with those of their tensors that this rank holds.
-        types: Dtype and number of axes of each, by key.
+        tensors: The states by key: of the local shape of their tensor, or without axes.
+        groups: The optimizer's groups, with the paths of the tensors that this rank holds.
+        types: Dtype and number of axes of each state, by key.
     """
 
     tensors: Mapping[str, Tensor]
-    groups: tuple[Group, ...]
+    groups: tuple[ParamGroup, ...]
     types: Mapping[str, tuple[str, int]] = Factory(lambda self: _types(self.tensors), takes_self=True)
 
 
 def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> LocalStates:
-    """Return what an optimizer has noted of the tensors that a rank holds.
+    """Return an optimizer's states of the tensors that a rank holds.
 
     Args:
-        plan: What was executed.
+        plan: The executed plan.
         held: The tensors that the rank holds, by path.
         optimizer: A torch optimizer, or DeepSpeed's.
 
     Raises:
-        PlanError: If it trains tensors that the plan does not know, or notes what is neither a number nor like its tensor.
+        PlanError: If the optimizer trains tensors that the plan does not know, or a state is neither a number nor of its
+            tensor's shape.
     """
     groups = groups_of(held, optimizer)
     if is_deepspeed(optimizer):
@@ -82,7 +83,7 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
     problems: list[Problem] = []
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            own = own_part(parameter)
+            own = local_part(parameter)
             if id(own) not in paths:
                 cause = f"group {number} of the optimizer trains a tensor of {list(parameter.shape)} that the model has not"
                 problems.append(Problem("optimizer", cause, "Give the optimizer that execute returned with this model"))
@@ -93,7 +94,7 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
                     cause = f"{name} is a {type(value).__name__}, neither a tensor nor a number"
                     problems.append(Problem(path, cause, "Save without optimizer=", plan.tree[path].type))
                     continue
-                tensor = own_part(value) if isinstance(value, Tensor) else torch.tensor(value)
+                tensor = local_part(value) if isinstance(value, Tensor) else torch.tensor(value)
                 if tensor.dim() and tensor.shape != own.shape:
                     cause = f"{name} is {list(tensor.shape)}, and the tensor on this rank {list(own.shape)}"
                     problems.append(Problem(path, cause, "Save without optimizer=", plan.tree[path].type))
@@ -103,11 +104,11 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
     return LocalStates(tensors, groups)
 
 
-def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[Group, ...]:
-    """Return an optimizer's groups, with those of their tensors that this rank holds.
+def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[ParamGroup, ...]:
+    """Return an optimizer's groups, with the paths of the tensors that this rank holds.
 
     Raises:
-        PlanError: If it is no optimizer, or a setting is no plain value.
+        PlanError: If ``optimizer`` is no optimizer, or a setting is no plain value.
     """
     if not hasattr(optimizer, "param_groups"):
         inner = hasattr(optimizer, "optimizer")
@@ -117,7 +118,7 @@ def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[Group, ...]:
     paths = {id(tensor): path for path, tensor in held.items()}
     trained = optimizer.bit16_groups if is_deepspeed(optimizer) else [group["params"] for group in optimizer.param_groups]
     inner: Any = optimizer.optimizer if is_deepspeed(optimizer) else optimizer
-    found: list[Group] = []
+    found: list[ParamGroup] = []
     problems: list[Problem] = []
     for number, (group, tensors) in enumerate(zip(inner.param_groups, trained, strict=True)):
         settings = {name: _plain(value) for name, value in group.items() if name != "params"}
@@ -125,15 +126,15 @@ def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[Group, ...]:
             if not is_plain(value):
                 cause = f"setting {name!r} of group {number} is a {type(value).__name__}, which cannot be written down"
                 problems.append(Problem("optimizer", cause, "Leave it out of the group"))
-        known = (paths.get(id(own_part(tensor))) for tensor in tensors)
-        found.append(Group(settings, tuple(path for path in known if path is not None)))
+        known = (paths.get(id(local_part(tensor))) for tensor in tensors)
+        found.append(ParamGroup(settings, tuple(path for path in known if path is not None)))
     if problems:
         raise PlanError(problems)
     return tuple(found)
 
 
 def _plain(value: Any) -> Any:
-    """Return a number for a tensor that is one, such as a learning rate for captured graphs."""
+    """Convert a tensor of one element, such as a learning rate for captured graphs, to a number."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
@@ -143,13 +144,13 @@ def give_states(
     states: Mapping[str, Mapping[str, Tensor]],
     settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Give an optimizer its states, in the dtypes that they have, and its settings.
+    """Restore an optimizer's states, in their own dtypes, and its settings.
 
     Args:
         held: The tensors that this rank holds, by path.
-        optimizer: The optimizer, of which this rank's tensors are a part.
-        states: By path and name.
-        settings: Those of its groups, in their order.
+        optimizer: The optimizer that trains them.
+        states: States by path and name.
+        settings: Settings of the optimizer's groups, in order.
     """
     if is_deepspeed(optimizer):
         check_optimizer(optimizer)
@@ -158,22 +159,22 @@ def give_states(
     paths = {id(tensor): path for path, tensor in held.items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     known = {
-        number: {name: _like(p, name, state) for name, state in states[paths[id(own_part(p))]].items() if name != MASTER}
+        number: {name: _like(p, name, state) for name, state in states[paths[id(local_part(p))]].items() if name != MASTER}
         for number, p in enumerate(parameters)
-        if paths.get(id(own_part(p))) in states
+        if paths.get(id(local_part(p))) in states
     }
     saved = optimizer.state_dict()["param_groups"]
     for group, given in zip(saved, settings, strict=True):
         group.update({name: like_before(group.get(name), value) for name, value in given.items()})
     optimizer.load_state_dict({"state": known, "param_groups": saved})
-    for number, given in known.items():  # which has cast them to the dtype of the parameter
+    for number, given in known.items():  # load_state_dict has cast them to the dtype of the parameter
         kept = optimizer.state[parameters[number]]
         kept.update({name: state.to(kept[name].device) for name, state in given.items() if state.dtype != kept[name].dtype})
 
 
 def _like(parameter: Tensor, name: str, state: Tensor) -> Tensor:
-    """Return a state as what an optimizer makes of a parameter: of a DTensor one that is split as it is."""
-    if own_part(parameter) is parameter or name == "step" or state.shape != own_part(parameter).shape:
+    """Return a state as the optimizer would make it: for a DTensor parameter, a DTensor split alike."""
+    if local_part(parameter) is parameter or name == "step" or state.shape != local_part(parameter).shape:
         return state
     from ..layout.dtensor_hooks import part_like  # importing torch's DTensor takes a second
 
@@ -181,25 +182,25 @@ def _like(parameter: Tensor, name: str, state: Tensor) -> Tensor:
 
 
 def all_states(plan: Plan, local: LocalStates) -> tuple[State, ...]:
-    """Return the states of all ranks, in one order on all of them; every rank calls it."""
+    """Return the states of all ranks, in the same order on every rank; every rank calls it."""
     known: dict[str, list[Any]] = {}
-    for text in _exchanged(json.dumps(dict(local.types))):
+    for text in all_texts(json.dumps(dict(local.types))):
         known |= json.loads(text)
-    return tuple(_ordered(plan, known))
+    return tuple(_in_order_of_plan(plan, known))
 
 
-def all_groups(local: LocalStates) -> tuple[Group, ...]:
-    """Return the groups of all ranks, with all of their tensors; every rank calls it. Settings are those of the first."""
-    found: list[Group] = []
-    for text in _exchanged(json.dumps([[dict(group.settings), list(group.paths)] for group in local.groups])):
+def all_groups(local: LocalStates) -> tuple[ParamGroup, ...]:
+    """Return the groups with the tensors of all ranks and the settings of rank 0; every rank calls it."""
+    found: list[ParamGroup] = []
+    for text in all_texts(json.dumps([[dict(group.settings), list(group.paths)] for group in local.groups])):
         for number, (settings, paths) in enumerate(json.loads(text)):
             if number == len(found):
-                found.append(Group(settings, ()))
+                found.append(ParamGroup(settings, ()))
             found[number] = evolve(found[number], paths=tuple(dict.fromkeys((*found[number].paths, *paths))))
     return tuple(found)
 
 
-def _ordered(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[State]:
+def _in_order_of_plan(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[State]:
     by_path: dict[str, list[tuple[str, str, int]]] = {}
     for key, (dtype, num_axes) in known.items():
         name, _, path = key.partition("/")
@@ -212,20 +213,3 @@ def _ordered(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[State]:
 
 def _types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:
     return {key: (str(tensor.dtype).removeprefix("torch."), tensor.dim()) for key, tensor in tensors.items()}
-
-
-def _exchanged(text: str) -> list[str]:
-    """Return the texts of all processes of the group."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [text]
-    num_ranks = dist.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    mine = text.encode()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(num_ranks)]
-    dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
-    room = max(int(size) for size in sizes)
-    sent = torch.zeros(room, dtype=torch.uint8)
-    sent[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else sent[:0]
-    texts = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in range(num_ranks)]
-    dist.all_gather(texts, sent.to(device))
-    return [bytes(t.cpu().numpy())[: int(size)].decode() for t, size in zip(texts, sizes, strict=True)]

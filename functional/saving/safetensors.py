@@ -1,7 +1,7 @@
-"""How a safetensors file is laid out: the header first, then one tensor after another. No torch.
+"""Lay out a safetensors file: the header first, then one tensor after another.
 
-https://github.com/huggingface/safetensors#format. Tensors lie in the order in which the safetensors library puts them: equal
-tensors give equal bytes.
+https://github.com/huggingface/safetensors#format. Tensors lie in the order of the safetensors library, so that equal tensors
+give equal files.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
+import torch
 from attrs import frozen
 from frozendict import frozendict
+from torch import Tensor
 
 from ...specs.dtypes import num_bytes
 from ...specs.errors import PlanError, Problem
+from ..checkpoints.checksum import position_sum
 from ..checkpoints.formats.safetensors import DTYPES
 
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
@@ -22,16 +26,17 @@ _ORDER = (
     *("int64", "float64", "complex64", "float32", "int32", "bfloat16", "float16", "int16"),
     *("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool"),
 )
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64, 16: torch.uint64}
 
 
 @frozen
-class Layout:
-    """Where the tensors of a file lie.
+class FileLayout:
+    """The layout of a safetensors file.
 
     Args:
-        header: The file's first bytes.
-        starts: The first byte of each tensor in the file, in the order of their bytes.
-        num_bytes: The file's length.
+        header: Its first bytes, up to the first tensor.
+        starts: First byte of each tensor in the file, in the order of their bytes.
+        num_bytes: Length of the file.
     """
 
     header: bytes
@@ -39,17 +44,19 @@ class Layout:
     num_bytes: int
 
 
-def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] = frozendict()) -> Layout:
-    """Return where tensors lie in a file.
+def file_layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] = frozendict()
+) -> FileLayout:
+    """Lay out tensors in a file.
 
     Args:
         tensors: Dtype and shape by key.
-        metadata: Strings that stand in the header.
+        metadata: The header's ``__metadata__``.
 
     Raises:
         PlanError: If the format has no name for a dtype.
 
-    >>> layout({"b": ("bool", (2,)), "w": ("float32", (2, 3))}).starts.keys()
+    >>> file_layout({"b": ("bool", (2,)), "w": ("float32", (2, 3))}).starts.keys()
     dict_keys(['w', 'b'])
     """
     strange = {key: dtype for key, (dtype, _) in tensors.items() if dtype not in _NAMES}
@@ -68,8 +75,23 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
-    return Layout(
+    return FileLayout(
         header=len(text).to_bytes(8, "little") + text,
         starts={key: first + start for key, start in starts.items()},
         num_bytes=first + end,
     )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    elements: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(elements)
+
+
+def sum_of(tensor: Tensor) -> int:
+    """Return the checksum of a tensor on the CPU.
+
+    >>> sum_of(torch.tensor([7, 0, 2], dtype=torch.int16))
+    17
+    """
+    return position_sum(tensor.contiguous().view(-1).view(_UNSIGNED[tensor.element_size()]).numpy()) if tensor.numel() else 0

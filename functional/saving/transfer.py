@@ -1,4 +1,4 @@
-"""What ranks hold goes to the ranks of another mesh, over the process group."""
+"""Transfer a model and its optimizer's states to the ranks of another mesh, over the process group."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ...specs.ownership import holders, local_boxes
 from ...specs.resharding import Transfer
 from ..checkpoints.optimizer_states import settings_for
 from ..dialects import dialect_of
-from ..interpreter.world import agree
+from ..dialects.deepspeed.zero3_params import is_in_pieces
 from .held_tensors import held_tensors
-from .messages import messages, messages_on, narrowed
+from .messages import agreement, as_message, messages, receive, view_box
 from .optimizer_states import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ def transfer(
     source_optimizer: Any = None,
     target_optimizer: Any = None,
 ) -> None:
-    """Give the ranks of one mesh what those of another hold; every rank calls it.
+    """Transfer the tensors of one mesh's ranks to another mesh's ranks; every rank calls it.
 
-    Both meshes are of the same processes; where their number changes, go by files: ``save_checkpoint``, then
-    ``init_weights=Checkpoint(folder)`` and ``load_optimizer``. Messages are of 32 MiB at most; what a rank has already it
-    copies.
+    Both meshes consist of the same processes; if their number changes, go by files: ``save_checkpoint``, then
+    ``init_weights=Checkpoint(folder)`` and ``load_optimizer``. Messages have at most 32 MiB; a rank copies the parts that it
+    holds already.
 
     Args:
-        resharding: What goes where: ``reshard(plan_a, plan_b)``.
-        source_model: What ``execute(plan_a)`` returned.
-        target_model: What ``execute(plan_b)`` returned, whose values are written over.
-        source_optimizer: The source's torch optimizer; with it states and settings go along.
+        resharding: The transfers: ``reshard(plan_a, plan_b)``.
+        source_model: The model that ``execute(plan_a)`` returned.
+        target_model: The model that ``execute(plan_b)`` returned; its values are overwritten.
+        source_optimizer: The source's torch optimizer; with it, states and settings are transferred too.
         target_optimizer: The target's torch optimizer.
 
     Raises:
@@ -58,31 +58,25 @@ def transfer(
     """
     before: Mapping[str, Tensor] = {}
     after: Mapping[str, Tensor] = {}
-    states, error = LocalStates({}, ()), None
-    try:
+    states = LocalStates({}, ())
+    with agreement(resharding.target):
         _check(resharding, source_optimizer, target_optimizer)
         before, after = _held(resharding.source, source_model), _held(resharding.target, target_model)
         if source_optimizer is not None:
             states = local_states(resharding.source, before, source_optimizer)
-    except Exception as wrong:  # noqa: BLE001  whatever is wrong here, the other ranks wait for the agreement
-        error = wrong
-    agree(resharding.target, error, messages_on())
     with torch.no_grad():
         for spec in resharding.target.tree.values():
-            _bring(resharding, resharding.source.tree[spec.path], spec, before.get(spec.path), after.get(spec.path))
+            _move(resharding, resharding.source.tree[spec.path], spec, before.get(spec.path), after.get(spec.path))
     if target_optimizer is None:
         return
     known, saved = all_states(resharding.source, states), all_groups(states)
     settings: tuple[Mapping[str, Any], ...] = ()
-    try:
+    with agreement(resharding.target):
         settings, problems = settings_for(saved, groups_of(after, target_optimizer))
         cause, fix = "the optimizer has noted it on other ranks, and not on this one", "Send it when all ranks have trained"
         lacking = [s.key for s in known if s.spec.path in before and s.key not in states.tensors]
         if problems := [*problems, *(Problem(key, cause, fix) for key in lacking)]:
-            raise PlanError(problems)  # noqa: TRY301  it is told to all ranks as whatever else goes wrong
-    except Exception as wrong:  # noqa: BLE001  the other ranks wait for the agreement
-        error = wrong
-    agree(resharding.target, error, messages_on())
+            raise PlanError(problems)
     with torch.no_grad():
         received = _received(resharding, known, states, after)
     give_states(after, target_optimizer, received, settings)
@@ -105,32 +99,32 @@ def _check(resharding: Reshard, source_optimizer: object, target_optimizer: obje
 
 
 def _held(plan: Plan, model: Any) -> Mapping[str, Tensor]:
-    """Return what this rank holds of a plan."""
+    """Return the tensors that this rank holds of a plan."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     held = held_tensors(plan, model, plan.mesh.coordinate(rank))
     cause = "ZeRO 3 keeps it in pieces"
-    if problems := [Problem(path, cause, _BY_FILES) for path, tensor in held.items() if hasattr(tensor, "ds_id")]:
+    if problems := [Problem(path, cause, _BY_FILES) for path, tensor in held.items() if is_in_pieces(tensor)]:
         raise PlanError(problems)
     return held
 
 
-def _bring(resharding: Reshard, before: ParamSpec, after: ParamSpec, mine: Tensor | None, into: Tensor | None) -> None:
-    """Bring one tensor to its ranks. All processes go through its parts in one order, so that none waits for another."""
+def _move(resharding: Reshard, before: ParamSpec, after: ParamSpec, mine: Tensor | None, into: Tensor | None) -> None:
+    """Transfer one tensor; all ranks go through its parts in the same order, so that none waits for another."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    for move in _moves(resharding, before, after):
+    for move in _transfers(resharding, before, after):
         if rank not in (move.source, move.target):
             continue
         sender, receiver = resharding.source.mesh.coordinate(move.source), resharding.target.mesh.coordinate(move.target)
         there, here = local_boxes(after, receiver, move.index), local_boxes(before, sender, move.index)
         for (_, placed), (_, taken) in zip(there, here, strict=True):
             for into_box, mine_box in messages(placed, taken, num_bytes(after.dtype)):
-                given = None if mine is None or rank != move.source else narrowed(mine.detach(), mine_box)
-                taker = None if into is None or rank != move.target else narrowed(into.detach(), into_box)
+                given = None if mine is None or rank != move.source else view_box(mine.detach(), mine_box)
+                taker = None if into is None or rank != move.target else view_box(into.detach(), into_box)
                 _pass(given, taker, move)
 
 
-def _moves(resharding: Reshard, before: ParamSpec, after: ParamSpec) -> Iterator[Transfer]:
-    """Iterate over the parts of a tensor on their ways; a number without axes goes to each rank from the first."""
+def _transfers(resharding: Reshard, before: ParamSpec, after: ParamSpec) -> Iterator[Transfer]:
+    """Iterate over the transfers of a tensor; a number without axes goes to each rank from the first."""
     targets = range(resharding.target.mesh.num_ranks)
     if after.orig_shape == resharding.target.tree[after.path].orig_shape:
         yield from (move for rank in targets for move in resharding.of(after.path, rank))
@@ -142,20 +136,19 @@ def _moves(resharding: Reshard, before: ParamSpec, after: ParamSpec) -> Iterator
 
 
 def _pass(given: Tensor | None, taker: Tensor | None, move: Transfer) -> None:
+    """Send, receive or copy one message."""
     if given is not None and taker is not None:
         taker.copy_(given)
     elif given is not None:
-        dist.send(given.to(messages_on()).contiguous().view(-1).view(torch.uint8), dst=move.target)
+        dist.send(as_message(given), dst=move.target)
     elif taker is not None:
-        message = torch.empty(taker.numel() * taker.element_size(), dtype=torch.uint8, device=messages_on())
-        dist.recv(message, src=move.source)
-        taker.copy_(message.view(taker.dtype).view(taker.shape))
+        taker.copy_(receive(tuple(taker.shape), taker.dtype, move.source))
 
 
 def _received(
     resharding: Reshard, known: Iterable[State], states: LocalStates, after: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the states of the tensors that this process holds afterwards, by path and name."""
+    """Transfer the states; return those of the tensors that this rank holds afterwards, by path and name."""
     found: dict[str, dict[str, Tensor]] = {}
     for state in known:
         path = state.spec.path
@@ -167,5 +160,5 @@ def _received(
             shape = after[path].shape if target.orig_shape else ()
             into = torch.zeros(shape, dtype=getattr(torch, target.dtype), device=after[path].device)
             found.setdefault(path, {})[state.name] = into
-        _bring(resharding, state.spec, target, states.tensors.get(state.key), into)
+        _move(resharding, state.spec, target, states.tensors.get(state.key), into)
     return found

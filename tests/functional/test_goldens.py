@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardplan.functional import assert_plan_matches, plan_build
-from shardplan.functional.saving.atomic_file import write_whole
+from shardplan.functional.saving.atomic import write_whole
 from shardplan.specs import Mesh
 from tests.helpers.models import plain, split_plain
 from tests.helpers.processes import run_program

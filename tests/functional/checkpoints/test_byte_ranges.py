@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from shardplan.functional.checkpoints import reader as read_parts
 from shardplan.functional.checkpoints.assembly import Assembly, concatenated, narrowed, squeezed, stacked, transposed
-from shardplan.functional.checkpoints.byte_ranges import STAGING_BYTES, take, take_all
-from shardplan.functional.checkpoints.reader import Files, read_part
+from shardplan.functional.checkpoints.byte_ranges import STAGING_BYTES, select, select_all
+from shardplan.functional.checkpoints.reader import Files, ReadRequest, read_all
 from shardplan.specs import Mesh, ParamSpec, PlanError, Shard
 from shardplan.specs.index import index_shape, whole_index
 from shardplan.specs.ownership import holders
@@ -89,7 +89,7 @@ class CountedFiles(Files):
 def read(folder, parts, index, dtype):
     out = torch.empty(index_shape(index), dtype=getattr(torch, dtype))
     with CountedFiles(folder) as files:
-        read_part(out, parts, index, files)
+        read_all([ReadRequest(out, one) for one in select_all(parts, index)], files)
     return out, files
 
 
@@ -167,7 +167,7 @@ def test_every_rank_reads_what_it_keeps_and_no_other_byte(data, dtype, rank, roo
         kept = part_of(values, index)
         assert part.contiguous().view(-1).view(torch.uint8).equal(kept.contiguous().view(-1).view(torch.uint8))
         assert sum(files.num_read.values()) == kept.nbytes
-        assert sum(taken.num_bytes for taken in take_all(tensor.parts, index)) == kept.nbytes
+        assert sum(taken.num_bytes for taken in select_all(tensor.parts, index)) == kept.nbytes
 
 
 @law
@@ -179,7 +179,7 @@ def test_runs_are_the_bytes_in_the_order_of_the_file(data):
     for size in shape:
         cuts = data.draw(st.lists(st.integers(0, size), min_size=2, max_size=4, unique=True).map(sorted))
         index.append(tuple((a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False)))
-    taken = take(Part.whole(stored), tuple(index))
+    taken = select(Part.whole(stored), tuple(index))
     flat = torch.arange(prod(shape)).reshape(shape)
     wanted = part_of(flat, index).reshape(-1).tolist()
     runs = list(taken.runs())
@@ -199,7 +199,7 @@ def _bytes(taken):
 
 def test_a_million_rows_are_one_record():
     stored = StoredTensor("f", "k", 0, (2**20, 4096), "bfloat16")
-    taken = take(Part.whole(stored), (((0, 2**20),), ((512, 1024),)))
+    taken = select(Part.whole(stored), (((0, 2**20),), ((512, 1024),)))
     assert (taken.num_bytes, taken.num_runs, taken.entries) == (2**30, 2**20, (((0, 2**20),), ((512, 1024),)))
 
 
@@ -320,7 +320,7 @@ def test_few_of_many_files_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", lambda *args: most.append(num_open()) or opened(*args))
     out = torch.empty_like(whole)
     with Files(folder) as files:
-        read_part(out, parts, whole_index((200,)), files)
+        read_all([ReadRequest(out, one) for one in select_all(parts, whole_index((200,)))], files)
     assert torch.equal(out, whole)
     assert len(most) == 200
     assert max(most) <= before + 70

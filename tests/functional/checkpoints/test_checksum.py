@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.functional.checkpoints.assembly import Assembly, narrowed
-from shardplan.functional.checkpoints.byte_ranges import take
-from shardplan.functional.checkpoints.checksum import MODULUS, position_sum, sum_taken
-from shardplan.functional.checkpoints.expected_checksums import Known, differing, known_sums
+from shardplan.functional.checkpoints.byte_ranges import select
+from shardplan.functional.checkpoints.checksum import MODULUS, position_sum, sum_selected
+from shardplan.functional.checkpoints.expected_checksums import ExpectedSum, expected_sums, wrong_sums
 from shardplan.specs import Mesh, ParamSpec, Shard, SpecTree
 from shardplan.specs.index import whole_index
 from shardplan.specs.ownership import held_first
@@ -97,13 +97,13 @@ def test_what_each_rank_holds_first_adds_up_over_any_mesh(shards, dtype, window)
     total = 0
     for rank in range(mesh.num_ranks):
         here = mesh.coordinate(rank)
-        taken, first = take(part, spec.index(here)), held_first(spec, here)
+        taken, first = select(part, spec.index(here)), held_first(spec, here)
         if taken is None or first is None:
             continue
-        counted = take(part, first).entries
+        counted = select(part, first).entries
         for some in taken.windows(window):
             read = np.concatenate([raw[start : start + size] for start, size in some.runs()])
-            total += sum_taken(read, some, counted)
+            total += sum_selected(read, some, counted)
     assert total % MODULUS == position_sum(raw.view(f"u{min(item, 8)}"))
 
 
@@ -127,7 +127,7 @@ def test_what_is_read_whole_is_checked_and_counts_once():
             loaded("plain.weight", stored("plain", None)),
         ]
     )
-    known = known_sums(tree)
+    known = expected_sums(tree)
     assert {key: one.counting for key, one in known.items()} == {
         ("f", "embed"): frozenset({("embed.weight", 0)}),
         ("f", "qkv"): frozenset({("q.weight", 0), ("v.weight", 0), ("k.weight", 0)}),
@@ -135,8 +135,8 @@ def test_what_is_read_whole_is_checked_and_counts_once():
 
 
 def test_a_sum_that_differs_is_told_with_file_and_tensor():
-    known = {("f", "a"): Known(7, frozenset()), ("f", "b"): Known(2**64 - 1, frozenset())}
-    (problem,) = differing(known, {("f", "a"): 7, ("f", "b"): 1}, {})
+    known = {("f", "a"): ExpectedSum(7, frozenset()), ("f", "b"): ExpectedSum(2**64 - 1, frozenset())}
+    (problem,) = wrong_sums(known, {("f", "a"): 7, ("f", "b"): 1}, {})
     assert str(problem).startswith(
         "  b: what is read of f has the sum 0000000000000001, and ffffffffffffffff was saved: it is damaged\n"
     )
@@ -145,4 +145,4 @@ def test_a_sum_that_differs_is_told_with_file_and_tensor():
 def test_a_scalar_has_a_sum():
     part = Part.whole(StoredTensor("f", "scale", 0, (), "float32"))
     raw = np.frombuffer(np.float32(2.5).tobytes(), np.uint8).copy()
-    assert sum_taken(raw, take(part, whole_index(())), ()) == position_sum(raw.view(np.uint32))
+    assert sum_selected(raw, select(part, whole_index(())), ()) == position_sum(raw.view(np.uint32))

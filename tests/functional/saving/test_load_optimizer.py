@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardplan.functional import create_schedule, execute, load_optimizer, plan_build, save_checkpoint
-from shardplan.functional.checkpoints.optimizer_states import Group, settings_for
+from shardplan.functional.checkpoints.optimizer_states import ParamGroup, settings_for
 from shardplan.specs import Mesh, PlanError
 
 
@@ -159,8 +159,8 @@ def test_another_optimizer_is_told(saved):
 
 
 def test_a_group_without_tensors_here_takes_the_settings_of_its_place():
-    saved = (Group({"lr": 1.0}, ("a",)), Group({"lr": 2.0}, ("b",)))
-    settings, problems = settings_for(saved, (Group({"lr": 0.0}, ("b",)), Group({"lr": 0.0}, ())))
+    saved = (ParamGroup({"lr": 1.0}, ("a",)), ParamGroup({"lr": 2.0}, ("b",)))
+    settings, problems = settings_for(saved, (ParamGroup({"lr": 0.0}, ("b",)), ParamGroup({"lr": 0.0}, ())))
     assert [group["lr"] for group in settings] == [2.0, 2.0]
     assert not problems
 

@@ -20,10 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shardplan.functional import create_schedule, execute, gather, plan_build, save_checkpoint
 from shardplan.functional.checkpoints.detect import read_contents
 from shardplan.functional.checkpoints.formats.safetensors import DTYPES
-from shardplan.functional.saving import atomic_folder as whole_folder
-from shardplan.functional.saving import file_plan as written_files
-from shardplan.functional.saving.safetensors import layout
-from shardplan.functional.saving.tensor_bytes import bytes_of
+from shardplan.functional.saving import atomic, file_plan
+from shardplan.functional.saving.safetensors import bytes_of, file_layout
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.helpers.families import MAKERS
 from tests.helpers.models import Plain, llama
@@ -50,7 +48,7 @@ def made(name):
 @pytest.mark.parametrize("size", [50_000_000_000, 20_000])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_bytes_are_those_of_save_pretrained(name, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(written_files, "MAX_FILE_BYTES", size)
+    monkeypatch.setattr(file_plan, "MAX_FILE_BYTES", size)
     model = made(name)
     model.save_pretrained(tmp_path / "theirs", max_shard_size=size)
     plan, result = built(model)
@@ -129,7 +127,7 @@ def test_tensors_of_all_kinds_come_back(tmp_path):
 )
 def test_a_file_is_laid_out_as_the_safetensors_library_does(types, metadata):
     tensors = {key: torch.zeros(shape, dtype=getattr(torch, dtype)) for key, (dtype, shape) in types.items()}
-    where = layout(types, metadata)
+    where = file_layout(types, metadata)
     written = where.header + b"".join(bytes(bytes_of(tensors[key])) for key in where.starts)
     assert written == save(tensors, metadata or None)
     assert where.num_bytes == len(written)
@@ -206,11 +204,11 @@ def test_what_was_not_saved_here_is_never_replaced(small, tmp_path, put, cause):
 
 
 def test_what_comes_to_the_folder_while_it_is_saved_is_not_replaced(tmp_path):
-    partial = whole_folder.begin(tmp_path / "ours")
+    partial = atomic.begin_folder(tmp_path / "ours")
     (partial / "manifest.json").write_text("{}")
     fill(tmp_path / "ours")
     with pytest.raises(PlanError, match=r"thesis\.tex"):
-        whole_folder.finish(tmp_path / "ours")
+        atomic.finish_folder(tmp_path / "ours")
     assert (tmp_path / "ours" / "thesis.tex").exists()
 
 
@@ -258,7 +256,7 @@ def test_another_model_than_the_planned_one_is_refused(small, tmp_path):
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     """A Llama in several files that was saved here; and a plan that reads it."""
-    monkeypatch.setattr(written_files, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(file_plan, "MAX_FILE_BYTES", 20_000)
     plan, result = built(made("llama"))
     save_checkpoint(plan, result.model, tmp_path / "ours")
     return tmp_path / "ours"

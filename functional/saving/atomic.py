@@ -1,10 +1,11 @@
-"""A folder that is whole or not there, also if the process is killed while it is written."""
+"""Files and folders that are whole or not there, also if the process is killed while it writes them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,15 +16,33 @@ from ..checkpoints.formats.manifest import NAME, read_manifest
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def begin(folder: Path) -> Path:
-    """Return a folder to write to, ``.name.partial`` beside ``folder``, which takes its place when ``finish`` is called.
-
-    Args:
-        folder: Where the folder will be: nothing, an empty folder, or one with a manifest.
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that nobody ever sees half written.
 
     Raises:
-        PlanError: If something else is there, or the system cannot exchange folders at once.
-        OSError: If it cannot be written.
+        OSError: If its folder is missing, or not writable.
+    """
+    number, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    beside = Path(name)
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as handle:
+            handle.write(text)
+        beside.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o666 & ~_umask())
+        beside.replace(file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def begin_folder(folder: Path) -> Path:
+    """Make ``.name.partial`` beside ``folder`` to write to; ``finish_folder`` moves it to ``folder``.
+
+    Args:
+        folder: The folder that will appear; now missing, empty, or with a manifest of ours.
+
+    Raises:
+        PlanError: If anything else is there, or the system cannot exchange folders atomically.
+        OSError: If the partial folder cannot be made.
     """
     folder = absolute(folder)
     if Path.cwd().is_relative_to(folder):
@@ -38,14 +57,14 @@ def begin(folder: Path) -> Path:
     return partial
 
 
-def finish(folder: Path) -> None:
-    """Let what was written take the place of ``folder``, at once, when all of it is on the disk; remove what was there.
+def finish_folder(folder: Path) -> None:
+    """Sync the partial folder to disk, move it to ``folder`` atomically, and remove the folder that was there before.
 
-    A folder that is there is exchanged with the new one by ``renameat2`` with ``RENAME_EXCHANGE`` (Linux).
+    An existing folder is exchanged with the new folder by ``renameat2`` with ``RENAME_EXCHANGE`` (Linux).
 
     Raises:
-        PlanError: If something else has come there meanwhile.
-        OSError: If it cannot be done; then nothing has changed.
+        PlanError: If something else has appeared at ``folder`` meanwhile.
+        OSError: If the system refuses; then nothing has changed.
     """
     folder = absolute(folder)
     partial = partial_of(folder)
@@ -61,33 +80,40 @@ def finish(folder: Path) -> None:
     _remove(partial)
 
 
-def abandon(folder: Path) -> None:
-    """Remove what was written."""
+def abandon_folder(folder: Path) -> None:
+    """Remove the partial folder."""
     _remove(partial_of(absolute(folder)))
 
 
 def absolute(folder: Path) -> Path:
-    """Return the path of a folder from the root; a link stays one."""
+    """Return the absolute path of a folder; links are not followed."""
     return Path(os.path.abspath(folder))  # noqa: PTH100  resolve would follow links
 
 
 def partial_of(folder: Path) -> Path:
-    """Return where a folder is written before it is whole."""
+    """Return the partial folder beside a folder."""
     return folder.with_name(f".{folder.name}.partial")
 
 
+def _umask() -> int:
+    """Return the mode bits that new files of this process do not get; the system only tells when they are set."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _remove(partial: Path) -> None:
-    """Remove a folder; what is left of it if that is stopped has no manifest."""
+    """Remove a folder, its manifest first: if that is interrupted, the remains do not pass for a saved folder."""
     with suppress(OSError):
         (partial / NAME).unlink()
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Tell whether a folder that was saved here is there; False for nothing, and for an empty folder.
+    """Tell whether a folder was saved by ``save_checkpoint``; False if it is missing or empty.
 
     Raises:
-        PlanError: If something else is there.
+        PlanError: If anything else is there.
     """
     if folder.is_symlink():
         raise PlanError(
@@ -108,7 +134,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _carry_over(folder: Path, partial: Path) -> None:
-    """Copy what somebody has put beside what was saved, such as a tokenizer, to what takes its place."""
+    """Copy files that somebody put beside the saved files, such as a tokenizer, to the new folder."""
     manifest = read_manifest(str(folder))
     saved = {NAME, INDEX, *(manifest.files if manifest else ())}
     for path in folder.iterdir():
@@ -121,7 +147,7 @@ def _carry_over(folder: Path, partial: Path) -> None:
 
 
 def _check_exchange(folder: Path) -> None:
-    """Raise PlanError if the system cannot exchange folders where this one is."""
+    """Raise PlanError if the file system of a folder cannot exchange folders."""
     first, second = folder.with_name(f".{folder.name}.a"), folder.with_name(f".{folder.name}.b")
     first.mkdir(exist_ok=True)
     second.mkdir(exist_ok=True)
@@ -136,6 +162,7 @@ def _check_exchange(folder: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
+    """Exchange two folders atomically."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         raise OSError(0, "there is no renameat2")
@@ -145,7 +172,7 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk."""
+    """Wait until a folder and everything in it are on the disk."""
     for path in folder.iterdir():
         if path.is_symlink():
             continue
