@@ -1,1 +1,1 @@
-"""Weights in files: what lies where, under which names, read and written."""
+"""Weights in files: formats, names, and reading the bytes of each rank's shards."""

@@ -71,7 +71,7 @@ class Selection:
 
     @property
     def num_runs(self) -> int:
-        """Number of contiguous byte ranges, at most: adjacent ranges are counted one by one."""
+        """Number of contiguous byte ranges, at most: adjacent ranges are counted separately."""
         cut = self._num_cut()
         return prod(self.shape[: cut - 1]) * len(self.entries[cut - 1]) if cut else 1
 

@@ -49,7 +49,7 @@ def expected_sums(tree: SpecTree) -> dict[FileKey, ExpectedSum]:
 def wrong_sums(
     expected: Mapping[FileKey, ExpectedSum], sums: Mapping[FileKey, int], recorded_now: Mapping[FileKey, int]
 ) -> Iterator[Problem]:
-    """Iterate over problems with stored tensors whose checksum is not the expected one.
+    """Iterate over problems with stored tensors with an unexpected checksum.
 
     Args:
         expected: Checksums recorded when the plan was made.

@@ -167,7 +167,7 @@ def is_pretrained(model: nn.Module) -> bool:
 
 @frozen
 class _KeyGroup:
-    """The keys, by the pattern that matched them, that one conversion turns into one or more tensors of the model."""
+    """The keys, by the pattern that matched them, that a conversion turns into tensors of the model."""
 
     converter: Any
     keys: dict[str, list[str]]

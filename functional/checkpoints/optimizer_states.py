@@ -78,7 +78,7 @@ def stored_states(folder: str) -> StoredStates:
 def settings_for(
     saved: Sequence[ParamGroup] | None, own: Sequence[ParamGroup]
 ) -> tuple[tuple[Mapping[str, Any], ...], list[Problem]]:
-    """Return the settings for each group of an optimizer, which are those its tensors were saved with, and the problems.
+    """Return the saved settings for each group of an optimizer, and the problems found.
 
     Args:
         saved: The saved groups; None if they are not known.

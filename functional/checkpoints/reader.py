@@ -1,9 +1,9 @@
 """Read parts of tensors from files: each rank reads its own bytes, once, in the order of the files.
 
-All bytes pass through a buffer of one MiB that stays in the core's cache, where they are converted, permuted, summed or
+All bytes pass through a buffer of 1 MiB that stays in the core's cache, where they are converted, permuted, summed or
 sent to a device. This is as fast as reading straight into the tensors, whose memory is then touched for the first time.
 
-Byte ranges are read by ``preadv``, adjacent ranges in one call. Short ranges with short gaps (the rows of a tensor split
+Byte ranges are read by ``preadv``, adjacent ranges together. Short ranges with short gaps (the rows of a tensor split
 along its last axis) are copied from a memory mapping instead: a call for each row takes twice as long. The mapping is
 populated beforehand, so that an unreadable page is an error rather than a signal, and dropped afterwards.
 """
@@ -40,7 +40,7 @@ _SHORT = 2**14  # bytes of a range; for longer ranges the call itself costs a te
 _NEAR = 2**16  # bytes that one page fault maps
 _SPAN = 2**25  # bytes of a file mapped at one time
 _MAX_BUFFERS = 1024  # of one ``preadv``
-_MAX_OPEN = 64  # a universal checkpoint has one file a tensor, and a process may open about a thousand
+_MAX_OPEN = 64  # a universal checkpoint has a file a tensor, and a process may open about a thousand
 _POPULATE = 22  # MADV_POPULATE_READ
 
 
@@ -166,7 +166,7 @@ class Files:
         """Return the descriptor of a tensor's file; when it is opened, check that it is the planned file."""
         name = stored.file
         if name not in self._descriptors:
-            if len(self._descriptors) == _MAX_OPEN:  # files are read one after another: the oldest is finished
+            if len(self._descriptors) == _MAX_OPEN:  # files are read in order: the oldest is finished
                 first = next(iter(self._descriptors))
                 self._maps.pop(first, None)
                 os.close(self._descriptors.pop(first))
@@ -219,7 +219,7 @@ def _max_window_bytes(selection: Selection, room: int) -> int:
 
 
 def _fill(raw: NDArray[np.uint8], batch: Iterable[_Window], files: Files) -> None:
-    """Read windows into the buffer, adjacent byte ranges in one call."""
+    """Read windows into the buffer, adjacent byte ranges together."""
     buffers: list[memoryview] = []
     stored: list[StoredTensor] = []
     first = end = 0

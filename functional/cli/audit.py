@@ -76,8 +76,8 @@ def command(
 
         write(html, html_report(loaded, report))
     if as_json:
-        one = {} if rank is None else {"rank": _rank_json(loaded, report, rank)}
-        echo_json({"ok": report.ok, "fingerprint": loaded.fingerprint, **as_plain(report), **one})
+        of_rank = {} if rank is None else {"rank": _rank_json(loaded, report, rank)}
+        echo_json({"ok": report.ok, "fingerprint": loaded.fingerprint, **as_plain(report), **of_rank})
     else:
         echo(str(report))
         if rank is not None:
@@ -97,7 +97,7 @@ def _fails(report: Report, fail_on: Literal["error", "warning", "never"]) -> boo
 
 
 def _rank(plan: Plan, report: Report, rank: int) -> Iterator[str]:
-    """Write what one rank holds, and what it will do while the plan is executed."""
+    """Iterate over lines on the memory of a rank, and on its receipt."""
     memory, receipt = report.memory(rank), predict(plan, rank)
     here = plan.mesh.coordinate(rank)
     yield f"rank {rank}  {' '.join(f'{mesh_axis}={here.index(mesh_axis)}' for mesh_axis in MESH_AXES)}"

@@ -1,4 +1,4 @@
-"""The command ``shardplan``: its commands are loaded when they are asked for, and what a user can mend is no traceback."""
+"""The command group ``shardplan``: loads each command on demand, and prints a ``PlanError`` without a traceback."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _COMMANDS = ("plan", "show", "audit", "explain", "diff", "search", "materialize"
 
 
 class Failure(click.ClickException):
-    """What a user can mend: its text on stderr, exit code 2."""
+    """A mistake that the user can mend: its text on stderr, exit code 2."""
 
     exit_code = 2
 
     def show(self, file: object = None) -> None:  # noqa: ARG002  click's signature
-        """Write the text."""
+        """Print the text."""
         click.echo(self.message, err=True)
 
 
 class Commands(click.Group):
-    """A group whose commands stand in the modules of their names, so that none loads what another needs."""
+    """A group of commands, each imported from the module of its name on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        """Return the names, in the order in which they are used."""
+        """Return the commands' names, in the order of use."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
-        """Return a command, None if there is none of that name."""
+        """Return the command of a name; None if there is none."""
         if cmd_name not in _COMMANDS:
             return None
-        # by name, so that no import leads from a command that needs no torch to one that does
+        # by name, so that commands without torch do not import those with it
         return import_module(f"..{cmd_name}", __name__).command
 
     def invoke(self, ctx: click.Context) -> object:

@@ -1,4 +1,4 @@
-"""Where a schedule comes from: a function of the user's, or the configuration of a transformers model."""
+"""Make schedules from a function of the user's, or from the configuration of a transformers model."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 
 _PACKAGES = (str(Path(__file__).parent.parent), str(Path(errors.__file__).parent))
-"""Where this package's own code stands, which is never the line that a user looks for."""
+"""Folders of this package's own code, which are skipped when an error is traced to the user's line."""
 
 
 @frozen
-class Source:
-    """How a schedule is made for any mesh, and the sizes of what its model is called with.
+class ScheduleSource:
+    """A way to make schedules for any mesh, and the sizes of the model's example inputs.
 
     Args:
-        schedule: The schedule for a mesh.
-        batch: Batch of the example inputs; None if there are none.
-        sequence: Their length; None if there are none, or they have no length.
+        schedule: Makes the schedule for a mesh.
+        batch: Batch size of the example inputs; None if there are none.
+        sequence: Their length in tokens; None if there are none, or they have no length.
     """
 
     schedule: Callable[[Mesh], Schedule]
@@ -51,25 +51,25 @@ class Source:
     sequence: int | None = None
 
     def example_inputs(self, sch: Schedule) -> Mapping[str, Any] | None:
-        """Return meta tensors by the names of the model's arguments, None if nobody gave their sizes.
+        """Return meta tensors by the names of the model's arguments; None if their sizes are not given.
 
         Raises:
-            PlanError: If a size is missing, or what the model is called with cannot be told.
+            PlanError: If a size is missing, or the model's arguments cannot be inferred.
         """
         if self.batch is None and self.sequence is None:
             return None
         return _inputs(sch.runtime.model, self.batch, self.sequence)
 
 
-def from_factory(name: str, batch: int | None, sequence: int | None) -> Source:
-    """Return the source that a function ``module:function`` of the user's is: it takes a mesh and returns a schedule.
+def from_factory(name: str, batch: int | None, sequence: int | None) -> ScheduleSource:
+    """Make schedules by calling the user's function ``module:function``, which takes a mesh and returns a schedule.
 
     Raises:
-        PlanError: If there is no such function, or it raises; with the line of the user's code.
+        PlanError: If there is no such function, or it raises; the error names the line of the user's code.
     """
     folder = str(Path.cwd())
     if folder not in sys.path:
-        sys.path.insert(0, folder)  # as python -m has it
+        sys.path.insert(0, folder)  # as python -m does
     factory = _imported(name)
 
     def schedule(mesh: Mesh) -> Schedule:
@@ -79,13 +79,13 @@ def from_factory(name: str, batch: int | None, sequence: int | None) -> Source:
             raise PlanError([Problem(name, cause, "return create_schedule(model, mesh).at[...]...")])
         return made
 
-    return Source(schedule, batch, sequence)
+    return ScheduleSource(schedule, batch, sequence)
 
 
-def from_config(path: Path, batch: int | None, sequence: int | None) -> Source:
-    """Return the source that the configuration of a transformers model is, in a folder or a file; nothing is downloaded.
+def from_config(path: Path, batch: int | None, sequence: int | None) -> ScheduleSource:
+    """Make schedules from the configuration of a transformers model, in a folder or a file; nothing is downloaded.
 
-    The model is split as it declares, else as what it computes allows, and cut evenly along ``pipe``.
+    The model is split as it declares, else as its computation allows, and cut evenly along ``pipe``.
 
     Raises:
         PlanError: If there is no configuration, or no model for it.
@@ -96,19 +96,19 @@ def from_config(path: Path, batch: int | None, sequence: int | None) -> Source:
         declared = getattr(model, "_tp_plan", None)
         sch = create_schedule(model, mesh)
         if declared and not names_no_layer(sch, declared):
-            sch = _said_by(schedule_from_tp_plan(model, mesh), f"_tp_plan of {path}")
+            sch = _with_origin(schedule_from_tp_plan(model, mesh), f"_tp_plan of {path}")
         elif mesh.tensor > 1:
-            sch = _said_by(infer_schedule(model, mesh), f"inferred from {path}")
+            sch = _with_origin(infer_schedule(model, mesh), f"inferred from {path}")
         return sch.cut_evenly(mesh.pipe) if mesh.pipe > 1 else sch
 
-    return Source(schedule, batch, sequence)
+    return ScheduleSource(schedule, batch, sequence)
 
 
 def read_config(file: Path | None) -> dict[str, Any] | None:
-    """Return the configuration of a target that a JSON file holds, None for no file.
+    """Read the configuration of a target from a JSON file; None for no file.
 
     Raises:
-        PlanError: If it is not there, or is no JSON object.
+        PlanError: If the file is missing, or holds no JSON object.
     """
     if file is None:
         return None
@@ -140,7 +140,7 @@ def _imported(name: str) -> Callable[[Mesh], object]:
 
 
 def _run(name: str, call: Callable[[], Any]) -> Any:
-    """Call the user's code; what it raises is a problem, with the line. What it prints goes to stderr, beside the answer."""
+    """Call the user's code; its errors become problems with their line, and its prints go to stderr."""
     try:
         with redirect_stdout(sys.stderr):
             return call()
@@ -148,14 +148,14 @@ def _run(name: str, call: Callable[[], Any]) -> Any:
         raise
     except ModuleNotFoundError as error:
         if error.name == name.partition(":")[0]:
-            raise  # the module that was asked for, not one that it asks for
+            raise  # the module itself is missing, not a module that it imports
         raise PlanError([_raised(name, error)]) from error
-    except (Exception, SystemExit) as error:  # the user's code may raise anything, and may not end the command
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and must not end the command
         raise PlanError([_raised(name, error)]) from error
 
 
 def _raised(name: str, error: Exception | SystemExit) -> Problem:
-    """Return where the user's code stopped: the innermost line that is neither of this package nor of an installed one."""
+    """Return the problem of an error, with the innermost line outside of this package and of installed packages."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(("<", sys.base_prefix))]
     own = [f for f in own if not f.filename.startswith(_PACKAGES)]
@@ -164,7 +164,7 @@ def _raised(name: str, error: Exception | SystemExit) -> Problem:
 
 
 def _model(path: Path) -> nn.Module:
-    """Return the model of a configuration on the meta device, in the dtype that it names."""
+    """Build the model of a configuration on the meta device, in the configuration's dtype."""
     from transformers import AutoConfig
 
     if not path.exists():
@@ -178,15 +178,15 @@ def _model(path: Path) -> nn.Module:
         try:
             with torch.device("meta"):
                 built: Any = cls
-                return built._from_config(config)  # noqa: SLF001  what AutoModel calls: it heeds the config's dtype
-        except Exception as error:  # noqa: BLE001  a constructor may raise anything; the next one is tried
+                return built._from_config(config)  # noqa: SLF001  AutoModel calls it: it heeds the config's dtype
+        except Exception as error:  # noqa: BLE001  a constructor may raise anything; the next class is tried
             causes.append(f"{cls.__name__} raises {type(error).__name__}: {error}")
     cause = "; ".join(causes) or "transformers has no model for it"
     raise PlanError([Problem(str(path), cause, "Build the model in a function: --factory module:function")])
 
 
-def _said_by(sch: Schedule, where: str) -> Schedule:
-    """Return a schedule that no line of the user's code made, with what did make it in the place of one."""
+def _with_origin(sch: Schedule, where: str) -> Schedule:
+    """Record ``where`` as the origin of every split, in place of a line of the user's code."""
 
     def named(spec: ParamSpec) -> ParamSpec:
         return evolve(spec, origin=evolve(spec.origin, where=where)) if spec.origin else spec
@@ -195,7 +195,7 @@ def _said_by(sch: Schedule, where: str) -> Schedule:
 
 
 def _inputs(model: nn.Module, batch: int | None, sequence: int | None) -> dict[str, Any]:
-    """Return what a model is called with, as meta tensors of these sizes."""
+    """Return a model's example inputs as meta tensors of the given sizes."""
     if batch is None:
         raise PlanError([Problem("--batch", "it is not given, and --sequence is", "Give both")])
     if hasattr(model, "main_input_name"):

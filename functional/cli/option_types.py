@@ -1,4 +1,4 @@
-"""What is written on the command line, as values: a mesh, a size in bytes, a plan in a file."""
+"""Types of command-line options and arguments: a mesh, a size in bytes, ranks, a plan in a file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class BytesType(click.ParamType[int]):
 
 
 class RanksType(click.ParamType[range]):
-    """A rank, or neighbouring ones as ``16-23``.
+    """A rank, or a range of ranks as ``16-23``.
 
     >>> RanksType().convert("16-23", None, None), RanksType().convert("5", None, None)
     (range(16, 24), range(5, 6))
@@ -90,10 +90,10 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def read_plan(file: Path) -> Plan:
-    """Return the plan that a file holds.
+    """Read a plan from a file.
 
     Raises:
-        PlanError: If the file cannot be read, or holds no plan of this version; it names the file.
+        PlanError: If the file cannot be read, or holds no plan of this version; the error names the file.
     """
     try:
         text = file.read_text(encoding="utf-8")

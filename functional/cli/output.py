@@ -1,4 +1,4 @@
-"""What is printed: plain text in a pipe, the same text in colours on a terminal, JSON where it is asked for."""
+"""Print text, plain in a pipe and in colours on a terminal, or JSON on request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STYLES = {
     r"(?m)^stage \d+": "dim",
     r"(?m)^(holds|sends|step|crosses|whole|proofs|silenced|tensors|modules|finds|moves)  ": "bold",
 }
-"""What stands out: the axes that are split, by mesh axis; findings; what a diff adds and removes; names of tables."""
+"""Styles by pattern: split axes by mesh axis, findings, lines that a diff adds or removes, headings of tables."""
 
 
 def write(file: Path, text: str) -> None:

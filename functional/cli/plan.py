@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...specs.mesh import Mesh
-    from .model_sources import Source
+    from .model_sources import ScheduleSource
 
 
 def asks_for_a_model(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say which model is planned, and what for."""
+    """Add the options that name the model, its example inputs and the runtime."""
     options = (
         click.option("--factory", metavar="MODULE:FUNCTION", help="Your function from a mesh to a schedule."),
         click.option(
@@ -40,11 +40,11 @@ def asks_for_a_model(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def source_of(factory: str | None, hf_config: Path | None, batch: int | None, sequence: int | None) -> Source:
-    """Return where schedules come from.
+def source_of(factory: str | None, hf_config: Path | None, batch: int | None, sequence: int | None) -> ScheduleSource:
+    """Return the source of schedules.
 
     Raises:
-        UsageError: If both or neither of the two ways are given.
+        UsageError: If both or neither of ``--factory`` and ``--hf-config`` are given.
     """
     if (factory is None) == (hf_config is None):
         msg = "Give one of --factory module:function and --hf-config folder."

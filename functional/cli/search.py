@@ -15,7 +15,7 @@ from .plan import asks_for_a_model, source_of
 
 if TYPE_CHECKING:
     from ..schedule import Schedule
-    from .model_sources import Source
+    from .model_sources import ScheduleSource
 
 
 @click.command(
@@ -72,11 +72,11 @@ def command(
         ctx.exit(1)
 
 
-def _any_schedule(source: Source, num_ranks: int) -> Schedule:
-    """Return a schedule for the sake of its model: that of one rank, or where the function takes no such mesh of another.
+def _any_schedule(source: ScheduleSource, num_ranks: int) -> Schedule:
+    """Return the schedule of the first mesh that the user's function accepts, for the sake of its model.
 
     Raises:
-        PlanError: If the function takes none.
+        PlanError: If it accepts no mesh.
     """
     from ..search import meshes
 

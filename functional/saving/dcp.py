@@ -53,7 +53,7 @@ def write_dcp(plan: Plan, model: Any, folder: str | Path, *, optimizer: Any = No
         optimizer: Its states are written too, under ``optimizer.state.<path>.<name>``.
 
     Raises:
-        PlanError: In a single process, if the model is not the planned one, or something is in the folder.
+        PlanError: In a single process, if the model differs from the plan, or something is in the folder.
         ExecutionError: On every rank, with the first error of any rank.
     """
     held, here = agreed(plan, model)

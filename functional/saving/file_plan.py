@@ -1,4 +1,4 @@
-"""Plan the files of a saved model: the files and keys it was read from, else those that transformers would write."""
+"""Plan the files of a saved model: the files and keys it was read from, else the files and keys of transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PlannedFile:
 
 
 def plan_files(plan: Plan, model: nn.Module | None) -> tuple[PlannedFile, ...]:
-    """Return the files to write: the files and keys that the tensors were read from, else those of ``save_pretrained``.
+    """Return the files to write: the files and keys that the tensors were read from, else as ``save_pretrained`` does.
 
     Args:
         plan: The executed plan.
@@ -90,7 +90,7 @@ def _inverse(part: Part, whole: StoredTensor) -> Part:
 
 
 def _storages(model: nn.Module, tree: SpecTree) -> dict[str, tuple[int, int]]:
-    """Return the identity and size of each tensor's storage when transformers saves it: experts are views of one storage.
+    """Return the identity and size of each tensor's storage when transformers saves it: experts may share a storage.
 
     transformers' own conversion is run on meta tensors to find out.
     """

@@ -38,11 +38,11 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
     drops them.
 
     Args:
-        plan: What was executed.
-        model: What ``execute`` returned.
+        plan: The executed plan.
+        model: The model that ``execute`` returned.
 
     Raises:
-        PlanError: In a single process, if the model is not the planned one.
+        PlanError: In a single process, if the model differs from the plan.
         ExecutionError: On every rank, with the first error of any rank.
     """
     held, here = agreed(plan, model)

@@ -30,7 +30,7 @@ from .optimizer_states import give_states, groups_of
 def load_optimizer(plan: Plan, model: Any, optimizer: Any, folder: str | Path) -> None:
     """Give an optimizer the states and settings that were saved; every rank of the mesh calls it.
 
-    The folder is one that ``save_checkpoint`` wrote, or a universal checkpoint of DeepSpeed's, whose settings are not read.
+    The folder was written by ``save_checkpoint``, or is a universal checkpoint of DeepSpeed's, whose settings are not read.
     Each rank reads only its own part of each state. The settings of the optimizer's groups, such as the learning rate, are
     restored group by group.
 

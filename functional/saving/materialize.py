@@ -1,4 +1,4 @@
-"""Make the tensors of one rank in a process of its own, and write them to a file."""
+"""Make the tensors of a rank in a single process, and write them to a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def materialize(plan: Plan, rank: int, folder: str | Path, model: nn.Module | No
     """Write all tensors of a rank to ``rank-00017.safetensors``, on the CPU, without a process group; return the file.
 
     The values equal those that ``execute`` gives the rank on the CPU; on CUDA, init code that no program replaces draws
-    other numbers. One tensor is held at a time, or the whole tensors that one call of init code makes together.
+    other numbers. One tensor is held at a time, or the whole tensors that a call of init code makes together.
     ``execute(from_shards(plan, folder))`` starts from such files.
 
     Args:

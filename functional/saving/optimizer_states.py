@@ -134,7 +134,7 @@ def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[ParamGroup, .
 
 
 def _plain(value: Any) -> Any:
-    """Convert a tensor of one element, such as a learning rate for captured graphs, to a number."""
+    """Convert a tensor of a single element, such as a learning rate for captured graphs, to a number."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 

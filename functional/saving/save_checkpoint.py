@@ -60,7 +60,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: If the format is unknown.
-        PlanError: In a single process, if the model is not the planned one, or the folder holds something else.
+        PlanError: In a single process, if the model differs from the plan, or the folder holds something else.
         ExecutionError: On every rank, with the first error of any rank.
     """
     if format == "dcp":

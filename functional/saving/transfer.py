@@ -53,7 +53,7 @@ def transfer(
         target_optimizer: The target's torch optimizer.
 
     Raises:
-        PlanError: In a single process, if a model is not the planned one.
+        PlanError: In a single process, if a model differs from its plan.
         ExecutionError: On every rank, with the first error of any rank.
     """
     before: Mapping[str, Tensor] = {}
@@ -109,7 +109,7 @@ def _held(plan: Plan, model: Any) -> Mapping[str, Tensor]:
 
 
 def _move(resharding: Reshard, before: ParamSpec, after: ParamSpec, mine: Tensor | None, into: Tensor | None) -> None:
-    """Transfer one tensor; all ranks go through its parts in the same order, so that none waits for another."""
+    """Transfer one tensor; all ranks go through its parts in the same order, so that no rank waits in vain."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     for move in _transfers(resharding, before, after):
         if rank not in (move.source, move.target):

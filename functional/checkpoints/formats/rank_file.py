@@ -1,4 +1,4 @@
-"""``rank-00017.safetensors``: the shards of one rank, with the plan that they were made for."""
+"""``rank-00017.safetensors``: the shards of one rank, and the plan they were made for."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def wrong_tensors(
 
 
 def damaged(name: str, own: RankFile, found: Mapping[str, int]) -> list[Problem]:
-    """Return problems with tensors whose checksum differs from the one in the metadata."""
+    """Return problems with tensors with a wrong checksum."""
     cause = "what is read of {} has the sum {:016x}, and {:016x} was written: it is damaged"
     return [
         Problem(path, cause.format(name, number, own.sums[path]), "Write the file again")

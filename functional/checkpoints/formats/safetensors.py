@@ -66,7 +66,7 @@ def read_header(folder: str, name: str) -> Header:
         name: Path of the file within the folder.
 
     Raises:
-        PlanError: If the file is not there, cut off, or not what the format allows.
+        PlanError: If the file is missing, cut off, or violates the format.
     """
     with open_regular(folder, name, _AGAIN) as file:
         size = os.fstat(file.fileno()).st_size
@@ -158,7 +158,7 @@ def _entry(entry: Any) -> tuple[int, int, tuple[int, ...], str]:
 
 
 def _gaps(name: str, found: list[tuple[int, int, StoredTensor]], size: int) -> Iterator[Problem]:
-    """Iterate over problems where tensors do not fill a buffer of ``size`` bytes, one after another."""
+    """Iterate over problems if the tensors do not fill a buffer of ``size`` bytes without a gap."""
     at = 0
     for number, (begin, end, stored) in enumerate(found):
         if begin != at:

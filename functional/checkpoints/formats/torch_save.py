@@ -122,12 +122,12 @@ class SavedObject:
 def read_saved(
     folder: str, file: str, names: frozenset[str] = frozenset(), place: tuple[int, int] | None = None
 ) -> SavedObject:
-    """Read the object that ``torch.save`` wrote to a file, or to a byte range of one.
+    """Read the object that ``torch.save`` wrote to a file, or to a byte range of a file.
 
     Args:
         folder: The checkpoint's folder.
         file: Path of the file within the folder.
-        names: Globals that the pickle may name besides those of tensors.
+        names: Further globals that the pickle may name, besides tensors.
         place: The byte range: its first byte and its length; None for the whole file.
 
     Raises:

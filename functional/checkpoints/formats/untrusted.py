@@ -24,7 +24,7 @@ def open_regular(folder: str, name: str, fix: str = AGAIN, buffering: int = -1) 
     Args:
         folder: The checkpoint's folder.
         name: Path of the file within the folder.
-        fix: What the user can do if the file cannot be read.
+        fix: The advice if the file cannot be read.
         buffering: As for ``open``.
 
     Raises:
@@ -41,7 +41,7 @@ def open_regular(folder: str, name: str, fix: str = AGAIN, buffering: int = -1) 
 
 
 def is_plain_name(name: str) -> bool:
-    r"""Tell whether a name is that of a file directly in its folder: no separator, not empty, not ``.`` or ``..``.
+    r"""Tell whether a name cannot lead out of its folder: no separator, not empty, not ``.`` or ``..``.
 
     >>> is_plain_name("__0_0.distcp"), is_plain_name("../model.safetensors"), is_plain_name("..")
     (True, False, False)
@@ -95,7 +95,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
         raise ValueError(msg) from None
     if not isinstance(found, dict):
         msg = f"it is a {type(found).__name__}, not an object"
-        raise ValueError(msg)  # noqa: TRY004  what a file holds is a value
+        raise ValueError(msg)  # noqa: TRY004  the content of a file is a value
     return found
 
 
