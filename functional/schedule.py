@@ -10,11 +10,11 @@ from attrs import frozen
 from torch import nn
 
 from ..specs.declaration import Declaration
+from ..specs.layout_steps import SyncOp, When
 from ..specs.mesh import Mesh, MeshAxis
 from ..specs.pipeline import By
 from ..specs.plan import Runtime
 from ..specs.shard import Split
-from ..specs.steps import SyncOp, When
 from .model.read import read_modules, read_tensors
 from .verbs import modules, pipeline, selection, splits, syncs, values
 

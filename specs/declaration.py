@@ -9,12 +9,12 @@ from attrs.validators import instance_of
 
 from .errors import Problem
 from .finding import Silence
+from .layout_steps import LayoutStep
 from .listing import declared
 from .mesh import Mesh
 from .module import ModuleSpec
 from .pipeline import Even
 from .plan import Runtime
-from .steps import LayoutStep
 from .tree import SpecTree
 
 

@@ -6,19 +6,9 @@ from typing import TYPE_CHECKING
 
 from .dtypes import human_bytes, short_name
 from .fold_layers import fold
+from .layout_steps import LayoutStep
 from .source import Loaded, Made
-from .steps import (
-    AddBiasAfterSync,
-    DispatchTokens,
-    ForkRng,
-    MaskPadding,
-    SetAttributes,
-    SetToLocalSize,
-    SumGradient,
-    SumTied,
-    Sync,
-    VocabParallel,
-)
+from .steps import SumTied
 from .text_table import table
 
 if TYPE_CHECKING:
@@ -29,7 +19,7 @@ if TYPE_CHECKING:
     from .param import ParamSpec
     from .pipeline import Pipeline, VariableSize
     from .plan import Plan
-    from .steps import LayoutStep, Step
+    from .steps import Step
     from .tree import SpecTree
 
 
@@ -90,8 +80,8 @@ def layout_words(steps: Iterable[Step]) -> dict[str, list[str]]:
     """Return in words how each module computes otherwise than before, by its path."""
     layout: dict[str, list[str]] = {}
     for step in steps:
-        for module, words in _layout(step):
-            layout.setdefault(module, []).append(words)
+        if isinstance(step, LayoutStep):
+            layout.setdefault(step.module, []).append(step.describe())
     return layout
 
 
@@ -150,25 +140,3 @@ def _notes(spec: ParamSpec) -> tuple[str, ...]:
     notes += [f"also on stage {', '.join(map(str, spec.also_on))}"] if spec.also_on else []
     notes += [f"{name}={value!r}" for name, value in spec.tags.items()]
     return (", ".join(notes),)
-
-
-def _layout(step: Step) -> list[tuple[str, str]]:  # noqa: PLR0911  one case a change
-    match step:
-        case Sync() | SumGradient():
-            return [(step.module, str(step))]
-        case SetAttributes(module=module, values=values):
-            return [(module, ", ".join(f"{name}={value!r}" for name, value in values.items()))]
-        case VocabParallel(module=module):
-            return [(module, "looks up its own rows, zeros for others")]
-        case AddBiasAfterSync(module=module):
-            return [(module, "adds its bias after the sum")]
-        case SetToLocalSize(module=module, attribute=attribute, tensor=tensor, axis=axis):
-            return [(module, f"{attribute} = size of axis {axis} of {tensor}")]
-        case DispatchTokens(module=module, num_experts=num_experts):
-            return [(module, f"tokens gathered@expert, {num_experts} experts each, outputs summed and scattered")]
-        case ForkRng(module=module):
-            return [(module, "random numbers of its own@tensor")]
-        case MaskPadding(module=module):
-            return [(module, "outputs of padding masked")]
-        case _:
-            return []

@@ -13,45 +13,36 @@ from frozendict import deepfreeze, frozendict
 from .errors import PlanError, Problem
 from .finding import Silence
 from .json_values import check_plain
+from .layout_steps import LayoutStep, Sync, SyncOp
 from .mesh import SPLIT_AXES, Mesh
 from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
 from .program import RANDOM_SCHEME
 from .source import Loaded, ModuleCall, TensorCall
 from .steps import (
-    AddBiasAfterSync,
     Agree,
     Allocate,
     AsDTensors,
     Broadcast,
     CheckLoaded,
-    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
-    ForkRng,
     Generate,
     LoadOwn,
     LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
-    MaskPadding,
     Place,
     Scatter,
     SendCopy,
-    SetAttributes,
-    SetToLocalSize,
     Slice,
     Step,
-    SumGradient,
     SumTied,
-    Sync,
-    SyncOp,
     TakeShard,
     TakeStages,
     TakeWhole,
     Tie,
-    VocabParallel,
     Wrap,
 )
 from .stored import Folder
@@ -215,12 +206,10 @@ def _unread(tree: SpecTree, folder: Folder | None) -> list[Problem]:
 
 def _named(step: Step) -> tuple[tuple[str, ...], tuple[int, ...]]:  # noqa: PLR0911  one case a step
     """Return the tensors that a step names, and the places along ``pipe``."""
+    if isinstance(step, LayoutStep):
+        return (), ()
     match step:
-        case Agree() | MakeGroups() | SetAttributes() | SetToLocalSize() | VocabParallel() | AddBiasAfterSync() | Sync():
-            return (), ()
-        case SumGradient() | DispatchTokens() | ForkRng() | MaskPadding():
-            return (), ()
-        case CheckLoaded() | AsDTensors() | MakeOptimizer() | TakeStages() | Wrap():
+        case Agree() | MakeGroups() | CheckLoaded() | AsDTensors() | MakeOptimizer() | TakeStages() | Wrap():
             return (), ()
         case MakeTieGroups(between=between):
             return (), tuple(place for places in between for place in places)

@@ -7,21 +7,13 @@ where each place has one stage, the stage.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from attrs import Factory, field, frozen
-from frozendict import deepfreeze, frozendict
 
-from .json_values import check_plain
+from .layout_steps import LayoutStep
 from .mesh import MeshAxis
 from .source import Call
-
-When = Literal["forward_pre", "forward_post", "backward_pre", "backward_post"]
-"""Where a synchronisation stands: before a module (its input), after it (its output), before its backward pass (the gradient
-of its output), or after that (the gradient of its input)."""
-
-SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter", "divide"]
-"""What a synchronisation does along its mesh axis; ``divide`` sends nothing, and divides by the number of ranks."""
 
 
 @frozen
@@ -224,138 +216,6 @@ class TakeStages:
 
 
 @frozen
-class SetAttributes:
-    """A module's attributes take their local values."""
-
-    module: str
-    values: frozendict[str, Any] = field(converter=deepfreeze, validator=check_plain)
-
-
-@frozen
-class SetToLocalSize:
-    """A module's attribute takes the size that an axis of one of its tensors has on this rank."""
-
-    module: str
-    attribute: str
-    tensor: str
-    axis: int
-
-
-@frozen
-class VocabParallel:
-    """An embedding whose rows are split looks up its own rows and gives zeros for all others.
-
-    Args:
-        module: Path of the embedding.
-        num_rows: Rows of the first rank: the n-th begins with row n times this.
-    """
-
-    module: str
-    num_rows: int
-
-
-@frozen
-class AddBiasAfterSync:
-    """A linear module whose input axis is split adds its bias once, after the outputs are summed."""
-
-    module: str
-
-
-@frozen
-class Sync:
-    """A module's input or output passes through a collective operator, with its own autograd formula.
-
-    Args:
-        module: Path of the module.
-        when: Where it stands.
-        op: A collective, or ``module:qualname`` of a function of the user's, called as ``function(tensor, group)``.
-        axis: Axis of the activation that is gathered or scattered.
-        mesh_axis: Mesh axis along which it communicates.
-        which: Which of the floating-point tensors among the arguments, or of the result, from 0.
-        features: Of a gradient that is summed, these entries of the last axis alone: the first, and the one after the last.
-        sizes: Of what is gathered, or split again, the entries of the first rank and of all; None if all ranks have as many.
-    """
-
-    module: str
-    when: When
-    op: str
-    axis: int | None = None
-    mesh_axis: MeshAxis = "tensor"
-    which: int = 0
-    features: tuple[int, int] | None = None
-    sizes: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        told = [] if self.axis is None else [f"axis={self.axis}"]
-        told += [f"which={self.which}"] if self.which else []
-        told += [f"features={list(self.features)}"] if self.features else []
-        told += [f"size={self.sizes[1]}"] if self.sizes else []
-        how = f"({', '.join(told)})" if told else ""
-        return f"{self.when} {self.op}{how}@{self.mesh_axis}"
-
-
-@frozen
-class SumGradient:
-    """Before its module computes with it, a tensor passes an operator: its gradient is summed over ranks that hold it too.
-
-    Args:
-        module: Path of the module.
-        name: The tensor's name in it.
-        mesh_axis: Mesh axis along which the gradient is summed.
-        axis: Axis of the tensor whose parts are held by different numbers of ranks.
-        sharing: For each part of that axis, in order, how many entries it has and how many neighbours hold them; empty if
-            all ranks along the mesh axis hold the whole tensor.
-        divide: What the sum is divided by.
-    """
-
-    module: str
-    name: str
-    mesh_axis: MeshAxis = "tensor"
-    axis: int = 0
-    sharing: tuple[tuple[int, int], ...] = ()
-    divide: int = 1
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{size} over {num}" for size, num in self.sharing if num > 1)
-        over = f" ({parts} neighbours)" if parts else ""
-        mean = f" / {self.divide}" if self.divide > 1 else ""
-        return f"gradient of {self.name} summed@{self.mesh_axis}{over}{mean}"
-
-
-@frozen
-class DispatchTokens:
-    """Experts split over ``expert``: each rank computes with its own for the tokens of all; the results are summed.
-
-    Args:
-        module: Path of a module that is called with tokens, the experts chosen for each, and their weights.
-        num_experts: How many experts each rank has.
-    """
-
-    module: str
-    num_experts: int
-
-
-@frozen
-class ForkRng:
-    """Random numbers drawn within a module differ along ``tensor``; those outside stay the same along it."""
-
-    module: str
-
-
-@frozen
-class MaskPadding:
-    """Outputs that stand for padded rows are the lowest number of their dtype, so that no softmax sees them.
-
-    Args:
-        module: Path of the module whose output features are split.
-        sizes: Output features of each rank, and of all without padding.
-    """
-
-    module: str
-    sizes: tuple[int, int]
-
-
-@frozen
 class AsDTensors:
     """All tensors of the module become DTensors of torch; modules still compute with the local ones.
 
@@ -377,19 +237,6 @@ class Wrap:
 
     target: str | None
 
-
-LayoutStep = (
-    SetAttributes
-    | SetToLocalSize
-    | VocabParallel
-    | AddBiasAfterSync
-    | Sync
-    | SumGradient
-    | DispatchTokens
-    | ForkRng
-    | MaskPadding
-)
-"""Steps that change how a module computes, not what it holds."""
 
 Step = (
     Agree

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ...specs.layout_steps import LayoutStep, SumGradient
 from ...specs.mesh import MESH_AXES, STAGE_AXES, Coordinate, Mesh
 from ...specs.paths import join
 from ...specs.proof import Failure, Law, Proof
 from ...specs.source import Loaded, Made, Materialised, ModuleValues, OwnValues, Uninitialised, Unknown
-from ...specs.steps import DispatchTokens, MakeOptimizer, SumGradient, SumTied, Sync, TakeStages, Wrap
+from ...specs.steps import MakeOptimizer, SumTied, TakeStages, Wrap
 from ..planning.shared_gradients import shared_gradients
 
 if TYPE_CHECKING:
@@ -281,18 +282,9 @@ def _synchronised(plan: Plan) -> Iterator[tuple[tuple[str, ...], str]]:
     """Iterate over the groups along which modules communicate while training, and the first module that needs each."""
     needed: dict[tuple[str, ...], str] = {}
     for step in plan.steps:
-        match step:
-            case Sync(op=op, mesh_axis=mesh_axis, module=module) if op != "divide":
-                needed.setdefault((mesh_axis,), module)
-            case SumGradient(mesh_axis=mesh_axis, module=module, sharing=()):
-                needed.setdefault((mesh_axis,), module)
-            case SumGradient(mesh_axis=mesh_axis, module=module, sharing=sharing):
-                for num in {num for _, num in sharing if num > 1}:
-                    needed.setdefault((mesh_axis, str(num)), module)
-            case DispatchTokens(module=module):
-                needed.setdefault(("expert",), module)
-            case _:
-                pass
+        if isinstance(step, LayoutStep):
+            for group in (*step.groups(), *((mesh_axis, str(num)) for mesh_axis, num in step.neighbours())):
+                needed.setdefault(group, step.module)
     yield from needed.items()
 
 

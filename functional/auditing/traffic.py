@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from ...specs.layout_steps import SumGradient
 from ...specs.mesh import Coordinate, MeshAxis
 from ...specs.paths import join
-from ...specs.steps import SumGradient
 from ...specs.traffic import Cargo, StepTraffic, Traffic
 from ..dialects.accounting.messages import Messages
 from .module_tree import stages_of

@@ -14,6 +14,7 @@ from ...specs.dtypes import human_bytes, short_name
 from ...specs.errors import PlanError, Problem
 from ...specs.finding import Finding
 from ...specs.index import Index
+from ...specs.layout_steps import LayoutStep
 from ...specs.listing import changes, source_words
 from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.param import ParamSpec
@@ -28,7 +29,6 @@ from ...specs.steps import (
     EvaluateShard,
     EvaluateWhole,
     Generate,
-    LayoutStep,
     LoadOwn,
     LoadShard,
     Scatter,

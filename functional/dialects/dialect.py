@@ -15,10 +15,10 @@ from .plain import PlainDialect
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from ...specs.layout_steps import LayoutStep
     from ...specs.mesh import Coordinate, Mesh, MeshAxis
     from ...specs.pipeline import Pipeline
     from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
     from .accounting.messages import Messages
     from .accounting.state import State

@@ -15,10 +15,10 @@ from .stage_checks import one_stage_per_place
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from ...specs.layout_steps import LayoutStep
     from ...specs.mesh import Coordinate, Mesh, MeshAxis
     from ...specs.pipeline import Pipeline
     from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep
     from ...specs.tree import SpecTree
 
 

@@ -18,9 +18,9 @@ from .ledger import Ledger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ...specs.layout_steps import LayoutStep
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep
     from ...specs.stored import Folder
     from . import work
 

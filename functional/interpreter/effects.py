@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ...specs.layout_steps import LayoutStep
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
-    from ...specs.steps import LayoutStep
     from ...specs.stored import Folder
     from . import work
     from .ledger import Ledger

@@ -16,9 +16,9 @@ from ...specs.index import Index, index_shape, whole_index
 from ...specs.param import ParamSpec
 
 if TYPE_CHECKING:
+    from ...specs.layout_steps import LayoutStep
     from ...specs.mesh import Coordinate, MeshAxis
     from ...specs.source import Call
-    from ...specs.steps import LayoutStep
 
 
 @frozen

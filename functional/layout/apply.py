@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from ...specs.steps import (
+from ...specs.layout_steps import (
     AddBiasAfterSync,
     DispatchTokens,
     ForkRng,
@@ -59,9 +59,9 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # n
                 _set(module, name, value)
         case SetToLocalSize(attribute=attribute, tensor=tensor, axis=axis):
             setattr(module, attribute, getattr(module, tensor).shape[axis])
-        case VocabParallel(num_rows=num_rows):
+        case VocabParallel():
             assert isinstance(module, nn.Embedding), "the schedule checks it"
-            _own_rows(module, num_rows, local)
+            _own_rows(module, step, local)
         case AddBiasAfterSync():
             assert linear_of(module), "the plan checks it"
             module.forward = MethodType(forward_without_bias, module)
@@ -78,18 +78,18 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # n
             _hook_before(module, passing.before)
             _hook_after(module, passing.after, also_after_errors=True)
         case DispatchTokens():
-            dispatch = Dispatch(step, local.groups["expert"])
+            dispatch = Dispatch(step, local.groups[step.mesh_axis])
             if hasattr(module, "_is_expert_parallel"):  # transformers' word for experts of which others have some
                 setattr(module, "_is_expert_parallel", True)  # noqa: B010
             _hook_before(module, dispatch.before)
             module.register_forward_hook(dispatch.after, with_kwargs=True)
             _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
         case ForkRng():
-            forked = OwnRng(local.coordinate.index("tensor"))
+            forked = OwnRng(local.coordinate.index(step.mesh_axis))
             _hook_before(module, forked.before)
             _hook_after(module, forked.after, also_after_errors=True)
         case MaskPadding(sizes=(part, size)):
-            _hook_after(module, Mask(part, size, local.groups["tensor"]).after)
+            _hook_after(module, Mask(part, size, local.groups[step.mesh_axis]).after)
         case _:
             assert_never(step)
 
@@ -129,7 +129,7 @@ def _add_bias(module: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + module.bias
 
 
-def _own_rows(module: nn.Embedding, part: int, local: Local) -> None:
+def _own_rows(module: nn.Embedding, step: VocabParallel, local: Local) -> None:
     """Make an embedding look up the rows that it has, and give zeros for all others.
 
     What differs from rank to rank is an argument of one operator, so that all ranks have the same graph.
@@ -137,7 +137,7 @@ def _own_rows(module: nn.Embedding, part: int, local: Local) -> None:
     num_rows, padding = module.weight.shape[0], module.padding_idx
     module.padding_idx = None
     whole_forward = type(module).forward
-    index, group = local.coordinate.index("tensor"), local.groups["tensor"].name
+    part, index, group = step.num_rows, local.coordinate.index(step.mesh_axis), local.groups[step.mesh_axis].name
 
     name = first_argument(module)
 

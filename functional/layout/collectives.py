@@ -35,7 +35,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...specs.steps import Sync
+    from ...specs.layout_steps import Sync
 
 
 @frozen

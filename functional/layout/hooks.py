@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .collectives import average_gradient, gather_sum, joined, own_ids, reduce_scatter, sum_gradient
 
 if TYPE_CHECKING:
-    from ...specs.steps import DispatchTokens, SumGradient
+    from ...specs.layout_steps import DispatchTokens, SumGradient
     from .collectives import SyncGroup
 
 
@@ -195,14 +195,6 @@ class Mask:
         places = torch.arange(self.part, device=output.device)
         end = own_ids(torch.full_like(places, self.size), self.part, self.group.index, self.group.name)
         return output.masked_fill(places >= end, torch.finfo(output.dtype).min)
-
-
-def needed_groups(steps: Iterable[Any]) -> Iterator[tuple[Any, int]]:
-    """Iterate over the mesh axes and numbers of neighbours whose groups some changes of layout need."""
-    for step in steps:
-        for _, num in getattr(step, "sharing", ()):
-            if num > 1:
-                yield step.mesh_axis, num
 
 
 def _is_activation(value: Any) -> bool:

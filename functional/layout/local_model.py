@@ -14,6 +14,7 @@ from attrs import evolve, frozen
 from frozendict import frozendict
 from torch import Tensor, nn
 
+from ...specs.layout_steps import needed_neighbours
 from ...specs.mesh import AXIS_NAMES, Mesh
 from ..model.copy import copy_module
 from ..model.fake_values import AnswerZero
@@ -21,12 +22,12 @@ from ..model.read import named_tensors
 from ..model.rng_state import own_generators
 from .apply import Local, apply_layout
 from .collectives import SyncGroup
-from .hooks import group_name, needed_groups
+from .hooks import group_name
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ...specs.steps import LayoutStep
+    from ...specs.layout_steps import LayoutStep
     from ...specs.tree import SpecTree
 
 
@@ -72,7 +73,7 @@ class LocalModel:
 
         local = copy_module(self.model, fake, for_planning=True)
         sizes: dict[str, tuple[int, int]] = {m: (self.mesh.num(m), first.index(m)) for m in AXIS_NAMES}
-        sizes |= {group_name(m, num): (num, first.index(m) % num) for m, num in needed_groups(self.layout)}
+        sizes |= {group_name(m, num): (num, first.index(m) % num) for m, num in needed_neighbours(self.layout)}
         # messages between experts are told from those of tensor parallelism, also where no other group has a name
         groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
         with mode:

@@ -21,7 +21,7 @@ from .attribute_reads import original_class, own_attributes, record_reads
 from .likeness import Likeness
 
 if TYPE_CHECKING:
-    from ...specs.steps import LayoutStep
+    from ...specs.layout_steps import LayoutStep
     from ...specs.tree import SpecTree
 
 _MIN_FAMILY = 3

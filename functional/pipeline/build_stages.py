@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...specs.errors import PlanError, Problem
-from ...specs.steps import LayoutStep
+from ...specs.layout_steps import LayoutStep
 from ..layout.apply import Local
 from ..layout.local_model import LocalModel
 from ..model.read import named_tensors

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ...specs.errors import PlanError, Problem
-from ...specs.steps import Sync, SyncOp
+from ...specs.layout_steps import Sync, SyncOp
 from ..layout.local_model import LocalModel, quiet
 from ..model.callables import find_callable
 from ..model.open_modules import OpenModules

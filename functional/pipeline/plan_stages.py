@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve
 
 from ...specs.errors import Problem
-from ...specs.steps import ForkRng, SumTied
+from ...specs.layout_steps import ForkRng
+from ...specs.steps import SumTied
 from .cuts import even_cuts, wrong_cuts
 from .example_inputs import recorded
 from .partition import Partition, partition

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...specs.layout_steps import DispatchTokens, MaskPadding, SumGradient, Sync, VocabParallel
 from ...specs.mesh import MeshAxis, in_mesh_order
-from ...specs.steps import (
-    Broadcast,
-    DispatchTokens,
-    MakeGroups,
-    MakeTieGroups,
-    MaskPadding,
-    Scatter,
-    SendCopy,
-    Step,
-    SumGradient,
-    SumTied,
-    Sync,
-    VocabParallel,
-)
+from ...specs.steps import Broadcast, MakeGroups, MakeTieGroups, Scatter, SendCopy, Step, SumTied
 
 MeshAxes = tuple[MeshAxis, ...]
 

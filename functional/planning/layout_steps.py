@@ -6,19 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ...specs.errors import Problem
-from ...specs.paths import join, module_of
-from ...specs.steps import (
+from ...specs.layout_steps import (
     AddBiasAfterSync,
-    DispatchTokens,
-    ForkRng,
     LayoutStep,
-    MaskPadding,
-    SetAttributes,
-    SetToLocalSize,
     SumGradient,
     Sync,
-    VocabParallel,
 )
+from ...specs.paths import join, module_of
 from ..model.linear import linear_of, overrides_forward
 from .shared_gradients import shared_gradients
 
@@ -39,7 +33,7 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
         declared: The steps that the schedule's verbs have declared.
     """
     mesh, tree = subject.mesh, subject.tree
-    steps = [step for step in declared if _matters(step, mesh)]
+    steps = [step for step in declared if step.matters(mesh)]
     sums = [step for step in steps if isinstance(step, SumGradient)]
     sums += shared_gradients(mesh, tree)
     problems = list(_unequal_gathers(mesh, tree, steps))
@@ -57,19 +51,6 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
             )
             problems.append(Problem(path, cause, "Use a plain nn.Linear, or bias=False", tree[join(path, "weight")].type))
     return [*(step for step in steps if not isinstance(step, SumGradient)), *dict.fromkeys(sums)], problems
-
-
-def _matters(step: LayoutStep, mesh: Mesh) -> bool:
-    """Tell whether a step changes anything on a mesh."""
-    match step:
-        case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis):
-            return mesh.num(mesh_axis) > 1
-        case VocabParallel() | AddBiasAfterSync() | ForkRng() | MaskPadding():
-            return mesh.tensor > 1
-        case DispatchTokens():
-            return mesh.expert > 1
-        case SetAttributes() | SetToLocalSize():
-            return True
 
 
 def _summed_outputs(steps: Iterable[LayoutStep]) -> dict[str, str]:

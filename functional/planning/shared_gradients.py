@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...specs.layout_steps import SumGradient
 from ...specs.mesh import unsplit, whole_of
-from ...specs.steps import SumGradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

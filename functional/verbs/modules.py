@@ -8,10 +8,10 @@ from torch import nn
 
 from ...specs.declaration import D, Declaration
 from ...specs.errors import Problem
+from ...specs.layout_steps import DispatchTokens, MaskPadding, SetAttributes, VocabParallel
 from ...specs.module import ModuleSpec
 from ...specs.paths import join
 from ...specs.shard import Split
-from ...specs.steps import DispatchTokens, MaskPadding, SetAttributes, VocabParallel
 from ..layout.apply import first_argument
 from ..model.linear import linear_of
 from .selection import module_at, of_kind, or_unmatched, own_tensors, selected_modules, wrong

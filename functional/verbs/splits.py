@@ -10,12 +10,12 @@ from attrs import evolve
 from ...specs.declaration import D, Declaration
 from ...specs.errors import Problem
 from ...specs.json_values import is_integer
+from ...specs.layout_steps import SetAttributes, SetToLocalSize
 from ...specs.mesh import SPLIT_AXES, MeshAxis, factors, whole_of
 from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
 from ...specs.paths import join, name_of
 from ...specs.shard import Shard, Split
-from ...specs.steps import SetAttributes, SetToLocalSize
 from .selection import caller, or_unmatched, own_tensors, selected_modules, selected_tensors, wrong
 from .syncs import with_layout
 

@@ -10,10 +10,10 @@ from attrs import evolve
 from ...specs.declaration import D
 from ...specs.errors import Problem
 from ...specs.json_values import is_integer
+from ...specs.layout_steps import ForkRng, LayoutStep, SumGradient, Sync, SyncOp, When
 from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.module import ModuleSpec
 from ...specs.paths import join, module_of, name_of
-from ...specs.steps import ForkRng, LayoutStep, SumGradient, Sync, SyncOp, When
 from ..model.callables import register
 from .selection import or_unmatched, own_tensors, selected_modules, selected_tensors, wrong
 

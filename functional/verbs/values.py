@@ -11,13 +11,13 @@ from ...specs.declaration import D
 from ...specs.errors import Problem
 from ...specs.finding import CODES, LOUD, Silence
 from ...specs.json_values import is_plain
+from ...specs.layout_steps import SetAttributes
 from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
 from ...specs.paths import join
 from ...specs.pattern import closest
 from ...specs.program import Fill, InitProgram, Operation
 from ...specs.source import Made, TensorCall
-from ...specs.steps import SetAttributes
 from ..model.callables import register
 from .selection import caller, is_known_wrong, module_at, or_unmatched, selected_modules, tensors_below, wrong
 from .syncs import with_layout

@@ -12,7 +12,7 @@ from torch import nn
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.layout import collectives as sync
 from shardplan.specs import Mesh
-from shardplan.specs.steps import SumGradient, Sync
+from shardplan.specs.layout_steps import SumGradient, Sync
 from tests.helpers.parts import picked
 from tests.helpers.ranks import results, run_ranks
 

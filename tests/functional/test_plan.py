@@ -10,6 +10,7 @@ from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
 from shardplan.specs import Made, Mesh, PlanError, dumps, loads
+from shardplan.specs.layout_steps import Sync
 from shardplan.specs.steps import (
     Broadcast,
     EvaluateShard,
@@ -18,7 +19,6 @@ from shardplan.specs.steps import (
     MakeGroups,
     Place,
     Scatter,
-    Sync,
     TakeWhole,
     Tie,
     Wrap,

@@ -8,8 +8,8 @@ from torch import nn
 
 from shardplan.functional import audit, create_schedule, execute, plan_build
 from shardplan.specs import InitProgram, Made, Mesh, Operation, PlanError, Shard, TensorCall
+from shardplan.specs.layout_steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
 from shardplan.specs.program import Fill
-from shardplan.specs.steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
 from tests.helpers.models import llama, plain, split_llama
 
 

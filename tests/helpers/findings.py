@@ -10,7 +10,8 @@ from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
 from shardplan.specs import Mesh
-from shardplan.specs.steps import Allocate, EvaluateShard, MakeGroups, Place, SumGradient, SumTied, Wrap
+from shardplan.specs.layout_steps import SumGradient
+from shardplan.specs.steps import Allocate, EvaluateShard, MakeGroups, Place, SumTied, Wrap
 from tests.helpers.families import family
 from tests.helpers.models import llama, plain, schedule, split_plain
 

@@ -40,6 +40,19 @@ from shardplan.specs import (
     VariableSize,
 )
 from shardplan.specs.json_values import to_plain
+from shardplan.specs.layout_steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    Sync,
+    SyncOp,
+    VocabParallel,
+    When,
+)
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,
@@ -55,39 +68,28 @@ from shardplan.specs.program import (
 )
 from shardplan.specs.source import CodeKind, Loaded, Materialised, Unknown
 from shardplan.specs.steps import (
-    AddBiasAfterSync,
     Agree,
     Allocate,
     AsDTensors,
     Broadcast,
     CheckLoaded,
-    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
-    ForkRng,
     Generate,
     LoadOwn,
     LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
-    MaskPadding,
     Place,
     Scatter,
     SendCopy,
-    SetAttributes,
-    SetToLocalSize,
     Slice,
-    SumGradient,
     SumTied,
-    Sync,
-    SyncOp,
     TakeShard,
     TakeStages,
     TakeWhole,
     Tie,
-    VocabParallel,
-    When,
     Wrap,
 )
 from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor

@@ -45,6 +45,17 @@ from shardplan.specs import (
     dumps,
     loads,
 )
+from shardplan.specs.layout_steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    Sync,
+    VocabParallel,
+)
 from shardplan.specs.plan import SCHEMA_VERSION
 from shardplan.specs.program import (
     RANDOM_SCHEME,
@@ -63,37 +74,28 @@ from shardplan.specs.program import (
 )
 from shardplan.specs.source import Loaded, Materialised, Unknown
 from shardplan.specs.steps import (
-    AddBiasAfterSync,
     Agree,
     Allocate,
     AsDTensors,
     Broadcast,
     CheckLoaded,
-    DispatchTokens,
     EvaluateShard,
     EvaluateWhole,
-    ForkRng,
     Generate,
     LoadOwn,
     LoadShard,
     MakeGroups,
     MakeOptimizer,
     MakeTieGroups,
-    MaskPadding,
     Place,
     Scatter,
     SendCopy,
-    SetAttributes,
-    SetToLocalSize,
     Slice,
-    SumGradient,
     SumTied,
-    Sync,
     TakeShard,
     TakeStages,
     TakeWhole,
     Tie,
-    VocabParallel,
     Wrap,
 )
 from shardplan.specs.stored import Folder, Part, StoredFile, StoredTensor

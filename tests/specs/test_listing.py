@@ -26,6 +26,17 @@ from shardplan.specs import (
     TensorCall,
 )
 from shardplan.specs.fold_layers import fold
+from shardplan.specs.layout_steps import (
+    AddBiasAfterSync,
+    DispatchTokens,
+    ForkRng,
+    MaskPadding,
+    SetAttributes,
+    SetToLocalSize,
+    SumGradient,
+    Sync,
+    VocabParallel,
+)
 from shardplan.specs.program import (
     Bernoulli,
     Cauchy,
@@ -38,17 +49,6 @@ from shardplan.specs.program import (
     Set,
     TruncatedNormal,
     Uniform,
-)
-from shardplan.specs.steps import (
-    AddBiasAfterSync,
-    DispatchTokens,
-    ForkRng,
-    MaskPadding,
-    SetAttributes,
-    SetToLocalSize,
-    SumGradient,
-    Sync,
-    VocabParallel,
 )
 from tests.helpers.models import llama, split_llama
 from tests.helpers.strategies import law, paths, plans, programs, words

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
+from ....specs.layout_steps import AddBiasAfterSync, DispatchTokens, Sync, VocabParallel
 from ....specs.paths import join, module_of
-from ....specs.steps import AddBiasAfterSync, DispatchTokens, Sync, VocabParallel
 from ..module_tree import block_of, modules_around, spans_of
 
 if TYPE_CHECKING:

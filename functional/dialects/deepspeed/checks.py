@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ....specs.errors import Problem
 from ....specs.finding import Finding
 from ....specs.json_values import thawed
+from ....specs.layout_steps import SumGradient
 from ....specs.paths import join
-from ....specs.steps import SumGradient
 from .config import wrong_numbers
 
 if TYPE_CHECKING:
+    from ....specs.layout_steps import LayoutStep
     from ....specs.mesh import Mesh
     from ....specs.pipeline import Pipeline
-    from ....specs.steps import LayoutStep
     from ....specs.tree import SpecTree
 
 _SENT_IN = ("fp32", "fp16", "bf16")

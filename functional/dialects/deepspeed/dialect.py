@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ....specs.finding import Finding
+    from ....specs.layout_steps import LayoutStep
     from ....specs.mesh import Coordinate
     from ....specs.pipeline import Pipeline
     from ....specs.plan import Plan
-    from ....specs.steps import LayoutStep
     from ....specs.tree import SpecTree
     from ..accounting.messages import Messages
     from ..accounting.state import State

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ....specs.errors import Problem
+from ....specs.layout_steps import SetAttributes, SetToLocalSize, SumGradient
 from ....specs.paths import join
-from ....specs.steps import SetAttributes, SetToLocalSize, SumGradient
 from ...model.open_modules import OpenModules
 from ..local_model import LocalModel, following
 from .partial_gradients import ActivationSharing

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ....specs.layout_steps import DispatchTokens, SumGradient, Sync
 from ....specs.microbatch import SyncCall
-from ....specs.steps import DispatchTokens, SumGradient, Sync
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ....specs.layout_steps import LayoutStep
     from ....specs.mesh import MeshAxis
-    from ....specs.steps import LayoutStep
     from ....specs.traffic import Cargo
 
 _Direction = Literal["forward", "backward"]
@@ -54,7 +54,9 @@ class CollectiveCounts(TorchDispatchMode):
         if func.namespace == "shardplan" and (sent := _sent(func._schema.name, args)):  # noqa: SLF001  the operator's name
             op, num_bytes = sent
             step = self._layout[int(args[-1].rpartition("#")[2])]
-            key = (step.module, self._direction, op, *_mesh_axis_and_cargo(step))
+            assert isinstance(step, (Sync, SumGradient, DispatchTokens)), f"{type(step).__name__} sends nothing"
+            cargo: Cargo = "gradients" if isinstance(step, SumGradient) else "activations"
+            key = (step.module, self._direction, op, step.mesh_axis, cargo)
             self._num_calls[key] += 1
             self._num_bytes[key] += num_bytes
         return func(*args, **(kwargs or {}))
@@ -85,16 +87,3 @@ def _sent(operator: str, args: tuple[Any, ...]) -> tuple[str, int] | None:
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-def _mesh_axis_and_cargo(step: LayoutStep) -> tuple[MeshAxis, Cargo]:
-    match step:
-        case Sync(mesh_axis=mesh_axis):
-            return mesh_axis, "activations"
-        case SumGradient(mesh_axis=mesh_axis):
-            return mesh_axis, "gradients"
-        case DispatchTokens():
-            return "expert", "activations"
-        case _:
-            msg = f"{type(step).__name__} sends nothing"
-            raise AssertionError(msg)

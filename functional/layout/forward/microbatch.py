@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from ....specs.layout_steps import DispatchTokens, SumGradient, Sync
 from ....specs.microbatch import Microbatch
-from ....specs.steps import DispatchTokens, SumGradient, Sync
 from ...model.fake_values import DependsOnValuesError
 from ...model.open_modules import OpenModules
 from ..local_model import LocalModel, following
@@ -22,7 +22,7 @@ from .run_once import SkippedLayers
 from .saved_activations import SavedActivations
 
 if TYPE_CHECKING:
-    from ....specs.steps import LayoutStep
+    from ....specs.layout_steps import LayoutStep
     from ....specs.tree import SpecTree
 
 

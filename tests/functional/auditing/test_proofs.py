@@ -10,6 +10,7 @@ from torch import nn
 from shardplan.functional import audit, create_schedule, plan_build
 from shardplan.functional.auditing.proofs import _gap
 from shardplan.specs import Distinct, Mesh, ModuleValues, OwnValues, Shard
+from shardplan.specs.layout_steps import SumGradient
 from shardplan.specs.proof import LAWS
 from shardplan.specs.shard import Held
 from shardplan.specs.steps import (
@@ -25,7 +26,6 @@ from shardplan.specs.steps import (
     Scatter,
     SendCopy,
     Slice,
-    SumGradient,
     SumTied,
     TakeShard,
     TakeStages,

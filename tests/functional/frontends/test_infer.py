@@ -24,7 +24,7 @@ from shardplan.functional.frontends.graph.inputs import inferred_inputs
 from shardplan.functional.frontends.graph.schedule import infer_schedule
 from shardplan.specs import Mesh
 from shardplan.specs.errors import PlanError
-from shardplan.specs.steps import ForkRng, SetAttributes
+from shardplan.specs.layout_steps import ForkRng, SetAttributes
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
 from shardplan.specs import Mesh, PlanError, Shard
-from shardplan.specs.steps import (
+from shardplan.specs.layout_steps import (
     DispatchTokens,
     ForkRng,
     MaskPadding,
