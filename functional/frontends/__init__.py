@@ -1,4 +1,4 @@
-"""How a schedule is made from what others already declare. Names are loaded when they are first asked for."""
+"""Schedules from declarations that exist already, or from the model's graph. Names are loaded when first asked for."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Options = tuple[tuple[str, object], ...]
 
 
 @frozen
-class Saying:
+class VerbCall:
     """One verb on one path.
 
     Args:
@@ -34,12 +34,12 @@ class Saying:
     options: Options = ()
 
 
-def say(sch: Schedule, sayings: Iterable[Saying]) -> Schedule:
-    """Return the schedule with all sayings applied, those that differ only in the number of a layer at once."""
+def apply_all(sch: Schedule, calls: Iterable[VerbCall]) -> Schedule:
+    """Return the schedule with all calls applied, those that differ only in the number of a layer at once."""
     groups: dict[tuple[str, str, tuple[object, ...], Options], dict[str, None]] = {}
-    for saying in sayings:
-        key = wildcard(saying.path), saying.verb, saying.args, saying.options
-        groups.setdefault(key, {})[saying.path] = None
+    for call in calls:
+        key = wildcard(call.path), call.verb, call.args, call.options
+        groups.setdefault(key, {})[call.path] = None
     known = [*(path for module in sch.modules for path in (module.path, *module.aliases)), *sch.tree.all_paths]
     for (pattern, verb, args, options), paths in groups.items():
         for selection in _patterns(pattern, list(paths), known):

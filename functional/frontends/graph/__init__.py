@@ -1,1 +1,1 @@
-"""What the exported graph of a model says of its axes: what ``infer_schedule`` is made of."""
+"""The parts of ``infer_schedule``: the exported graph of a model, and the axes of its tensors."""

@@ -19,13 +19,13 @@ from ...model.rng_state import own_generators
 
 
 @frozen(eq=False)
-class Traced:
-    """A model as one rank runs it.
+class RankGraph:
+    """The operations that one rank runs.
 
     Args:
-        root: The graph, with the graphs of regions in it.
+        root: The graph, with its subgraphs.
         paths: Canonical path of each of the model's tensors, by the name of the node that stands for it.
-        inputs: Names of the nodes that stand for what the model is called with.
+        inputs: Names of the nodes that stand for the model's inputs.
         training: Whether it runs as it does in training.
     """
 
@@ -36,20 +36,20 @@ class Traced:
 
 
 @frozen
-class Stopped:
-    """An export that did not get to its end.
+class ExportFailure:
+    """An export that raised an error.
 
     Args:
         path: The module that was running.
-        cause: What was raised.
+        cause: Type and first line of the error.
     """
 
     path: str
     cause: str
 
 
-def trace(subject: LocalModel, *, training: bool) -> Traced | Stopped:
-    """Return what the first rank runs, in training or in evaluation."""
+def export_rank(subject: LocalModel, *, training: bool) -> RankGraph | ExportFailure:
+    """Export the operations of the first rank, in training or in evaluation."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     local = subject.fake_copy(mode, named=True)
     local.train(training)
@@ -61,9 +61,9 @@ def trace(subject: LocalModel, *, training: bool) -> Traced | Stopped:
     try:
         with mode, own_generators(0), torch.no_grad(), quiet():
             exported: Any = torch.export.export(local, (), inputs, strict=False)
-    except Exception as error:  # noqa: BLE001  the model's code may raise anything, and what it raises is reported
+    except Exception as error:  # noqa: BLE001  the model's code may raise anything, which is reported
         lines = str(error).strip().splitlines()
-        return Stopped(running.innermost, f"{type(error).__name__}: {lines[0] if lines else ''}")
+        return ExportFailure(running.innermost, f"{type(error).__name__}: {lines[0] if lines else ''}")
     paths: dict[str, str] = {}
     given: set[str] = set()
     for spec in exported.graph_signature.input_specs:
@@ -71,11 +71,11 @@ def trace(subject: LocalModel, *, training: bool) -> Traced | Stopped:
             paths[spec.arg.name] = subject.tree[spec.target].path
         elif spec.kind is InputKind.USER_INPUT:
             given.add(spec.arg.name)
-    return Traced(exported.graph_module, paths, frozenset(given), training)
+    return RankGraph(exported.graph_module, paths, frozenset(given), training)
 
 
-def regions(node: fx.Node) -> Iterator[tuple[fx.GraphModule, Sequence[Any]]]:
-    """Iterate over the graph that a node stands for, with its arguments: code under ``torch.no_grad`` and the like."""
+def subgraphs(node: fx.Node) -> Iterator[tuple[fx.GraphModule, Sequence[Any]]]:
+    """Iterate over the subgraphs that a node runs, with their arguments: code under ``torch.no_grad`` and the like."""
     for at, argument in enumerate(node.args):
         if isinstance(argument, fx.Node) and argument.op == "get_attr" and isinstance(argument.target, str):
             found = getattr(node.graph.owning_module, argument.target, None)
@@ -84,11 +84,11 @@ def regions(node: fx.Node) -> Iterator[tuple[fx.GraphModule, Sequence[Any]]]:
 
 
 def operations(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Iterate over all operations, those of regions too."""
+    """Iterate over all operations, also of subgraphs."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        inner = list(regions(node))
+        inner = list(subgraphs(node))
         for found, _ in inner:
             yield from operations(found.graph)
         if not inner:
@@ -101,14 +101,14 @@ def module_path(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def name_of(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """Return the name of an operator, without its overload: ``add``, ``softmax``."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.removeprefix("aten::") if schema is not None else getattr(node.target, "__name__", str(node.target))
 
 
 def _tensors_only(forward: Callable[..., Any]) -> Callable[..., list[Tensor]]:
-    """Leave out of what a model returns all that is no tensor, such as a cache, which an export cannot take."""
+    """Let a model return its tensors alone, without a cache, for example, which an export does not take."""
 
     @functools.wraps(forward)
     def tensors(*args: Any, **kwargs: Any) -> list[Tensor]:

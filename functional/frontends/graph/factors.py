@@ -1,8 +1,7 @@
-"""What an axis of an activation consists of: a product of factors, such as heads times features of a head.
+"""Axes of activations as products of factors, such as heads times features of a head.
 
-Operators tell which factors are the same and where one consists of several; what one operator shows of a factor holds
-wherever the factor is met. A factor is a leaf, a product of factors (the first varies slowest), or a sum: blocks laid one
-after another.
+Operators show which factors are equal, and which factor is made of smaller factors; this then holds in all tensors with the
+factor. A factor is a leaf, a product of factors (the first varies slowest), or a sum of consecutive blocks.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ from typing import Literal
 from attrs import define
 
 Axis = tuple["Factor", ...]
-"""The factors of one axis, slowest first; an axis of one entry has none."""
+"""The factors of an axis, slowest first; an axis with a single entry has no factors."""
 
 MISALIGNED = "it is laid out in another way further on"
 
 
 @define(eq=False)
 class Factor:
-    """One factor of an axis.
+    """A factor of an axis.
 
     Args:
         size: Entries.
         reason: Why it cannot be split; empty if nothing speaks against it.
-        is_picked: Whether it is taken apart by picking entries, as q, k and v are from a joint axis.
-        kind: How it consists of others, if it does.
-        parts: The others.
-        same: The factor that it turned out to be.
+        is_picked: Whether single entries of it are picked, as q, k and v are from a joint axis.
+        kind: Whether it is a leaf, or how it is made of its parts.
+        parts: The smaller factors that it is made of.
+        same: An equal factor that stands for it, once it is found.
     """
 
     size: int
@@ -42,8 +41,8 @@ class Factor:
     same: Factor | None = None
 
 
-def find(factor: Factor) -> Factor:
-    """Return the factor that stands for all that are the same."""
+def representative(factor: Factor) -> Factor:
+    """Return the factor that stands for all equal factors."""
     while factor.same is not None:
         factor = factor.same
     return factor
@@ -51,7 +50,7 @@ def find(factor: Factor) -> Factor:
 
 def spell(axis: Iterable[Factor]) -> Iterator[Factor]:
     """Iterate over the leaves and sums whose product an axis is."""
-    for factor in map(find, axis):
+    for factor in map(representative, axis):
         if factor.kind == "product":
             yield from spell(factor.parts)
         elif factor.size != 1 or factor.kind == "sum":
@@ -64,15 +63,15 @@ def size_of(axis: Iterable[Factor]) -> int:
 
 
 def block(axis: Iterable[Factor], reason: str, *, is_picked: bool = False) -> None:
-    """Note why the factors of an axis, and what they consist of, cannot be split; the first reason stays."""
-    for factor in map(find, axis):
+    """Note why the factors of an axis, and their parts, cannot be split; the first reason stays."""
+    for factor in map(representative, axis):
         factor.is_picked = is_picked if not factor.reason else factor.is_picked and is_picked
         factor.reason = factor.reason or reason
         block(factor.parts, reason, is_picked=is_picked)
 
 
 def unify(left: Iterable[Factor], right: Iterable[Factor]) -> None:
-    """Note that two axes are one: what is known of each holds of both."""
+    """Note that two axes are equal, factor by factor."""
     ours, theirs = deque(spell(left)), deque(spell(right))
     while ours and theirs:
         a, b = _front(ours), _front(theirs)
@@ -137,7 +136,7 @@ def part(axis: Axis, start: int, stop: int) -> Axis:
 
 
 def laid_out(blocks: Sequence[Axis]) -> Axis:
-    """Return the axis of blocks laid one after another."""
+    """Return the axis made of consecutive blocks."""
     if len(blocks) == 1:
         return blocks[0]
     parts = tuple(_joined(axis) for axis in blocks)
@@ -146,7 +145,7 @@ def laid_out(blocks: Sequence[Axis]) -> Axis:
 
 def segments(factor: Factor) -> Iterator[Factor]:
     """Iterate over the blocks of a factor, itself if it is no sum."""
-    factor = find(factor)
+    factor = representative(factor)
     if factor.kind != "sum":
         yield factor
         return
@@ -164,7 +163,7 @@ def count(axis: Iterable[Factor], leaf: Factor) -> int:
     -1
     """
     total = 0
-    for factor in map(find, axis):
+    for factor in map(representative, axis):
         if factor is leaf:
             total += 1
         elif factor.kind == "product":
@@ -181,8 +180,8 @@ def count(axis: Iterable[Factor], leaf: Factor) -> int:
 
 
 def _front(pool: deque[Factor]) -> Factor | None:
-    """Return the first factor as it is known by now; None if it had to be spelled anew."""
-    first = find(pool[0])
+    """Return the first factor; None if it has become a product and was replaced by its parts."""
+    first = representative(pool[0])
     if first.kind == "product":
         _respell(pool)
         return None
@@ -200,7 +199,7 @@ def _joined(axis: Axis) -> Factor:
 
 
 def _take_apart(factor: Factor, first: int) -> bool:
-    """Make a product of a leaf, its first factor of a size; tell whether that goes."""
+    """Make a leaf a product whose first factor has a size; tell whether this is possible."""
     if factor.kind != "leaf" or not first or factor.size % first:
         return False
     factor.kind = "product"
@@ -209,7 +208,7 @@ def _take_apart(factor: Factor, first: int) -> bool:
 
 
 def _merge(a: Factor, b: Factor) -> None:
-    """Make two factors of a size the same."""
+    """Make two factors of equal size the same."""
     if a is b:
         return
     if b.kind == "leaf":
@@ -247,8 +246,8 @@ def _bounds(factor: Factor) -> set[int]:
 
 
 def _cut(factor: Factor, bounds: set[int]) -> bool:
-    """Make a factor a sum with blocks that end at ``bounds``; tell whether that goes."""
-    factor = find(factor)
+    """Make a factor a sum with blocks that end at ``bounds``; tell whether this is possible."""
+    factor = representative(factor)
     inside = sorted(b for b in bounds if 0 < b < factor.size)
     if not inside:
         return True

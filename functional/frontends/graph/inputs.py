@@ -1,4 +1,4 @@
-"""What a model is called with, told from its configuration."""
+"""Inputs of a model, told from its configuration."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _OTHER_LENGTH = 5
 
 
 def inferred_inputs(model: nn.Module) -> dict[str, Any]:
-    """Return inputs for a model that has a configuration and says what its main input is.
+    """Return inputs for a model that has a configuration and names its main input.
 
     Raises:
-        PlanError: If the model does not say it.
+        PlanError: If the model does not name it.
     """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     takes = inspect.signature(model.forward).parameters

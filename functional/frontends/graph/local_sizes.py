@@ -1,4 +1,4 @@
-"""Attributes of modules that hold global sizes: found by value, and by trying what a rank runs with local ones."""
+"""Attributes of modules that hold global sizes: found by value, and confirmed by exporting a rank with local sizes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ import torch
 from attrs import define, frozen
 from torch import Tensor, fx
 
-from .export import Stopped, Traced, module_path, name_of, operations
-from .factors import Axis, Factor, segments, spell
+from .export import ExportFailure, RankGraph, module_path, operations, operator_name
+from .factors import Axis, Factor, segments, size_of, spell
 from .regions import is_in
 
 if TYPE_CHECKING:
     from .operator_rules import Axes
-    from .propagate import Followed
+    from .propagate import ModelAxes
     from .regions import Region
 
 _MOST_TRIED = 32
-
-"""Choices of attributes that are tried for one kind of module."""
+"""Limit of the choices of attributes that are tried for a kind of module."""
 
 _MOST_COMBINED = 4096
+"""Limit of the combinations of values from which these choices are taken."""
 
 _COPIES = ("contiguous", "clone", "alias", "detach")
-"""What an export leaves out where it changes nothing, as with a single head."""
+"""Operators that an export leaves out where they change nothing, as with a single head."""
 
 _MOVES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "repeat_interleave")
-"""What code may leave out where a local size is 1, as where a rank has one query head for each key head."""
+"""Operators that code may leave out where a local size is 1, as with a single query head for each key head."""
 
 Values = Mapping[str, int]
 """Local values of attributes by name."""
 
 
 @define(eq=False)
-class Holder:
-    """Modules of one kind, whose code works on parts; the same attributes are set on each.
+class SizeAttributes:
+    """Modules of a kind whose code works on parts of activations; the same attributes are set on each.
 
     Args:
         modules: Their paths.
-        regions: What they work on.
-        choices: What could be set, likeliest first.
-        at: Which of the choices is tried.
+        regions: The regions in which they work.
+        choices: Possible local values of their attributes, likeliest first.
+        at: Number of the choice that is tried.
     """
 
     modules: list[str]
@@ -59,10 +59,10 @@ class Holder:
 
 @frozen
 class LocalShapes:
-    """The shapes that one rank should see.
+    """The shapes that each rank should see.
 
     Args:
-        sizes: Entries that it has of each factor that is split.
+        sizes: Entries of a rank, for each factor that is split.
     """
 
     sizes: Mapping[Factor, int]
@@ -81,16 +81,16 @@ class LocalShapes:
 
 
 def local_shapes(regions: Iterable[Region], num_ranks: int) -> LocalShapes:
-    """Return the shapes that one rank should see."""
+    """Return the shapes that each rank should see."""
     sizes: dict[Factor, int] = {}
     for region in regions:
         sizes |= region.local_sizes(num_ranks)
     return LocalShapes(sizes)
 
 
-def holders(found: Followed, regions: Sequence[Region], shapes: LocalShapes) -> list[Holder]:
-    """Return the modules whose code works on parts, by kind, with the attributes that may hold global sizes."""
-    made: dict[object, Holder] = {}
+def size_attributes(found: ModelAxes, regions: Sequence[Region], shapes: LocalShapes) -> list[SizeAttributes]:
+    """Return the modules whose code works on parts, by kind, with possible local values of their attributes."""
+    made: dict[object, SizeAttributes] = {}
     for region in regions:
         for path in dict.fromkeys(op.module for op in region.operations):
             if path in region.modules:
@@ -106,7 +106,7 @@ def holders(found: Followed, regions: Sequence[Region], shapes: LocalShapes) -> 
             key = type(module), *((name, getattr(module, name), tuple(local)) for name, local in kept.items())
             if key not in made:
                 first = {name: kept[name][-1] for name, value in _integers(module) if value in counts and name in kept}
-                made[key] = Holder([], [], _choices(kept, config, first))
+                made[key] = SizeAttributes([], [], _choices(kept, config, first))
             made[key].modules.append(path)
             made[key].regions.append(region)
     return list(made.values())
@@ -119,26 +119,19 @@ def _integers(holder: object) -> Iterator[tuple[str, int]]:
 
 
 def _sizes(region: Region, path: str, shapes: LocalShapes) -> tuple[dict[int, set[int]], set[int]]:
-    """Return the sizes that a module's code meets and a split changes, with local ones; and those that count heads."""
+    """Return the local sizes by each global size that a module's code meets; and the global sizes that count heads."""
     known: dict[int, set[int]] = {}
     counts: set[int] = set()
     for op in region.operations:
         if op.module == path:
-            for held in (*op.inputs, *op.outputs):
-                for run in itertools.chain.from_iterable(map(_runs, held.axes)) if is_in(held.axes, region) else ():
-                    size, local = _size(run), shapes.size(run)
+            for tensor in (*op.inputs, *op.outputs):
+                for run in itertools.chain.from_iterable(map(_runs, tensor.axes)) if is_in(tensor.axes, region) else ():
+                    size, local = size_of(run), shapes.size(run)
                     if size != local:
                         known.setdefault(size, set()).add(local)
                         if region.is_attention and all(factor in shapes.sizes for factor in run):
                             counts.add(size)
     return known, counts
-
-
-def _size(run: Axis) -> int:
-    total = 1
-    for factor in run:
-        total *= factor.size
-    return total
 
 
 def _runs(axis: Axis) -> Iterator[Axis]:
@@ -153,7 +146,7 @@ def _runs(axis: Axis) -> Iterator[Axis]:
 
 
 def _choices(kept: Mapping[str, list[int]], config: Mapping[str, list[int]], first: Values) -> list[Values]:
-    """Return what could be set: first what counts heads, then what differs least from that; own attributes before others."""
+    """Return choices of values: those nearest to ``first``, which sets the counts of heads, come first."""
     options = {**kept, **config}
     each = ([None, *local] for local in options.values())
     made: list[Values] = [
@@ -168,8 +161,8 @@ def _choices(kept: Mapping[str, list[int]], config: Mapping[str, list[int]], fir
     return sorted(made, key=distance)[:_MOST_TRIED]
 
 
-def responsible(kinds: Sequence[Holder], path: str) -> Holder | None:
-    """Return the kind of module whose attributes to choose otherwise, after what a rank runs has gone wrong at a path."""
+def kind_to_change(kinds: Sequence[SizeAttributes], path: str) -> SizeAttributes | None:
+    """Return the kind of module that should get its next choice, after a rank's graph went wrong at a path."""
     left = [kind for kind in kinds if kind.at + 1 < len(kind.choices)]
     near = [kind for kind in left if path in kind.modules]
     near += [kind for kind in left if any(path in region.modules for region in kind.regions)]
@@ -177,18 +170,20 @@ def responsible(kinds: Sequence[Holder], path: str) -> Holder | None:
     return next(iter(near or left), None)
 
 
-def first_difference(found: Followed, local: Traced | Stopped, shapes: LocalShapes, changed: Iterable[str]) -> str | None:
-    """Return the module in which a rank first computes something else than its part; None if it never does.
+def first_difference(
+    found: ModelAxes, local: RankGraph | ExportFailure, shapes: LocalShapes, changed: Iterable[str]
+) -> str | None:
+    """Return the first module in which a rank does not compute its part of the model; None if there is none.
 
-    Operator by operator the graph of a rank is that of the whole model, with local shapes and the same numbers.
+    Both graphs should have the same operators and numbers, with local shapes on the rank.
 
     Args:
         found: The whole model.
-        local: What a rank runs.
-        shapes: The shapes that it should see.
-        changed: Modules in which more happens on a rank, and on purpose.
+        local: The graph of a rank.
+        shapes: The shapes that the rank should see.
+        changed: Modules that are left out, as layout steps change them.
     """
-    if isinstance(local, Stopped):
+    if isinstance(local, ExportFailure):
         return local.path
     skipped = (*_COPIES, *_MOVES) if 1 in shapes.sizes.values() else _COPIES
     left_out = frozenset(changed)
@@ -198,21 +193,21 @@ def first_difference(found: Followed, local: Traced | Stopped, shapes: LocalShap
         if op is None or node is None:
             return op.module if op else _path(node, found) if node else ""
         same = op.node.target is node.target and op.module == _path(node, found) and _numbers(op.node) == _numbers(node)
-        taken = [shapes.of(held.axes) for held in op.inputs]
+        taken = [shapes.of(tensor.axes) for tensor in op.inputs]
         given = [shape for argument in node.all_input_nodes for shape in _shapes(argument)]
-        made = [shapes.of(held.axes) for held in op.outputs]
+        made = [shapes.of(tensor.axes) for tensor in op.outputs]
         if not same or made != _shapes(node) or set(taken) != set(given):
             return op.module
     return None
 
 
-def _path(node: fx.Node, found: Followed) -> str:
+def _path(node: fx.Node, found: ModelAxes) -> str:
     path = module_path(node)
     return found.names.get(path, path)
 
 
-def _counts(node: fx.Node, found: Followed, left_out: frozenset[str], skipped: Sequence[str]) -> bool:
-    left = str(node.target).startswith("shardplan") or name_of(node) in ("getitem", *skipped)
+def _counts(node: fx.Node, found: ModelAxes, left_out: frozenset[str], skipped: Sequence[str]) -> bool:
+    left = str(node.target).startswith("shardplan") or operator_name(node) in ("getitem", *skipped)
     return bool(_shapes(node)) and not left and _path(node, found) not in left_out
 
 
@@ -223,6 +218,6 @@ def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
 
 
 def _numbers(node: fx.Node) -> list[Any]:
-    """Return the numbers among the arguments: all for what works entry by entry, else those that are no sizes."""
+    """Return the numbers among the arguments; integers only of pointwise operators, as of others they may be sizes."""
     kinds = (bool, int, float) if torch.Tag.pointwise in getattr(node.target, "tags", ()) else (bool, float)
     return [a for a in (*node.args, *node.kwargs.values()) if type(a) in kinds]

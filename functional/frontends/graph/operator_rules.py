@@ -1,4 +1,4 @@
-"""What operators do to axes: which factors of their outputs are factors of their inputs, and which cannot be split."""
+"""Rules of operators: the axes of their outputs in factors of their inputs, and the factors that cannot be split."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from attrs import frozen
 from .factors import Axis, Factor, block, laid_out, part, reshape, size_of, unify, whole
 
 Axes = tuple[Axis, ...]
-"""The axes of one tensor."""
+"""The axes of a tensor."""
 
 Shape = tuple[int, ...]
 
 
 @frozen
-class Call:
-    """One call of an operator.
+class OperatorCall:
+    """A call of an operator.
 
     Args:
         name: The operator, without its overload.
-        given: Its arguments by name, with defaults; tensors among them as their axes, within :class:`Met`.
-        shapes: Shapes of what it gives.
+        arguments: Its arguments by name, with defaults; tensors as :class:`TensorArgument`.
+        shapes: Shapes of its outputs.
         is_pointwise: Whether torch says that it works entry by entry.
     """
 
     name: str
-    given: Mapping[str, Any]
+    arguments: Mapping[str, Any]
     shapes: tuple[Shape, ...]
     is_pointwise: bool = False
 
@@ -43,29 +43,29 @@ class Call:
         return next(self.tensors())
 
     def tensors(self) -> Iterator[Axes]:
-        """Iterate over the axes of the tensors among its arguments, those in lists too."""
-        for value in self.given.values():
+        """Iterate over the axes of the tensors among its arguments, also in lists."""
+        for value in self.arguments.values():
             for inner in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(inner, Met):
+                if isinstance(inner, TensorArgument):
                     yield inner.axes
 
     def axis(self, name: str = "dim", rank: int | None = None) -> int:
         """Return an axis among the arguments, counted from 0."""
-        return self.given[name] % (len(self.own) if rank is None else rank)
+        return self.arguments[name] % (len(self.own) if rank is None else rank)
 
 
 @frozen
-class Met:
+class TensorArgument:
     """A tensor among the arguments of a call."""
 
     axes: Axes
 
 
-Rule = Callable[[Call], Sequence[Axes]]
+OperatorRule = Callable[[OperatorCall], Sequence[Axes]]
 
 
-def follow_call(call: Call) -> Sequence[Axes]:
-    """Return the axes of what a call gives; what is not known to keep its axes apart blocks them."""
+def apply_rule(call: OperatorCall) -> Sequence[Axes]:
+    """Return the axes of a call's outputs; an operator without a rule blocks the axes of its inputs."""
     rule = RULES.get(call.name)
     made = rule(call) if rule else pointwise(call) if call.is_pointwise else ()
     if [tuple(map(size_of, axes)) for axes in made] == list(call.shapes):
@@ -76,7 +76,7 @@ def follow_call(call: Call) -> Sequence[Axes]:
 
 
 def broadcast(tensors: Sequence[Axes], rank: int) -> Axes:
-    """Return the axes of tensors that meet entry by entry, aligned from the last axis."""
+    """Return the axes of tensors that are broadcast together, aligned from the last axis."""
     made: list[Axis] = []
     for at in range(1, rank + 1):
         met = [axes[-at] for axes in tensors if at <= len(axes) and size_of(axes[-at]) > 1]
@@ -86,14 +86,14 @@ def broadcast(tensors: Sequence[Axes], rank: int) -> Axes:
     return tuple(reversed(made))
 
 
-def pointwise(call: Call) -> Sequence[Axes]:
-    """Entry by entry."""
+def pointwise(call: OperatorCall) -> Sequence[Axes]:
+    """Follow an operator that works entry by entry."""
     return [broadcast(list(call.tensors()), len(call.shape))] * len(call.shapes)
 
 
-def product(call: Call) -> Sequence[Axes]:
-    """A product of activations: what is summed over cannot be split."""
-    first, second = [call.given[name].axes for name in _operands(call)]
+def product(call: OperatorCall) -> Sequence[Axes]:
+    """Follow a product of activations, whose summed axis cannot be split."""
+    first, second = [call.arguments[name].axes for name in _operands(call)]
     rows = first[:-2] if len(first) > 1 else ()
     columns = second[:-2] if len(second) > 1 else ()
     batch = broadcast([rows, columns], max(len(rows), len(columns)))
@@ -105,64 +105,64 @@ def product(call: Call) -> Sequence[Axes]:
     return [_with_added(call, made)]
 
 
-def linear(call: Call, *, out_axis: int) -> Sequence[Axes]:
-    """A product with a weight of a linear module: what is summed over may be split, as the sums are."""
-    first, second = [call.given[name].axes for name in _operands(call)]
+def linear(call: OperatorCall, *, out_axis: int) -> Sequence[Axes]:
+    """Follow a product with a linear module's weight, whose summed axis may be split if the sums are added up."""
+    first, second = [call.arguments[name].axes for name in _operands(call)]
     unify(first[-1], second[1 - out_axis])
     return [_with_added(call, (*first[:-1], second[out_axis]))]
 
 
-def _operands(call: Call) -> tuple[str, str]:
+def _operands(call: OperatorCall) -> tuple[str, str]:
     for names in (("mat1", "mat2"), ("batch1", "batch2"), ("input", "weight"), ("self", "mat2"), ("self", "other")):
-        if all(isinstance(call.given.get(name), Met) for name in names):
+        if all(isinstance(call.arguments.get(name), TensorArgument) for name in names):
             return names
-    msg = f"{call.name} has operands {list(call.given)}"
+    msg = f"{call.name} has operands {list(call.arguments)}"
     raise AssertionError(msg)
 
 
-def _with_added(call: Call, made: Axes) -> Axes:
-    added = [call.given["bias"]] if call.name == "linear" else [call.given["self"]] if call.name in _ADDING else []
-    return broadcast([made, *(met.axes for met in added if isinstance(met, Met))], len(made))
+def _with_added(call: OperatorCall, made: Axes) -> Axes:
+    added = [call.arguments["bias"]] if call.name == "linear" else [call.arguments["self"]] if call.name in _ADDING else []
+    return broadcast([made, *(met.axes for met in added if isinstance(met, TensorArgument))], len(made))
 
 
 _ADDING = ("addmm", "baddbmm", "addbmm")
 
 
-def _attention(call: Call) -> Sequence[Axes]:
-    query, key, value = (call.given[name].axes for name in ("query", "key", "value"))
+def _attention(call: OperatorCall) -> Sequence[Axes]:
+    query, key, value = (call.arguments[name].axes for name in ("query", "key", "value"))
     unify(query[-1], key[-1])
     block(query[-1], "queries and keys are multiplied over them")
     unify(key[-2], value[-2])
     block(key[-2], "softmax is taken over them")
-    if call.given.get("enable_gqa") and size_of(query[-3]) != size_of(key[-3]):
+    if call.arguments.get("enable_gqa") and size_of(query[-3]) != size_of(key[-3]):
         unify(query[-3], (*key[-3], Factor(size_of(query[-3]) // size_of(key[-3]))))
         unify(key[-3], value[-3])
         made = query[:-1]
     else:
         rank = max(len(query), len(key)) - 2
         made = (*broadcast([query[:-2], key[:-2], value[:-2]], rank), query[-2])
-    if isinstance(mask := call.given.get("attn_mask"), Met):
+    if isinstance(mask := call.arguments.get("attn_mask"), TensorArgument):
         broadcast([(*made[:-1], query[-2], key[-2]), mask.axes], len(made) + 1)
     return [(*made, value[-1])]
 
 
-def _softmax(call: Call) -> Sequence[Axes]:
+def _softmax(call: OperatorCall) -> Sequence[Axes]:
     block(call.own[call.axis()], f"{call.name.strip('_')} is taken over them")
     return [call.own]
 
 
-def _norm(call: Call) -> Sequence[Axes]:
-    axes, num = call.own, len(call.given["normalized_shape"])
+def _norm(call: OperatorCall) -> Sequence[Axes]:
+    axes, num = call.own, len(call.arguments["normalized_shape"])
     for axis in axes[-num:]:
         block(axis, "a norm is taken over them")
     for name in ("weight", "bias"):
-        if isinstance(met := call.given.get(name), Met):
+        if isinstance(met := call.arguments.get(name), TensorArgument):
             broadcast([axes, met.axes], len(axes))
     return [axes]
 
 
-def _reduce(call: Call) -> Sequence[Axes]:
-    axes, dims = call.own, call.given.get("dim")
+def _reduce(call: OperatorCall) -> Sequence[Axes]:
+    axes, dims = call.own, call.arguments.get("dim")
     if dims is None or dims == []:
         dims = range(len(axes))
     reduced = {dim % len(axes) for dim in (dims if isinstance(dims, (list, tuple, range)) else [dims])} if axes else set()
@@ -175,26 +175,26 @@ def _reduce(call: Call) -> Sequence[Axes]:
     return [made] * len(call.shapes)
 
 
-def _reshape(call: Call) -> Sequence[Axes]:
+def _reshape(call: OperatorCall) -> Sequence[Axes]:
     return [tuple(reshape(call.own, call.shape))]
 
 
-def _same(call: Call) -> Sequence[Axes]:
+def _same(call: OperatorCall) -> Sequence[Axes]:
     return [call.own] * len(call.shapes)
 
 
-def _filled(call: Call) -> Sequence[Axes]:
+def _filled(call: OperatorCall) -> Sequence[Axes]:
     return [tuple((Factor(size),) if size != 1 else () for size in call.shape)]
 
 
-def _permute(call: Call) -> Sequence[Axes]:
+def _permute(call: OperatorCall) -> Sequence[Axes]:
     axes = call.own
     if call.name in {"t", "numpy_T"}:
         return [axes[::-1]]
     if call.name in {"mT", "adjoint"}:
         return [(*axes[:-2], axes[-1], axes[-2])]
     if call.name == "permute":
-        return [tuple(axes[dim] for dim in call.given["dims"])]
+        return [tuple(axes[dim] for dim in call.arguments["dims"])]
     first, second = ("axis0", "axis1") if call.name == "swapaxes" else ("dim0", "dim1")
     order = list(axes)
     a, b = call.axis(first), call.axis(second)
@@ -202,32 +202,32 @@ def _permute(call: Call) -> Sequence[Axes]:
     return [tuple(order)]
 
 
-def _unsqueeze(call: Call) -> Sequence[Axes]:
+def _unsqueeze(call: OperatorCall) -> Sequence[Axes]:
     at = call.axis(rank=len(call.own) + 1)
     return [(*call.own[:at], (), *call.own[at:])]
 
 
-def _squeeze(call: Call) -> Sequence[Axes]:
-    dims = call.given.get("dim")
+def _squeeze(call: OperatorCall) -> Sequence[Axes]:
+    dims = call.arguments.get("dim")
     dims = range(len(call.own)) if dims is None else dims if isinstance(dims, (list, tuple)) else [dims]
     gone = {dim % len(call.own) for dim in dims if size_of(call.own[dim]) == 1}
     return [tuple(axis for at, axis in enumerate(call.own) if at not in gone)]
 
 
-def _expand(call: Call) -> Sequence[Axes]:
+def _expand(call: OperatorCall) -> Sequence[Axes]:
     new = len(call.shape) - len(call.own)
     sizes = zip(call.shape, (*((),) * new, *call.own), strict=True)
     return [tuple(axis if size_of(axis) == size else (Factor(size),) for size, axis in sizes)]
 
 
-def _repeat(call: Call) -> Sequence[Axes]:
-    repeats = call.given["repeats"]
+def _repeat(call: OperatorCall) -> Sequence[Axes]:
+    repeats = call.arguments["repeats"]
     axes = (*((),) * (len(repeats) - len(call.own)), *call.own)
     return [tuple((Factor(num), *axis) if num > 1 else axis for num, axis in zip(repeats, axes, strict=True))]
 
 
-def _repeat_interleave(call: Call) -> Sequence[Axes]:
-    num, dim = call.given.get("repeats"), call.given.get("dim")
+def _repeat_interleave(call: OperatorCall) -> Sequence[Axes]:
+    num, dim = call.arguments.get("repeats"), call.arguments.get("dim")
     if not isinstance(num, int) or dim is None:
         for axes in call.tensors():
             _block_all(axes, "repeat_interleave works on them")
@@ -236,16 +236,16 @@ def _repeat_interleave(call: Call) -> Sequence[Axes]:
     return [tuple((*axis, Factor(num)) if i == at and num > 1 else axis for i, axis in enumerate(call.own))]
 
 
-def _split(call: Call) -> Sequence[Axes]:
+def _split(call: OperatorCall) -> Sequence[Axes]:
     at, bounds = call.axis(), [0]
     for shape in call.shapes:
         bounds.append(bounds[-1] + shape[call.axis()])
     return [_with_part(call.own, at, start, stop) for start, stop in pairwise(bounds)]
 
 
-def _slice(call: Call) -> Sequence[Axes]:
+def _slice(call: OperatorCall) -> Sequence[Axes]:
     at, axes = call.axis(), call.own
-    size, start, step = size_of(axes[at]), call.given.get("start") or 0, call.given.get("step", 1)
+    size, start, step = size_of(axes[at]), call.arguments.get("start") or 0, call.arguments.get("step", 1)
     if step != 1:
         block(axes[at], "every so many of them are taken")
         return [(*axes[:at], whole(call.shape[at], "it is a part of something whole"), *axes[at + 1 :])]
@@ -259,37 +259,37 @@ def _with_part(axes: Axes, at: int, start: int, stop: int) -> Axes:
     return (*axes[:at], part(axes[at], start, stop), *axes[at + 1 :])
 
 
-def _pick(call: Call) -> Sequence[Axes]:
+def _pick(call: OperatorCall) -> Sequence[Axes]:
     at = call.axis()
     block(call.own[at], "single ones of them are picked", is_picked=True)
     return [(*call.own[:at], *call.own[at + 1 :])] * len(call.shapes)
 
 
-def _cat(call: Call) -> Sequence[Axes]:
+def _cat(call: OperatorCall) -> Sequence[Axes]:
     rank = len(call.shape)
-    tensors = [axes for axes in call.tensors() if len(axes) == rank]  # an empty one may have any rank
+    tensors = [axes for axes in call.tensors() if len(axes) == rank]  # empty tensors may have another rank
     at = call.axis(rank=rank)
     met = broadcast([(*axes[:at], (), *axes[at + 1 :]) for axes in tensors], rank)
     blocks = [axes[at] for axes in tensors if size_of(axes[at])]
     return [(*met[:at], laid_out(blocks), *met[at + 1 :])]
 
 
-def _stack(call: Call) -> Sequence[Axes]:
+def _stack(call: OperatorCall) -> Sequence[Axes]:
     at = call.axis(rank=len(call.shape))
     met = list(broadcast(list(call.tensors()), len(call.shape) - 1))
     return [(*met[:at], whole(call.shape[at], "its entries are put together one by one"), *met[at:])]
 
 
-def _look_up(call: Call) -> Sequence[Axes]:
-    rows, *columns = call.given["weight"].axes
+def _look_up(call: OperatorCall) -> Sequence[Axes]:
+    rows, *columns = call.arguments["weight"].axes
     block(rows, "rows are looked up by number")
-    return [(*call.given["indices"].axes, *columns)]
+    return [(*call.arguments["indices"].axes, *columns)]
 
 
-def _index(call: Call) -> Sequence[Axes]:
-    axes, given = call.own, call.given["indices"]
-    picking = [met for met in given if isinstance(met, Met)]
-    if len(picking) < len(given):  # an axis is left out before an indexed one
+def _index(call: OperatorCall) -> Sequence[Axes]:
+    axes, given = call.own, call.arguments["indices"]
+    picking = [met for met in given if isinstance(met, TensorArgument)]
+    if len(picking) < len(given):  # an axis before an indexed axis is not indexed
         for met in call.tensors():
             _block_all(met, "they are indexed")
         return [tuple(whole(size, "it is picked by number") for size in call.shape)]
@@ -309,7 +309,7 @@ def _block_all(axes: Axes, reason: str) -> None:
         block(axis, reason)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), _reshape),
     **dict.fromkeys(("contiguous", "clone", "to", "_to_copy", "type_as", "dropout", "native_dropout"), _same),
     **dict.fromkeys(("detach", "detach_", "alias", "lift_fresh_copy", "dropout_", "feature_dropout"), _same),

@@ -11,11 +11,11 @@ from attrs import define, evolve, field, frozen
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from ....specs.paths import join
+from ....specs.paths import join, module_of
 from ...model.linear import linear_of, overrides_forward
-from .export import Traced, module_path, name_of, regions
+from .export import RankGraph, module_path, operator_name, subgraphs
 from .factors import Factor, block, whole
-from .operator_rules import Axes, Call, Met, follow_call, linear
+from .operator_rules import Axes, OperatorCall, TensorArgument, apply_rule, linear
 
 if TYPE_CHECKING:
     from ....specs.tree import SpecTree
@@ -27,14 +27,14 @@ ELSEWHERE = "its weight is used outside of the module that holds it"
 
 
 @frozen(eq=False)
-class Held:
-    """A tensor of the graph.
+class GraphTensor:
+    """A tensor of the exported graph.
 
     Args:
-        axes: What its axes consist of.
-        is_trained: Whether something trained is behind it.
-        parameter: Path of the tensor of the model that it is, or that it is computed from alone.
-        is_given: Whether it is what the model was called with, as far as its entries go.
+        axes: The factors of its axes.
+        is_trained: Whether it depends on a trained parameter.
+        parameter: Path of the only tensor of the model that it is computed from, or is.
+        is_given: Whether its entries are those of an input of the model.
     """
 
     axes: Axes
@@ -45,35 +45,35 @@ class Held:
 
 @frozen(eq=False)
 class Operation:
-    """One operation of the graph.
+    """An operation of the graph.
 
     Args:
         node: Its node.
         name: The operator.
         module: Path of the module whose code runs it.
         inputs: The tensors that it takes.
-        outputs: Those that it gives.
+        outputs: The tensors that it returns.
         weight: Path of the weight, if it is the product of a linear module with it.
     """
 
     node: fx.Node
     name: str
     module: str
-    inputs: tuple[Held, ...]
-    outputs: tuple[Held, ...]
+    inputs: tuple[GraphTensor, ...]
+    outputs: tuple[GraphTensor, ...]
     weight: str = ""
 
 
 @define(eq=False)
-class Followed:
-    """What is known of a model's axes.
+class ModelAxes:
+    """The axes of a model's tensors, as its operations relate them.
 
     Args:
         model: The model.
         tree: Its tensors.
         operations: All operations, in order.
-        tensors: The model's tensors, by canonical path; those that no operation reads are left out.
-        returned: What the model returns.
+        tensors: The model's tensors that an operation reads, by canonical path.
+        returned: The tensors that the model returns.
         names: Canonical path of each module, by its other paths.
     """
 
@@ -81,41 +81,43 @@ class Followed:
     tree: SpecTree
     names: Mapping[str, str]
     operations: list[Operation] = field(factory=list)
-    tensors: dict[str, Held] = field(factory=dict)
-    returned: list[Held] = field(factory=list)
+    tensors: dict[str, GraphTensor] = field(factory=dict)
+    returned: list[GraphTensor] = field(factory=list)
 
 
-def follow(sch: Schedule, traced: Traced) -> Followed:
-    """Return what is known of the axes of a schedule's model."""
+def propagate(sch: Schedule, traced: RankGraph) -> ModelAxes:
+    """Follow the axes of a schedule's model through its operations."""
     names = {alias: module.path for module in sch.modules for alias in module.aliases}
-    found = Followed(sch.runtime.model, sch.tree, names)
+    found = ModelAxes(sch.runtime.model, sch.tree, names)
     values: dict[fx.Node, Any] = {}
     for node in traced.root.graph.nodes:
         if node.op == "placeholder":
             values[node] = _placeholder(found, node, traced)
-    found.returned = [held for held in _leaves(_walk(found, traced.root.graph, values)) if isinstance(held, Held)]
-    for held in found.returned:
-        for axis in held.axes:
+    found.returned = [
+        tensor for tensor in _leaves(_walk(found, traced.root.graph, values)) if isinstance(tensor, GraphTensor)
+    ]
+    for tensor in found.returned:
+        for axis in tensor.axes:
             block(axis, RETURNED)
     return found
 
 
-def _placeholder(found: Followed, node: fx.Node, traced: Traced) -> Any:
+def _placeholder(found: ModelAxes, node: fx.Node, traced: RankGraph) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return value
     path = traced.paths.get(node.name, "")
     if not path:
-        return Held(tuple(whole(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
+        return GraphTensor(tuple(whole(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
     spec = found.tree[path]
     is_trained = spec.requires_grad and spec.kind == "parameter"
     if path not in found.tensors:
         axes = tuple((Factor(size),) if size != 1 else () for size in value.shape)
-        found.tensors[path] = Held(axes, is_trained, path)
+        found.tensors[path] = GraphTensor(axes, is_trained, path)
     return found.tensors[path]
 
 
-def _walk(found: Followed, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+def _walk(found: ModelAxes, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
     for node in graph.nodes:
         if node.op == "call_function":
             values[node] = _call(found, node, values)
@@ -124,27 +126,27 @@ def _walk(found: Followed, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
     return None
 
 
-def _call(found: Followed, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    for module, arguments in regions(node):
+def _call(found: ModelAxes, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    for module, arguments in subgraphs(node):
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
         return _walk(found, module.graph, dict(zip(inner, _with_values(arguments, values), strict=True)))
     if node.target is operator.getitem:
         of, at = _with_values(node.args, values)
         return of[at]
     given = _given(node, values)
-    inputs = tuple(held for held in _leaves(list(given.values())) if isinstance(held, Held))
+    inputs = tuple(tensor for tensor in _leaves(list(given.values())) if isinstance(tensor, GraphTensor))
     shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in _outputs(node))
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and bool(inputs)
-    call = Call(name_of(node), {name: _met(value) for name, value in given.items()}, shapes, is_pointwise)
+    call = OperatorCall(operator_name(node), {name: _met(value) for name, value in given.items()}, shapes, is_pointwise)
     path = found.names.get(module_path(node), module_path(node))
     weight = _weight(found, call, given, path)
     if not shapes:
         return None
-    made = linear(call, out_axis=0 if call.name == "linear" else 1) if weight else follow_call(call)
-    parameters = {held.parameter for held in inputs}
-    common = Held(
+    made = linear(call, out_axis=0 if call.name == "linear" else 1) if weight else apply_rule(call)
+    parameters = {tensor.parameter for tensor in inputs}
+    common = GraphTensor(
         axes=(),
-        is_trained=any(held.is_trained for held in inputs),
+        is_trained=any(tensor.is_trained for tensor in inputs),
         parameter=parameters.pop() if len(parameters) == 1 else "",
         is_given=len(inputs) == 1 and inputs[0].is_given,
     )
@@ -153,46 +155,48 @@ def _call(found: Followed, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return list(outputs) if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
 
 
-def _weight(found: Followed, call: Call, given: Mapping[str, Any], module: str) -> str:
-    """Return the path of the weight that a product is with, if its module is a linear one and holds it.
+def _weight(found: ModelAxes, call: OperatorCall, given: Mapping[str, Any], module: str) -> str:
+    """Return the path of the weight in a product, if the weight belongs to the linear module whose code runs.
 
-    A weight that is used otherwise is not to be split, as what its module would do then does not happen.
+    A weight that other code uses must not be split, as that code bypasses the module's synchronisation.
     """
     name = {"linear": "weight", "addmm": "mat2", "mm": "mat2", "matmul": "other"}.get(call.name, "")
-    held = given.get(name)
-    owners = {path.rpartition(".")[0] for spec in [found.tree.get(_path_of(held))] if spec for path in spec.paths}
+    tensor = given.get(name)
+    owners = {module_of(path) for spec in [found.tree.get(_path_of(tensor))] if spec for path in spec.paths}
     is_own = False
-    if isinstance(held, Held) and module in owners:
+    if isinstance(tensor, GraphTensor) and module in owners:
         owner = found.model.get_submodule(module)
         kind = linear_of(owner)
-        is_own = kind is not None and not overrides_forward(owner) and _is_its_weight(found, held, module, call)
+        is_own = kind is not None and not overrides_forward(owner) and _is_its_weight(found, tensor, module, call)
     if is_own:
-        return _path_of(held)
+        return _path_of(tensor)
     if call.name == "embedding":  # rows of a tied weight
         return ""
     for value in given.values():
         for other in _leaves([value]):
-            if isinstance(other, Held) and other.parameter and _is_linear_weight(found, other):
+            if isinstance(other, GraphTensor) and other.parameter and _is_linear_weight(found, other):
                 for axis in other.axes:
                     block(axis, ELSEWHERE)
     return ""
 
 
-def _is_its_weight(found: Followed, held: Held, module: str, call: Call) -> bool:
+def _is_its_weight(found: ModelAxes, tensor: GraphTensor, module: str, call: OperatorCall) -> bool:
     kind = linear_of(found.model.get_submodule(module))
     spec = found.tree.get(join(module, "weight"))
-    return kind is not None and spec is found.tree[held.parameter] and kind.out_axis == (call.name != "linear")
+    return kind is not None and spec is found.tree[tensor.parameter] and kind.out_axis == (call.name != "linear")
 
 
-def _is_linear_weight(found: Followed, held: Held) -> bool:
-    """Tell whether a tensor is the weight of linear modules alone; that of an embedding may be used in many ways."""
-    paths = found.tree[held.parameter].paths
-    modules = [found.model.get_submodule(path.rpartition(".")[0]) for path in paths]
-    return len(held.axes) > 1 and any(linear_of(m) is not None for m in modules) and held is found.tensors[held.parameter]
+def _is_linear_weight(found: ModelAxes, tensor: GraphTensor) -> bool:
+    """Tell whether a tensor is the weight of a linear module, itself and not a value computed from it."""
+    paths = found.tree[tensor.parameter].paths
+    modules = [found.model.get_submodule(module_of(path)) for path in paths]
+    return (
+        len(tensor.axes) > 1 and any(linear_of(m) is not None for m in modules) and tensor is found.tensors[tensor.parameter]
+    )
 
 
 def _path_of(value: object) -> str:
-    return value.parameter if isinstance(value, Held) else ""
+    return value.parameter if isinstance(value, GraphTensor) else ""
 
 
 def _given(node: fx.Node, values: dict[fx.Node, Any]) -> dict[str, Any]:
@@ -215,8 +219,8 @@ def _outputs(node: fx.Node) -> list[Any]:
 
 
 def _met(value: Any) -> Any:
-    if isinstance(value, Held):
-        return Met(value.axes)
+    if isinstance(value, GraphTensor):
+        return TensorArgument(value.axes)
     return [_met(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -1,4 +1,4 @@
-"""Parts of a model between linear modules, within which one factor stays apart: what each rank can compute on its own."""
+"""Regions between linear modules in which no operator mixes the entries of a factor, so that ranks can share it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
 
+from ....specs.paths import join
 from ...model.linear import linear_of
-from .factors import Axis, Factor, count, find, segments, size_of, spell
+from .factors import Axis, Factor, count, representative, segments, size_of, spell
 
 if TYPE_CHECKING:
     from ....specs.shard import Split
     from .operator_rules import Axes
-    from .propagate import Followed, Held, Operation
+    from .propagate import GraphTensor, ModelAxes, Operation
 
 
 @frozen(eq=False)
 class Region:
-    """Linear modules, and what lies between them, that ranks share.
+    """Linear modules and the operations between them, over which a factor is split.
 
     Args:
         leaf: The factor that is split: heads, or features of an MLP.
-        repeated: The factor that is split further, where ranks share an entry of ``leaf``: the query heads of a key head.
+        repeated: The factor that is split further where ranks share an entry of ``leaf``: the query heads of a key head.
         columns: Modules whose output features are split, and how.
         rows: Modules whose input features are split, and how.
-        others: Other tensors that are split: their axis, and how.
-        summed: Tensors that are whole, and work on parts.
-        operations: What works on parts.
+        tensors: Other tensors that are split: their axis, and how.
+        summed: Tensors that are whole and work on parts of activations, so that their gradients are summed.
+        operations: The operations on parts of activations.
         is_attention: Whether a softmax is taken within it.
     """
 
@@ -37,7 +38,7 @@ class Region:
     repeated: Factor | None
     columns: Mapping[str, Split]
     rows: Mapping[str, Split]
-    others: Mapping[str, tuple[int, Split]]
+    tensors: Mapping[str, tuple[int, Split]]
     summed: tuple[str, ...]
     operations: tuple[Operation, ...] = field(repr=False)
 
@@ -52,7 +53,7 @@ class Region:
         return frozenset((*self.columns, *self.rows))
 
     def local_sizes(self, num_ranks: int) -> dict[Factor, int]:
-        """Return how many entries one rank has of each factor that is split."""
+        """Return the number of entries on each rank, for each factor that is split."""
         sizes = {self.leaf: max(1, self.leaf.size // num_ranks)}
         if self.repeated is not None:
             sizes[self.repeated] = self.repeated.size // (num_ranks // self.leaf.size)
@@ -60,34 +61,38 @@ class Region:
 
 
 @frozen(eq=False)
-class Refused:
+class RefusedRegion:
     """A factor that cannot be split, though linear modules make it and sum over it.
 
     Args:
         modules: The linear modules.
-        reason: What speaks against it.
+        reason: Why it cannot be split.
     """
 
     modules: frozenset[str]
     reason: str
 
 
-def find_regions(found: Followed, num_ranks: int) -> list[Region | Refused]:
-    """Return what can be split over a number of ranks, the shortest stretches first, and what can not."""
+Outcome = Region | RefusedRegion
+"""A region that can be split, or cannot."""
+
+
+def find_regions(found: ModelAxes, num_ranks: int) -> list[Outcome]:
+    """Return the regions that can be split over a number of ranks, shortest first, and those that cannot."""
     made, summed = _linear_leaves(found)
-    outcomes: list[Region | Refused] = []
+    outcomes: list[Outcome] = []
     for leaf in made:
         modules = frozenset(made[leaf] | summed.get(leaf, set()))
         if leaf not in summed or leaf.reason:
             continue
         outcome = _region(found, leaf, num_ranks)
         if outcome is not None:
-            outcomes.append(Refused(modules, outcome) if isinstance(outcome, str) else outcome)
+            outcomes.append(RefusedRegion(modules, outcome) if isinstance(outcome, str) else outcome)
     return _without_conflicts(found, outcomes)
 
 
-def _linear_leaves(found: Followed) -> tuple[dict[Factor, set[str]], dict[Factor, set[str]]]:
-    """Return which modules make each leaf, and which sum over it."""
+def _linear_leaves(found: ModelAxes) -> tuple[dict[Factor, set[str]], dict[Factor, set[str]]]:
+    """Return, for each leaf, the linear modules that make it, and the linear modules that sum over it."""
     made: dict[Factor, set[str]] = {}
     summed: dict[Factor, set[str]] = {}
     for op in found.operations:
@@ -100,7 +105,7 @@ def _linear_leaves(found: Followed) -> tuple[dict[Factor, set[str]], dict[Factor
     return made, summed
 
 
-def _weight_axes(found: Followed, op: Operation) -> tuple[Axis, Axis]:
+def _weight_axes(found: ModelAxes, op: Operation) -> tuple[Axis, Axis]:
     kind = linear_of(found.model.get_submodule(op.module))
     assert kind is not None, "its module is a linear one"
     axes = found.tensors[op.weight].axes
@@ -116,8 +121,8 @@ def _leaves(axis: Axis) -> Iterator[Factor]:
             yield factor
 
 
-def _region(found: Followed, leaf: Factor, num_ranks: int) -> Region | str | None:
-    """Return the region of a leaf, or why there is none; None if another factor is the one to split."""
+def _region(found: ModelAxes, leaf: Factor, num_ranks: int) -> Region | str | None:
+    """Return the region of a leaf, or why it cannot be split; None if another factor is to be split instead."""
     for op in found.operations:
         if op.weight and any(count(a, leaf) and _blocks(a, leaf, None) is None for a in _weight_axes(found, op)):
             return None
@@ -125,24 +130,24 @@ def _region(found: Followed, leaf: Factor, num_ranks: int) -> Region | str | Non
     divides = repeated is not None and not num_ranks % leaf.size and not repeated.size % (num_ranks // leaf.size)
     if leaf.size % num_ranks and not divides:
         return f"there are {leaf.size} of what would be split, and {num_ranks} ranks do not divide them"
-    if any(count(axis, leaf) < 0 or _num(held.axes, leaf) > 1 for held in _all_tensors(found) for axis in held.axes):
+    if any(count(axis, leaf) < 0 or _num(tensor.axes, leaf) > 1 for tensor in _all_tensors(found) for axis in tensor.axes):
         return "what would be split is there twice, or in a part of a tensor only"
-    operations = tuple(op for op in found.operations if any(_num(held.axes, leaf) for held in (*op.inputs, *op.outputs)))
+    operations = tuple(op for op in found.operations if any(_num(tensor.axes, leaf) for tensor in (*op.inputs, *op.outputs)))
     summed: dict[str, None] = {}
     for op in operations:
-        for held in _whole_and_trained(found, op, leaf):
-            if not held.parameter:
+        for tensor in _whole_and_trained(found, op, leaf):
+            if not tensor.parameter:
                 return f"in {op.module or 'the model'} it meets an activation that is whole"
-            summed[held.parameter] = None
+            summed[tensor.parameter] = None
     return _with_splits(found, Region(leaf, repeated, {}, {}, {}, tuple(summed), operations), num_ranks)
 
 
-def _with_splits(found: Followed, region: Region, num_ranks: int) -> Region | str | None:
-    """Return the region with how each of its tensors is split, or why one cannot be."""
+def _with_splits(found: ModelAxes, region: Region, num_ranks: int) -> Region | str | None:
+    """Return the region with the split of each of its tensors, or why a tensor cannot be split."""
     leaf = region.leaf
     columns: dict[str, Split] = {}
     rows: dict[str, Split] = {}
-    others: dict[str, tuple[int, Split]] = {}
+    tensors: dict[str, tuple[int, Split]] = {}
     done: set[str] = set()
     for op in region.operations:
         for axis, modules in zip(_weight_axes(found, op), (columns, rows), strict=True) if op.weight else ():
@@ -151,18 +156,18 @@ def _with_splits(found: Followed, region: Region, num_ranks: int) -> Region | st
                 if isinstance(split, str):
                     return split
                 modules[op.module] = split
-                done |= {op.weight, f"{op.module}.bias".lstrip(".")}
-    for path, held in found.tensors.items():
-        for at, axis in enumerate(held.axes):
+                done |= {op.weight, join(op.module, "bias")}
+    for path, tensor in found.tensors.items():
+        for at, axis in enumerate(tensor.axes):
             if count(axis, leaf) and not done & set(found.tree[path].paths):
                 split = _split(axis, leaf, region.repeated, num_ranks)
                 if isinstance(split, str):
                     return split
-                others[path] = at, split
-    return evolve(region, columns=columns, rows=rows, others=others) if rows and columns else None
+                tensors[path] = at, split
+    return evolve(region, columns=columns, rows=rows, tensors=tensors) if rows and columns else None
 
 
-def _all_tensors(found: Followed) -> Iterator[Held]:
+def _all_tensors(found: ModelAxes) -> Iterator[GraphTensor]:
     yield from found.tensors.values()
     for op in found.operations:
         yield from op.outputs
@@ -172,21 +177,21 @@ def _num(axes: Axes, leaf: Factor) -> int:
     return sum(abs(count(axis, leaf)) for axis in axes)
 
 
-def _whole_and_trained(found: Followed, op: Operation, leaf: Factor) -> Iterator[Held]:
-    """Iterate over what is trained and whole, and meets parts: each rank would have a part of its gradient."""
-    if not any(_num(held.axes, leaf) for held in op.inputs):
+def _whole_and_trained(found: ModelAxes, op: Operation, leaf: Factor) -> Iterator[GraphTensor]:
+    """Iterate over trained whole tensors that meet parts of activations: a rank would have a part of their gradients."""
+    if not any(_num(tensor.axes, leaf) for tensor in op.inputs):
         return
     weight = found.tensors[op.weight] if op.weight else None
     is_split = weight is not None and _num(weight.axes, leaf) > 0
     if is_split:
         return  # the input of split columns, the bias after split rows: their verbs see to them
-    for held in op.inputs:
-        if held.is_trained and not _num(held.axes, leaf):
-            yield held
+    for tensor in op.inputs:
+        if tensor.is_trained and not _num(tensor.axes, leaf):
+            yield tensor
 
 
-def _repeated(found: Followed, leaf: Factor) -> Factor | None:
-    """Return the factor that stands right behind a leaf wherever there is one: query heads of a key head."""
+def _repeated(found: ModelAxes, leaf: Factor) -> Factor | None:
+    """Return the factor that directly follows a leaf in every tensor that has it: the query heads of a key head."""
     behind: set[Factor] = set()
     for op in found.operations:
         if op.weight:
@@ -197,11 +202,11 @@ def _repeated(found: Followed, leaf: Factor) -> Factor | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _is_everywhere_behind(found: Followed, leaf: Factor, other: Factor) -> bool:
-    """Tell whether a factor is never met without the leaf right before it, and some axis of a weight has the leaf alone."""
+def _is_everywhere_behind(found: ModelAxes, leaf: Factor, other: Factor) -> bool:
+    """Tell whether a factor always directly follows the leaf, and some tensor has the leaf alone."""
     alone = False
-    for held in _all_tensors(found):
-        factors = [factor for axis in held.axes for factor in _leaves(axis)]
+    for tensor in _all_tensors(found):
+        factors = [factor for axis in tensor.axes for factor in _leaves(axis)]
         has = [at for at, factor in enumerate(factors) if factor is other]
         if any(at == 0 or factors[at - 1] is not leaf for at in has):
             return False
@@ -210,7 +215,7 @@ def _is_everywhere_behind(found: Followed, leaf: Factor, other: Factor) -> bool:
 
 
 def _split(axis: Axis, leaf: Factor, repeated: Factor | None, num_ranks: int) -> Split | str:
-    """Return how an axis is split so that the leaf is, or why it cannot be."""
+    """Return the split of an axis that splits the leaf, or why there is none."""
     blocks = _blocks(axis, leaf, repeated)
     if blocks is None:
         return "a tensor that belongs to it is laid out in another way"
@@ -228,7 +233,7 @@ def _split(axis: Axis, leaf: Factor, repeated: Factor | None, num_ranks: int) ->
 
 
 def _blocks(axis: Axis, leaf: Factor, repeated: Factor | None) -> list[tuple[int, int]] | None:
-    """Return the blocks of an axis, each with its granule; None if what varies more slowly is what would be split."""
+    """Return the blocks of an axis, each with its granule; None if a slower factor would be split instead of the leaf."""
     factors = list(spell(axis))
     at = next(at for at, factor in enumerate(factors) if count((factor,), leaf))
     outer, inner = factors[:at], factors[at + 1 :]
@@ -249,32 +254,32 @@ def _blocks(axis: Axis, leaf: Factor, repeated: Factor | None) -> list[tuple[int
     return blocks * size_of(outer)
 
 
-def _without_conflicts(found: Followed, outcomes: list[Region | Refused]) -> list[Region | Refused]:
-    """Return the outcomes, of regions that would split one tensor twice only the one that spans less."""
+def _without_conflicts(found: ModelAxes, outcomes: list[Outcome]) -> list[Outcome]:
+    """Return the outcomes without regions that split a tensor of a shorter region along its other axis."""
     place = {id(op): at for at, op in enumerate(found.operations)}
 
     def span(region: Region) -> tuple[int, int]:
         places = [place[id(op)] for op in region.operations]
         return max(places) - min(places), min(places)
 
-    kept: list[Region | Refused] = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
+    kept: list[Outcome] = [outcome for outcome in outcomes if isinstance(outcome, RefusedRegion)]
     taken: set[str] = set()
     for region in sorted((outcome for outcome in outcomes if isinstance(outcome, Region)), key=span):
-        tensors = {path for module in region.modules for path in _tensors_of(found, module)} | set(region.others)
+        tensors = {path for module in region.modules for path in _tensors_of(found, module)} | set(region.tensors)
         if taken & tensors:
-            kept.append(Refused(region.modules, "its weights are split along their other axis"))
+            kept.append(RefusedRegion(region.modules, "its weights are split along their other axis"))
         else:
             taken |= tensors
             kept.append(region)
     return kept
 
 
-def _tensors_of(found: Followed, module: str) -> Iterator[str]:
+def _tensors_of(found: ModelAxes, module: str) -> Iterator[str]:
     for name in ("weight", "bias"):
-        if spec := found.tree.get(f"{module}.{name}".lstrip(".")):
+        if spec := found.tree.get(join(module, name)):
             yield spec.path
 
 
 def is_in(axes: Axes, region: Region) -> bool:
-    """Tell whether a tensor is a part on each rank of a region."""
-    return any(count(axis, find(region.leaf)) for axis in axes)
+    """Tell whether each rank has a part of a tensor of the region."""
+    return any(count(axis, representative(region.leaf)) for axis in axes)

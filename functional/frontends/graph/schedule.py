@@ -1,9 +1,9 @@
-"""A schedule for a model that declares nothing, told from what it computes.
+"""A schedule for a model without a declared plan, inferred from its operations.
 
 The model is exported on fake tensors, and each axis of each tensor is followed through the operators as a product of
-factors (``factors.py``, ``axis_rules.py``). A factor that linear modules make, that nothing mixes, and that other linear
-modules sum over, such as the heads of an attention or the features of an MLP, is split over ``tensor`` (``regions.py``).
-What one rank then runs is exported too: it is the same graph with local shapes, or the region stays whole
+factors (``factors.py``, ``operator_rules.py``, ``propagate.py``). A factor that linear modules make, that nothing mixes, and
+that other linear modules sum over, such as the heads of an attention or the features of an MLP, is split over ``tensor``
+(``regions.py``). The graph of a rank is exported too: unless it is the same graph with local shapes, the region stays whole
 (``local_sizes.py``). No module and no attribute is known by its name.
 """
 
@@ -13,36 +13,37 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ....specs.errors import PlanError, Problem
 from ....specs.mesh import Mesh
 from ...layout.local_model import LocalModel
 from ...schedule import Schedule, create_schedule
-from ..verb_calls import Saying, say
-from .dropouts import forked
-from .export import Stopped, Traced, trace
+from ..verb_calls import VerbCall, apply_all
+from .export import ExportFailure, RankGraph, export_rank
 from .inputs import inferred_inputs, with_no_cache
-from .local_sizes import Holder, first_difference, holders, local_shapes, responsible
-from .propagate import Followed, follow
+from .local_sizes import SizeAttributes, first_difference, kind_to_change, local_shapes, size_attributes
+from .propagate import ModelAxes, Operation, propagate
 from .reasons import reasons
-from .regions import Refused, Region, find_regions
+from .regions import Outcome, RefusedRegion, Region, find_regions, is_in
 from .vocabularies import Vocabulary, find_vocabularies
 
+_DROPOUTS = ("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_dropout")
 _MOST_TRIED = 64
-"""Exports that are tried before what is left stays whole."""
+"""Limit of the exports that are tried before the remaining regions stay whole."""
 
 
 def infer_schedule(model: nn.Module, mesh: Mesh, *, example_inputs: Mapping[str, Any] | None = None) -> Schedule:
-    """Return a schedule that splits attention, MLPs and vocabularies over ``tensor``, as far as what they compute allows.
+    """Return a schedule that splits attention, MLPs and vocabularies over ``tensor``, as far as their operations allow it.
 
-    Each tensor has a tag ``why``: what it is split by, or why it stays whole. Whatever is not certain stays whole.
+    Each tensor has a tag ``why`` with the reason of its split, or of staying whole. Tensors without a certain split stay
+    whole.
 
     Args:
         model: The model, best built under ``torch.device("meta")``.
         mesh: The ranks.
-        example_inputs: Tensors by the names of the model's arguments, meta ones will do; their sizes do not matter. Left
-            out, they are told from the model's configuration.
+        example_inputs: Tensors by the names of the model's arguments, also on the meta device; their sizes do not matter.
+            Left out, they are told from the model's configuration.
 
     Raises:
         PlanError: If the model cannot be exported, or inputs are needed.
@@ -64,31 +65,33 @@ def infer_schedule(model: nn.Module, mesh: Mesh, *, example_inputs: Mapping[str,
     if sch.problems:
         return sch
     inputs = inferred_inputs(model) if example_inputs is None else with_no_cache(model, example_inputs)
-    found, traced = _followed(sch, inputs)
+    found, traced = _model_axes(sch, inputs)
     outcomes = find_regions(found, mesh.tensor) if mesh.tensor > 1 else []
     tables, small = find_vocabularies(sch, found) if mesh.tensor > 1 else ([], {})
     fitted = _fit(Inference(sch, found, traced.training, inputs, tuple(tables)), outcomes)
     whys = reasons(sch, found, fitted.outcomes, tables, small)
     split = fitted.schedule
-    split = say(split, [Saying(path, "fork_rng") for path in forked(found, fitted.regions)])
+    split = apply_all(split, [VerbCall(path, "fork_rng") for path in _forked(found, fitted.regions)])
     alone = "whole: there is one rank along tensor"
-    return say(split, [Saying(path, "tag", (), (("why", why if mesh.tensor > 1 else alone),)) for path, why in whys.items()])
+    return apply_all(
+        split, [VerbCall(path, "tag", (), (("why", why if mesh.tensor > 1 else alone),)) for path, why in whys.items()]
+    )
 
 
 @frozen(eq=False)
 class Inference:
-    """What is known before anything is split.
+    """The axes of a model, before any split.
 
     Args:
-        schedule: It says nothing yet.
+        schedule: A schedule without declarations.
         found: The axes of the model.
         training: Whether the model was exported as it runs in training.
-        inputs: What it is called with.
+        inputs: The inputs of the export.
         tables: Tables whose rows are split.
     """
 
     schedule: Schedule
-    found: Followed
+    found: ModelAxes
     training: bool
     inputs: Mapping[str, Any]
     tables: tuple[Vocabulary, ...]
@@ -96,15 +99,15 @@ class Inference:
 
 @frozen(eq=False)
 class Fitted:
-    """Splits with which a rank runs its part.
+    """Splits with which each rank computes its part.
 
     Args:
-        schedule: It says them.
-        outcomes: Regions that are split, and those that are not.
+        schedule: The schedule with these splits.
+        outcomes: Regions that are split, and regions that stay whole.
     """
 
     schedule: Schedule
-    outcomes: tuple[Region | Refused, ...]
+    outcomes: tuple[Outcome, ...]
 
     @property
     def regions(self) -> list[Region]:
@@ -112,73 +115,106 @@ class Fitted:
         return _split(self.outcomes)
 
 
-def _split(outcomes: Iterable[Region | Refused]) -> list[Region]:
+def _split(outcomes: Iterable[Outcome]) -> list[Region]:
     return [outcome for outcome in outcomes if isinstance(outcome, Region)]
 
 
-def _followed(sch: Schedule, inputs: Mapping[str, Any]) -> tuple[Followed, Traced]:
+def _model_axes(sch: Schedule, inputs: Mapping[str, Any]) -> tuple[ModelAxes, RankGraph]:
     alone = LocalModel(sch.runtime.model, Mesh(), sch.tree, example_inputs=inputs)
-    traced: Traced | Stopped | None = None
+    traced: RankGraph | ExportFailure | None = None
     for training in (True, False):
-        again = trace(alone, training=training)
-        if isinstance(again, Traced):
-            return follow(sch, again), again
+        again = export_rank(alone, training=training)
+        if isinstance(again, RankGraph):
+            return propagate(sch, again), again
         traced = traced or again
-    assert isinstance(traced, Stopped), "neither was exported"
+    assert isinstance(traced, ExportFailure), "neither was exported"
     given = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if isinstance(value, Tensor))
     cause = f"the model is exported to see what it computes, with {given}, and that stops here: {traced.cause}"
     raise PlanError([Problem(traced.path, cause, "Give other example_inputs, or split it with the verbs")])
 
 
-def _fit(known: Inference, outcomes: Sequence[Region | Refused]) -> Fitted:
-    """Return splits with attributes set so that one rank's graph is that of the model at local shapes."""
+def _fit(known: Inference, outcomes: Sequence[Outcome]) -> Fitted:
+    """Return splits and local sizes of attributes with which a rank's graph is the model's graph at local shapes."""
     mesh = known.schedule.mesh
     tried = 0
     while True:
         regions = _split(outcomes)
         shapes = local_shapes(regions, mesh.tensor)
-        kinds = holders(known.found, regions, shapes)
+        kinds = size_attributes(known.found, regions, shapes)
         changed = {path for region in regions for path in region.modules}
         changed |= {path for table in known.tables for path in (*table.embeddings, *table.heads)}
         while True:
-            sch = say(known.schedule, _sayings(known, regions, kinds))
+            sch = apply_all(known.schedule, _verb_calls(known, regions, kinds))
             if not regions and not known.tables:
                 return Fitted(sch, tuple(outcomes))
             tried += 1
             if sch.problems:
-                rank = Stopped(sch.problems[0].path, sch.problems[0].cause)
+                rank = ExportFailure(sch.problems[0].path, sch.problems[0].cause)
             else:
                 split = LocalModel(sch.runtime.model, mesh, sch.tree, sch.layout, example_inputs=known.inputs)
-                rank = trace(split, training=known.training)
+                rank = export_rank(split, training=known.training)
             wrong = first_difference(known.found, rank, shapes, changed)
             if wrong is None:
                 return Fitted(sch, tuple(outcomes))
-            kind = responsible(kinds, wrong)
+            kind = kind_to_change(kinds, wrong)
             if kind is None or tried > _MOST_TRIED:
                 break
             kind.at += 1
         outcomes = _without(outcomes, wrong, rank)
 
 
-def _without(outcomes: Sequence[Region | Refused], path: str, rank: Traced | Stopped) -> list[Region | Refused]:
-    """Return the outcomes with the regions whole that a path belongs to, all if it belongs to none."""
-    told = f": {rank.cause}" if isinstance(rank, Stopped) else ""
+def _without(outcomes: Sequence[Outcome], path: str, rank: RankGraph | ExportFailure) -> list[Outcome]:
+    """Return the outcomes with the regions of a path whole; with all regions whole if the path belongs to none."""
+    told = f": {rank.cause}" if isinstance(rank, ExportFailure) else ""
     reason = f"no local sizes were found with which {path or 'the model'} would compute its part{told}"
     near = [r for r in _split(outcomes) if path in r.modules or path in {op.module for op in r.operations}]
     gone = near or _split(outcomes)
-    return [Refused(o.modules, reason) if isinstance(o, Region) and o in gone else o for o in outcomes]
+    return [RefusedRegion(o.modules, reason) if isinstance(o, Region) and o in gone else o for o in outcomes]
 
 
-def _sayings(known: Inference, regions: Iterable[Region], kinds: Iterable[Holder]) -> Iterator[Saying]:
+def _verb_calls(known: Inference, regions: Iterable[Region], kinds: Iterable[SizeAttributes]) -> Iterator[VerbCall]:
     for table in known.tables:
-        yield from (Saying(path, "vocab_parallel") for path in table.embeddings)
-        yield from (Saying(path, "colwise", (), (("gather_output", True),)) for path in table.heads)
+        yield from (VerbCall(path, "vocab_parallel") for path in table.embeddings)
+        yield from (VerbCall(path, "colwise", (), (("gather_output", True),)) for path in table.heads)
     for region in regions:
-        yield from (Saying(path, "colwise", (), tuple(split.items())) for path, split in region.columns.items())
-        yield from (Saying(path, "rowwise", (), tuple(split.items())) for path, split in region.rows.items())
-        for path, (axis, split) in region.others.items():
-            yield Saying(path, "shard", (), (("axis", axis), *split.items()))
-        yield from (Saying(path, "sum_gradient") for path in region.summed)
+        yield from (VerbCall(path, "colwise", (), tuple(split.items())) for path, split in region.columns.items())
+        yield from (VerbCall(path, "rowwise", (), tuple(split.items())) for path, split in region.rows.items())
+        for path, (axis, split) in region.tensors.items():
+            yield VerbCall(path, "shard", (), (("axis", axis), *split.items()))
+        yield from (VerbCall(path, "sum_gradient") for path in region.summed)
     for kind in kinds:
         if kind.values:
-            yield from (Saying(path, "set", (), tuple(kind.values.items())) for path in kind.modules)
+            yield from (VerbCall(path, "set", (), tuple(kind.values.items())) for path in kind.modules)
+
+
+def _forked(found: ModelAxes, regions: Iterable[Region]) -> list[str]:
+    """Return the modules whose dropouts all work on split activations, outermost first."""
+    split_here: dict[str, bool] = {}
+    regions = list(regions)
+    for op in found.operations:
+        if _probability(op) > 0:
+            is_split = any(is_in(tensor.axes, region) for tensor in op.inputs for region in regions)
+            split_here[op.module] = split_here.get(op.module, True) and is_split
+    chosen: list[str] = []
+    for path, is_split in sorted(split_here.items()):
+        inner = [other for other in split_here if other.startswith(f"{path}.")]
+        above = any(path == outer or path.startswith(f"{outer}.") for outer in chosen)
+        if is_split and not above and (not inner or all(split_here[other] for other in inner)):
+            chosen.append(path)
+    return chosen
+
+
+def _probability(op: Operation) -> float:
+    name = "dropout_p" if op.name == "scaled_dot_product_attention" else "p" if op.name in _DROPOUTS else ""
+    values = dict(_arguments(op.node)) if name else {}
+    if values.get("train") is False or values.get("training") is False:
+        return 0.0
+    value = values.get(name, 0.0)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[str, object]]:
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    yield from zip(names, node.args, strict=False)
+    yield from node.kwargs.items()

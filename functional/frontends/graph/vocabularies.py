@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 from torch import nn
 
+from ....specs.paths import module_of
 from ...model.linear import linear_of, overrides_forward
 from ...verbs.modules import wrong_embedding
 
 if TYPE_CHECKING:
     from ....specs.param import ParamSpec
     from ...schedule import Schedule
-    from .propagate import Followed, Operation
+    from .propagate import ModelAxes, Operation
 
 LARGE = 64
 """Rows from which a table is large enough to be shared out."""
@@ -35,8 +36,8 @@ class Vocabulary:
     heads: tuple[str, ...]
 
 
-def find_vocabularies(sch: Schedule, found: Followed) -> tuple[list[Vocabulary], dict[str, str]]:
-    """Return the tables to split, and for each other one why it stays whole."""
+def find_vocabularies(sch: Schedule, found: ModelAxes) -> tuple[list[Vocabulary], dict[str, str]]:
+    """Return the tables to split, and for each other table why it stays whole."""
     tables: list[Vocabulary] = []
     reasons: dict[str, str] = {}
     lookups: dict[str, list[Operation]] = {}
@@ -53,7 +54,7 @@ def find_vocabularies(sch: Schedule, found: Followed) -> tuple[list[Vocabulary],
     return [_with_untied_heads(found, table, tables) for table in tables], reasons
 
 
-def _why_whole(sch: Schedule, found: Followed, path: str, ops: list[Operation]) -> str:  # noqa: PLR0911  one case a reason
+def _why_whole(sch: Schedule, found: ModelAxes, path: str, ops: list[Operation]) -> str:  # noqa: PLR0911  a return for each reason
     spec = sch.tree[path]
     num, rows = sch.mesh.tensor, spec.orig_shape[0]
     if not all(op.inputs[1].is_given for op in ops):
@@ -72,19 +73,19 @@ def _why_whole(sch: Schedule, found: Followed, path: str, ops: list[Operation]) 
         ):
             return "it is looked up by code of the model's own"
     for op in found.operations:
-        uses = any(held is found.tensors[path] for held in op.inputs)
+        uses = any(tensor is found.tensors[path] for tensor in op.inputs)
         if uses and op not in ops and op.weight != path:
             return "it is also used in another way than to look up rows and to score them"
-    if any(_is_split_otherwise(found, path.rpartition(".")[0]) for path in spec.paths):
+    if any(_is_split_otherwise(found, module_of(path)) for path in spec.paths):
         return "it is tied to a module that is no linear one"
     return ""
 
 
 def _holds(spec: ParamSpec, module: str) -> bool:
-    return any(path.rpartition(".")[0] == module for path in spec.paths)
+    return any(module_of(path) == module for path in spec.paths)
 
 
-def _is_split_otherwise(found: Followed, module: str) -> bool:
+def _is_split_otherwise(found: ModelAxes, module: str) -> bool:
     owner = found.model.get_submodule(module)
     if isinstance(owner, nn.Embedding):
         return False
@@ -92,7 +93,7 @@ def _is_split_otherwise(found: Followed, module: str) -> bool:
     return kind is None or kind.out_axis != 0 or overrides_forward(owner)
 
 
-def _with_untied_heads(found: Followed, table: Vocabulary, tables: list[Vocabulary]) -> Vocabulary:
+def _with_untied_heads(found: ModelAxes, table: Vocabulary, tables: list[Vocabulary]) -> Vocabulary:
     if table is not tables[0] or table.heads:
         return table
     rows = found.tree[table.table].orig_shape[0]
@@ -100,11 +101,11 @@ def _with_untied_heads(found: Followed, table: Vocabulary, tables: list[Vocabula
     return Vocabulary(table.table, table.embeddings, tuple(dict.fromkeys(_scoring(found, rows, tied))))
 
 
-def _scoring(found: Followed, rows: int, tied: set[str]) -> Iterator[str]:
-    returned = {id(held) for held in found.returned}
+def _scoring(found: ModelAxes, rows: int, tied: set[str]) -> Iterator[str]:
+    returned = {id(tensor) for tensor in found.returned}
     for op in found.operations:
         kind = linear_of(found.model.get_submodule(op.module)) if op.weight else None
         if kind is None or op.module in tied or found.tree[op.weight].orig_shape[kind.out_axis] != rows:
             continue
-        if any(id(held) in returned for held in op.outputs) and kind.out_axis == 0:
+        if any(id(tensor) in returned for tensor in op.outputs) and kind.out_axis == 0:
             yield op.module

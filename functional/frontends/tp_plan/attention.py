@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ....specs.errors import Problem
-from ..verb_calls import Options, Saying
+from ..verb_calls import Options, VerbCall
 from .heads import Heads, counts_heads, local_sizes, read_heads
 
 if TYPE_CHECKING:
-    from .declared import Declaration, Declared
+    from .declared import DeclaredPlan, DeclaredRule
 
 _COLWISE, _ROWWISE = ("colwise", "packed_colwise"), ("rowwise", "packed_rowwise")
 
 
-def split_attention(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
+def split_attention(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
     """Return what splits the heads of an attention module; nothing where its plan splits no heads."""
     rules = [rule for rule in decl.below(path) if rule.style in (*_COLWISE, *_ROWWISE)]
     if not any(rule.style in _COLWISE for rule in rules) or not any(rule.style in _ROWWISE for rule in rules):
@@ -42,7 +42,7 @@ def split_attention(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
     yield from _dropout(decl, heads)
 
 
-def norm_of_all_heads(decl: Declaration, path: str) -> str:
+def norm_of_all_heads(decl: DeclaredPlan, path: str) -> str:
     """Return the path of a norm that looks at all features of a projection, not at one head; empty if there is none.
 
     Such heads are split in the projections alone, and gathered after them.
@@ -59,20 +59,20 @@ def norm_of_all_heads(decl: Declaration, path: str) -> str:
     return ""
 
 
-def _gathered(decl: Declaration, rules: Sequence[Declared]) -> Iterator[Saying]:
+def _gathered(decl: DeclaredPlan, rules: Sequence[DeclaredRule]) -> Iterator[VerbCall]:
     for rule in rules:
         verb, option = ("colwise", "gather_output") if rule.style in _COLWISE else ("rowwise", "split_input")
         if not rule.is_tensor:
             size = getattr(decl.module(rule.path), "out_features" if verb == "colwise" else "in_features", 0)
             uneven: Options = (("uneven", True),) if size % decl.num else ()
-            yield Saying(rule.path, verb, (), ((option, True), *uneven))
+            yield VerbCall(rule.path, verb, (), ((option, True), *uneven))
 
 
-def _projection(decl: Declaration, heads: Heads, rule: Declared) -> Iterator[Saying | Problem]:
+def _projection(decl: DeclaredPlan, heads: Heads, rule: DeclaredRule) -> Iterator[VerbCall | Problem]:
     module = decl.module(rule.path)
     verb = "colwise" if rule.style in _COLWISE else "rowwise"
     if not isinstance(module, nn.Linear):
-        yield Saying(rule.path, verb)  # the verb knows other classes, and says which it does not
+        yield VerbCall(rule.path, verb)  # the verb knows other classes, and says which it does not
         return
     size = module.out_features if verb == "colwise" else module.in_features
     count = heads.count(rule.path)
@@ -87,23 +87,23 @@ def _projection(decl: Declaration, heads: Heads, rule: Declared) -> Iterator[Say
         cause = f"its {size} {'outputs' if verb == 'colwise' else 'inputs'} are not {count} heads of one size"
         yield Problem(rule.path, cause, "Split it with the verbs", decl.sch.tree[f"{rule.path}.weight"].type)
     else:
-        yield Saying(rule.path, verb, (), split)
+        yield VerbCall(rule.path, verb, (), split)
 
 
-def _fused(rule: Declared, module: nn.Linear, heads: Heads) -> Iterator[Saying | Problem]:
+def _fused(rule: DeclaredRule, module: nn.Linear, heads: Heads) -> Iterator[VerbCall | Problem]:
     """Return the split of queries, keys and values in one: head by head, as a contiguous split of them must be."""
     if heads.key_value != heads.query or module.out_features % (3 * heads.query):
         cause = f"its {module.out_features} outputs are not q, k and v of {heads.query} heads one after another"
         yield Problem(rule.path, cause, "Split it with the verbs: .colwise(blocks=(q, k, v), granule=head_dim)")
     else:
-        yield Saying(rule.path, "colwise", (), (("interleaved", heads.query),))
+        yield VerbCall(rule.path, "colwise", (), (("interleaved", heads.query),))
 
 
 def _is_one_a_head(module: nn.Linear, heads: Heads) -> bool:
     return module.out_features in {heads.query, heads.key_value} and module.out_features < module.in_features
 
 
-def _own_heads(path: str, module: nn.Linear, heads: Heads) -> Iterator[Saying | Problem]:
+def _own_heads(path: str, module: nn.Linear, heads: Heads) -> Iterator[VerbCall | Problem]:
     """Return the split of a projection from all heads to one number a head: each rank keeps those of its own heads."""
     inputs = heads.key_value if module.in_features % heads.key_value == 0 else heads.query
     if module.out_features % heads.num or module.bias is not None:
@@ -111,12 +111,12 @@ def _own_heads(path: str, module: nn.Linear, heads: Heads) -> Iterator[Saying | 
         yield Problem(path, f"it gives one number for each of {module.out_features} heads, and {why}", "Leave it whole")
         return
     split = heads.split(inputs, module.in_features) or ()
-    yield Saying(path, "shard", ("weight",), (("axis", 1), *split))
-    yield Saying(path, "sync", ("forward_post", "reduce_scatter", -1))
-    yield Saying(path, "set", (), (("in_features", module.in_features // heads.num),))
+    yield VerbCall(path, "shard", ("weight",), (("axis", 1), *split))
+    yield VerbCall(path, "sync", ("forward_post", "reduce_scatter", -1))
+    yield VerbCall(path, "set", (), (("in_features", module.in_features // heads.num),))
 
 
-def _bare(decl: Declaration, heads: Heads, rule: Declared) -> Iterator[Saying | Problem]:
+def _bare(decl: DeclaredPlan, heads: Heads, rule: DeclaredRule) -> Iterator[VerbCall | Problem]:
     spec = decl.sch.tree[rule.path]
     count = heads.count(rule.path)
     axis = max(len(spec.orig_shape) - 2, 0) if rule.style in _COLWISE else -1
@@ -124,10 +124,10 @@ def _bare(decl: Declaration, heads: Heads, rule: Declared) -> Iterator[Saying | 
     if split is None:
         yield Problem(rule.path, f"it does not hold {count} heads of one size along axis {axis}", "", spec.type)
     else:
-        yield Saying(rule.path, "shard", (), (("axis", axis), *split))
+        yield VerbCall(rule.path, "shard", (), (("axis", axis), *split))
 
 
-def _undeclared(decl: Declaration, heads: Heads, declared: set[str]) -> Iterator[Saying]:
+def _undeclared(decl: DeclaredPlan, heads: Heads, declared: set[str]) -> Iterator[VerbCall]:
     """Return what is needed by tensors that work on split heads and that the plan does not name."""
     module = decl.module(heads.path)
     beside = _beside(module)
@@ -140,7 +140,7 @@ def _undeclared(decl: Declaration, heads: Heads, declared: set[str]) -> Iterator
             )
             if is_one_a_head and not is_of_one_head and not declared & {spec.path, spec.module}:
                 axis = spec.orig_shape.index(num)
-                yield Saying(spec.path, "shard", (), (("axis", axis), *(heads.split(num, num) or ())))
+                yield VerbCall(spec.path, "shard", (), (("axis", axis), *(heads.split(num, num) or ())))
                 break
     for name in beside:
         norm = re.fullmatch(r"(q|k|v|query|key|value)_(layer_?)?norm", name)
@@ -148,7 +148,7 @@ def _undeclared(decl: Declaration, heads: Heads, declared: set[str]) -> Iterator
         if norm and path not in declared and isinstance(weight, nn.Parameter) and weight.dim() == 1:
             projection = f"{heads.path}.{norm[1]}"
             if any(p.startswith((f"{projection}_proj", projection + ".")) for p in declared) and weight.requires_grad:
-                yield Saying(path, "sum_gradient")
+                yield VerbCall(path, "sum_gradient")
 
 
 def _beside(module: nn.Module) -> list[str]:
@@ -156,7 +156,7 @@ def _beside(module: nn.Module) -> list[str]:
     return [name for name, c in module.named_children() if not any(isinstance(m, nn.Linear) for m in c.modules())]
 
 
-def _dropout(decl: Declaration, heads: Heads) -> Iterator[Saying]:
+def _dropout(decl: DeclaredPlan, heads: Heads) -> Iterator[VerbCall]:
     """Return that attention probabilities of other heads are dropped by other random numbers, where nothing else draws."""
     module = decl.module(heads.path)
     rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value}
@@ -166,8 +166,8 @@ def _dropout(decl: Declaration, heads: Heads) -> Iterator[Saying]:
     if not of_heads:
         return
     if set(drawing) == of_heads:
-        yield Saying(heads.path, "fork_rng")
+        yield VerbCall(heads.path, "fork_rng")
     else:
         others = ", ".join(sorted(set(drawing) - of_heads))
         why: Options = (("dropout", f"all ranks drop the same heads' entries, as {others} draws on whole activations"),)
-        yield Saying(heads.path, "tag", (), why)
+        yield VerbCall(heads.path, "tag", (), why)

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 @frozen
-class Declared:
+class DeclaredRule:
     """A rule of the plan, for one module or one tensor.
 
     Args:
@@ -37,7 +37,7 @@ class Declared:
 
 
 @frozen(eq=False)
-class Declaration:
+class DeclaredPlan:
     """All rules of a plan, for one model.
 
     Args:
@@ -48,14 +48,14 @@ class Declaration:
 
     model: nn.Module
     sch: Schedule
-    rules: Mapping[str, Declared]
+    rules: Mapping[str, DeclaredRule]
 
     @property
     def num(self) -> int:
         """Ranks along ``tensor``."""
         return self.sch.mesh.tensor
 
-    def below(self, path: str) -> Sequence[Declared]:
+    def below(self, path: str) -> Sequence[DeclaredRule]:
         """Return the rules for what is inside a module, or for its tensors."""
         return self._below.get(path, [])
 
@@ -64,8 +64,8 @@ class Declaration:
         return self._own.get(path, [])
 
     @cached_property
-    def _below(self) -> dict[str, list[Declared]]:
-        found: dict[str, list[Declared]] = {}
+    def _below(self) -> dict[str, list[DeclaredRule]]:
+        found: dict[str, list[DeclaredRule]] = {}
         for rule in self.rules.values():
             names = rule.path.split(".")
             for depth in range(len(names)):
@@ -84,7 +84,7 @@ class Declaration:
         return self.model.get_submodule(path)
 
 
-def read_plan(sch: Schedule, plan: Mapping[str, str]) -> Declaration:
+def read_plan(sch: Schedule, plan: Mapping[str, str]) -> DeclaredPlan:
     """Return the rules that a plan has for a model; rules that name nothing in it are written to the log."""
     model = sch.runtime.model
     plan = _from_the_top(sch, plan)
@@ -98,16 +98,16 @@ def read_plan(sch: Schedule, plan: Mapping[str, str]) -> Declaration:
                     return plan[key]
         return None
 
-    rules: dict[str, Declared] = {}
+    rules: dict[str, DeclaredRule] = {}
     for module in sch.modules:
         if style := style_of((module.path, *module.aliases)):
-            rules[module.path] = Declared(module.path, style, is_tensor=False)
+            rules[module.path] = DeclaredRule(module.path, style, is_tensor=False)
     for spec in sch.tree.values():
         if style := style_of(spec.paths):
-            rules[spec.path] = Declared(spec.path, style, is_tensor=True)
+            rules[spec.path] = DeclaredRule(spec.path, style, is_tensor=True)
     if unused := [f"{key}: {style}" for key, style in plan.items() if key not in used]:
         _log.warning("rules of its plan name nothing in this %s: %s", type(model).__name__, ", ".join(sorted(unused)))
-    return Declaration(model, sch, rules)
+    return DeclaredPlan(model, sch, rules)
 
 
 def names_no_layer(sch: Schedule, plan: Mapping[str, str]) -> Problem | None:

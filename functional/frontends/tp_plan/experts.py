@@ -11,13 +11,13 @@ from attrs import frozen
 
 from ....specs.dtypes import num_bytes
 from ....specs.errors import Problem
-from ..verb_calls import Options, Saying
+from ..verb_calls import Options, VerbCall
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ....specs.param import ParamSpec
-    from .declared import Declaration
+    from .declared import DeclaredPlan
 
 _UP = {"colwise": -2, "packed_colwise": -2, "packed_rowwise": -1}
 _DOWN = {"rowwise": -1, "colwise": -2}
@@ -51,7 +51,7 @@ class Inner:
         return (*blocks, *((("granule", granule),) if granule > 1 else ()), *((("uneven", True),) if self.uneven else ()))
 
 
-def split_fused(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
+def split_fused(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
     """Return the split of the tensors that a module holds itself, as its rules and their shapes say."""
     module = decl.module(path)
     own = {spec.path: spec for spec in decl.own(path) if spec.kind == "parameter"}
@@ -69,7 +69,7 @@ def split_fused(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
         yield problem
         return
     joined = bool(getattr(module, "is_concatenated", True))
-    yield Saying(down, "shard", (), (("axis", axis), *(inner.split(width, joined=joined) or ())))
+    yield VerbCall(down, "shard", (), (("axis", axis), *(inner.split(width, joined=joined) or ())))
     for tensor, spec in own.items():
         if tensor != down:
             yield _split_up(spec, styles.get(tensor), inner, joined=joined)
@@ -94,7 +94,7 @@ def _idle(spec: ParamSpec, inner: Inner, num: int) -> Problem | None:
     return Problem(spec.path, cause, f"Split it over {max(fits)} ranks" if fits else "Leave it whole", spec.type)
 
 
-def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool) -> Saying | Problem:
+def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool) -> VerbCall | Problem:
     is_bias = _name(spec.path).endswith("bias")
     if is_bias and _name(spec.path).startswith(("down", "w2", "output")):
         cause = "each rank would add this bias to its part of the sum, and it would be counted once a rank"
@@ -107,15 +107,15 @@ def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool)
     if split is None:
         cause = f"its axis of {spec.orig_shape[axis]} is neither the {inner.width} inner features nor twice as many"
         return Problem(spec.path, cause, "Split it with the verbs: .shard(axis=..., blocks=...)", spec.type)
-    return Saying(spec.path, "shard", (), (("axis", axis), *split))
+    return VerbCall(spec.path, "shard", (), (("axis", axis), *split))
 
 
-def sum_experts(decl: Declaration, path: str) -> Iterator[Saying]:
+def sum_experts(decl: DeclaredPlan, path: str) -> Iterator[VerbCall]:
     """Return the sums around experts of which each rank has a part: of their output, and of their inputs' gradients."""
     for which in range(num_activations(decl.module(path))):
         options: Options = (("which", which),) if which else ()
-        yield Saying(path, "sync", ("backward_post", "all_reduce"), options)
-    yield Saying(path, "sync", ("forward_post", "all_reduce"))
+        yield VerbCall(path, "sync", ("backward_post", "all_reduce"), options)
+    yield VerbCall(path, "sync", ("forward_post", "all_reduce"))
 
 
 def num_activations(module: nn.Module) -> int:

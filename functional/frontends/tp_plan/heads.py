@@ -13,10 +13,10 @@ from attrs import frozen
 from torch import nn
 
 from ....specs.errors import Problem
-from ..verb_calls import Options, Saying
+from ..verb_calls import Options, VerbCall
 
 if TYPE_CHECKING:
-    from .declared import Declaration
+    from .declared import DeclaredPlan
 
 _QUERY = ("num_heads", "num_attention_heads", "num_query_heads", "num_q_heads", "n_heads", "n_head")
 _KEY_VALUE = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -78,7 +78,7 @@ class Heads:
         return (*granule, ("replicate", True)) if count % self.num else granule
 
 
-def attention_above(decl: Declaration, path: str) -> str | None:
+def attention_above(decl: DeclaredPlan, path: str) -> str | None:
     """Return the path of the attention module that something belongs to: itself or the nearest above, if there is one."""
     names = path.split(".")
     for depth in range(_DEPTH + 1):
@@ -100,7 +100,7 @@ def _kind(module: nn.Module) -> str:
     return "" if re.search(r"Layer|Block|Model", name) else name
 
 
-def read_heads(decl: Declaration, path: str) -> Heads | Problem:
+def read_heads(decl: DeclaredPlan, path: str) -> Heads | Problem:
     """Return the heads of an attention module, from its projections, its attributes or its config, in this order."""
     module = decl.module(path)
     config = getattr(module, "config", None)
@@ -124,7 +124,7 @@ def counts_heads(module: nn.Module) -> bool:
     return any(name in vars(module) for name in (*_QUERY, *_KEY_VALUE, *_GROUPS))
 
 
-def local_sizes(decl: Declaration, heads: Heads, path: str) -> Iterator[Saying]:
+def local_sizes(decl: DeclaredPlan, heads: Heads, path: str) -> Iterator[VerbCall]:
     """Return the local values of a module's attributes that count heads, also those of the config that its code reads."""
     module = decl.module(path)
     local = {
@@ -140,7 +140,7 @@ def local_sizes(decl: Declaration, heads: Heads, path: str) -> Iterator[Saying]:
         if before != after and name in read and first_number((getattr(module, "config", None),), (name,)) == before:
             values.append((f"config.{name}", after))
     if values:
-        yield Saying(path, "set", (), tuple(values))
+        yield VerbCall(path, "set", (), tuple(values))
 
 
 @lru_cache(maxsize=256)
@@ -175,7 +175,7 @@ def _out_features(module: nn.Module | None) -> int:
     return inner.out_features if isinstance(inner, nn.Linear) else 0
 
 
-def _is_module(decl: Declaration, path: str) -> bool:
+def _is_module(decl: DeclaredPlan, path: str) -> bool:
     try:
         decl.module(path)
     except AttributeError:

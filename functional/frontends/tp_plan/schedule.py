@@ -17,9 +17,9 @@ from torch import nn
 
 from ....specs.errors import Problem
 from ...schedule import Schedule, create_schedule
-from ..verb_calls import Options, Saying, say, wildcard
+from ..verb_calls import Options, VerbCall, apply_all, wildcard
 from .attention import norm_of_all_heads, split_attention
-from .declared import Declaration, Declared, names_no_layer, read_plan
+from .declared import DeclaredPlan, DeclaredRule, names_no_layer, read_plan
 from .experts import split_fused, sum_experts
 from .heads import attention_above, first_number, forward_source
 from .ties import with_ties
@@ -69,21 +69,21 @@ def schedule_from_tp_plan(model: nn.Module, mesh: Mesh) -> Schedule:
     if problem := names_no_layer(sch, plan):
         return _wrong(sch, [problem])
     said = [*_split_experts(sch, model), *(_translate(read_plan(sch, plan)) if mesh.tensor > 1 else ())]
-    sayings = (saying for saying in said if isinstance(saying, Saying))
-    return _wrong(say(sch, sayings), [problem for problem in said if isinstance(problem, Problem)])
+    calls = (call for call in said if isinstance(call, VerbCall))
+    return _wrong(apply_all(sch, calls), [problem for problem in said if isinstance(problem, Problem)])
 
 
 def _wrong(sch: Schedule, problems: list[Problem]) -> Schedule:
     return evolve(sch, problems=(*sch.problems, *dict.fromkeys(problems)))
 
 
-def _translate(decl: Declaration) -> Iterator[Saying | Problem]:
+def _translate(decl: DeclaredPlan) -> Iterator[VerbCall | Problem]:
     """Return what the rules of a plan say, first of attention, then one by one."""
     if read := [
         rule.path for rule in decl.rules.values() if rule.style == "embedding_rowwise" and _is_read(decl, rule.path)
     ]:
         _log.warning("embeddings stay whole, as code of the model reads or replaces their rows: %s", ", ".join(read))
-        decl = evolve(decl, rules={**decl.rules, **{p: Declared(p, "replicate", is_tensor=False) for p in read}})
+        decl = evolve(decl, rules={**decl.rules, **{p: DeclaredRule(p, "replicate", is_tensor=False) for p in read}})
     for rule in decl.rules.values():
         if rule.style not in STYLES:
             cause = f"the style {rule.style!r} is unknown"
@@ -105,7 +105,7 @@ def _translate(decl: Declaration) -> Iterator[Saying | Problem]:
     yield from with_ties(decl, [said for rule in rest for said in _one(decl, rule, attentions)])
 
 
-def _one(decl: Declaration, rule: Declared, attentions: Mapping[str, None]) -> Iterator[Saying | Problem]:  # noqa: C901, PLR0912  one case a style
+def _one(decl: DeclaredPlan, rule: DeclaredRule, attentions: Mapping[str, None]) -> Iterator[VerbCall | Problem]:  # noqa: C901, PLR0912  one case a style
     """Return what one rule says, outside attention."""
     path = rule.path
     if rule.is_tensor:
@@ -116,31 +116,31 @@ def _one(decl: Declaration, rule: Declared, attentions: Mapping[str, None]) -> I
     match rule.style:
         case style if style in COLWISE:
             gathers = style == "colwise" and not _has_partner(decl, path, (*ROWWISE,))
-            yield Saying(path, "colwise", (), (*_gathered(gathers), *_blocks(decl, path, style), *_uneven(decl, path, 0)))
+            yield VerbCall(path, "colwise", (), (*_gathered(gathers), *_blocks(decl, path, style), *_uneven(decl, path, 0)))
             yield from () if gathers else _activation(decl, path.rpartition(".")[0])
         case style if style in GATHERED:
-            yield Saying(path, "colwise", (), (*_gathered(gathers=True), *_uneven(decl, path, 0)))
+            yield VerbCall(path, "colwise", (), (*_gathered(gathers=True), *_uneven(decl, path, 0)))
         case style if style in ROWWISE:
             whole = not _has_partner(decl, path, COLWISE)
-            yield Saying(path, "rowwise", (), (*_split_input(whole), *_uneven(decl, path, 1)))
+            yield VerbCall(path, "rowwise", (), (*_split_input(whole), *_uneven(decl, path, 1)))
         case style if style in SPLIT_INPUT:
-            yield Saying(path, "rowwise", (), (*_split_input(whole=True), *_uneven(decl, path, 1)))
+            yield VerbCall(path, "rowwise", (), (*_split_input(whole=True), *_uneven(decl, path, 1)))
         case "embedding_rowwise":
-            yield Saying(path, "vocab_parallel", (), _uneven(decl, path, 0))
+            yield VerbCall(path, "vocab_parallel", (), _uneven(decl, path, 0))
             yield from _inside_embedding(decl, path)
         case "embedding_colwise":
             yield from _embedding_colwise(decl, path)
         case "sequence_parallel":
-            yield Saying(path, "sync", ("backward_post", "all_gather", 1))
-            yield Saying(path, "sync", ("forward_post", "all_gather", 1))
-            yield Saying(path, "sum_gradient")
+            yield VerbCall(path, "sync", ("backward_post", "all_gather", 1))
+            yield VerbCall(path, "sync", ("forward_post", "all_gather", 1))
+            yield VerbCall(path, "sum_gradient")
         case "replicated_with_grad_allreduce":
             above = attention_above(decl, path)
             is_gathered = above is not None and norm_of_all_heads(decl, above)
             if above is not None and path == _norm_of_rotary_part(decl, above):
-                yield Saying(path, "sync", ("backward_pre", "all_reduce"))
+                yield VerbCall(path, "sync", ("backward_pre", "all_reduce"))
             elif any(True for _ in decl.module(path).parameters()) and not is_gathered:
-                yield Saying(path, "sum_gradient")
+                yield VerbCall(path, "sum_gradient")
         case "mla_kv_a_proj":
             yield from _mla(decl, path, attentions)
         case "all_reduce":
@@ -148,17 +148,17 @@ def _one(decl: Declaration, rule: Declared, attentions: Mapping[str, None]) -> I
                 yield from split_fused(decl, path)
                 yield from sum_experts(decl, path)
             else:
-                yield Saying(path, "sync", ("forward_post", "all_reduce"))
+                yield VerbCall(path, "sync", ("forward_post", "all_reduce"))
         case "moe_tp_experts":
             yield from split_fused(decl, path)
             yield from sum_experts(decl, path)
         case "moe_identity_expert":
-            yield Saying(path, "sync", ("forward_pre", "divide"))
+            yield VerbCall(path, "sync", ("forward_pre", "divide"))
         case _:
             return
 
 
-def _split_experts(sch: Schedule, model: nn.Module) -> Iterator[Saying | Problem]:
+def _split_experts(sch: Schedule, model: nn.Module) -> Iterator[VerbCall | Problem]:
     """Return the split of fused experts by expert, where the mesh has an axis for it."""
     if sch.mesh.expert == 1:
         return
@@ -168,10 +168,10 @@ def _split_experts(sch: Schedule, model: nn.Module) -> Iterator[Saying | Problem
     if not found:
         cause = f"mesh axis 'expert' has {sch.mesh.expert}, and the plans of this model name no fused experts"
         yield Problem("", cause, "Leave expert=1")
-    yield from (Saying(path, "expert_parallel") for path in found)
+    yield from (VerbCall(path, "expert_parallel") for path in found)
 
 
-def _bare(decl: Declaration, rule: Declared) -> Iterator[Saying | Problem]:
+def _bare(decl: DeclaredPlan, rule: DeclaredRule) -> Iterator[VerbCall | Problem]:
     """Return the split of a tensor that a rule names itself, outside attention and experts."""
     spec = decl.sch.tree[rule.path]
     if rule.style.startswith("packed") and len(spec.orig_shape) < 2:  # noqa: PLR2004  a vector has one axis
@@ -186,10 +186,10 @@ def _bare(decl: Declaration, rule: Declared) -> Iterator[Saying | Problem]:
         return
     blocks: Options = (("blocks", (size // 2, size // 2)),) if rule.style.startswith("packed") else ()
     part = size // 2 if blocks else size
-    yield Saying(rule.path, "shard", (), (("axis", axis), *blocks, *((("uneven", True),) if part % decl.num else ())))
+    yield VerbCall(rule.path, "shard", (), (("axis", axis), *blocks, *((("uneven", True),) if part % decl.num else ())))
 
 
-def _is_read(decl: Declaration, path: str) -> bool:
+def _is_read(decl: DeclaredPlan, path: str) -> bool:
     """Tell whether rows of an embedding are read past their lookup: by code above it, or replaced by a tensor of its own."""
     names = path.split(".")
     if len(list(decl.module(path).parameters(recurse=False))) > 1:
@@ -198,17 +198,17 @@ def _is_read(decl: Declaration, path: str) -> bool:
     return any(re.search(rf"\b{names[-1]}\.weight\b", forward_source(type(module))) for module in above)
 
 
-def _activation(decl: Declaration, path: str) -> Iterator[Saying]:
+def _activation(decl: DeclaredPlan, path: str) -> Iterator[VerbCall]:
     """Return the sum of the gradients of what an activation function beside a split layer has learnt, such as a slope."""
     for name, child in decl.module(path).named_children():
         if name.startswith("act") and f"{path}.{name}" not in decl.rules:
             for inner, module in child.named_modules():
                 own = list(module.parameters(recurse=False))
                 if own and all(parameter.numel() == 1 for parameter in own):
-                    yield Saying(f"{path}.{name}.{inner}".rstrip("."), "sum_gradient")
+                    yield VerbCall(f"{path}.{name}.{inner}".rstrip("."), "sum_gradient")
 
 
-def _inside_embedding(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
+def _inside_embedding(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
     """Return what a norm inside an embedding needs: it gives zeros for the zeros of others' rows, if it adds nothing."""
     for name, child in decl.module(path).named_modules():
         own = dict(child.named_parameters(recurse=False)) if name else {}
@@ -216,20 +216,20 @@ def _inside_embedding(decl: Declaration, path: str) -> Iterator[Saying | Problem
             cause = "its bias is added to the zeros that stand for other ranks' rows, and counted once a rank"
             yield Problem(f"{path}.{name}", cause, "Keep the embedding whole: style 'replicate'")
         elif own:
-            yield Saying(f"{path}.{name}", "sum_gradient")
+            yield VerbCall(f"{path}.{name}", "sum_gradient")
 
 
-def _embedding_colwise(decl: Declaration, path: str) -> Iterator[Saying | Problem]:
+def _embedding_colwise(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
     module = decl.module(path)
     if not isinstance(module, nn.Embedding):
         yield Problem(path, f"style 'embedding_colwise' is for nn.Embedding, and this is a {type(module).__name__}", "")
         return
-    yield Saying(path, "shard", ("weight",), (("axis", 1),))
-    yield Saying(path, "sync", ("forward_post", "all_gather", -1))
-    yield Saying(path, "set", (), (("embedding_dim", module.embedding_dim // decl.num),))
+    yield VerbCall(path, "shard", ("weight",), (("axis", 1),))
+    yield VerbCall(path, "sync", ("forward_post", "all_gather", -1))
+    yield VerbCall(path, "set", (), (("embedding_dim", module.embedding_dim // decl.num),))
 
 
-def _mla(decl: Declaration, path: str, attentions: Mapping[str, None]) -> Iterator[Saying | Problem]:
+def _mla(decl: DeclaredPlan, path: str, attentions: Mapping[str, None]) -> Iterator[VerbCall | Problem]:
     """Return the sum of the gradient of the rotary part, which goes past the split projections of MLA."""
     attention = attention_above(decl, path)
     if attention is None or attention not in attentions:
@@ -241,10 +241,10 @@ def _mla(decl: Declaration, path: str, attentions: Mapping[str, None]) -> Iterat
         yield Problem(path, cause, 'Say it with the verb: .sync("backward_pre", "all_reduce", features=(start, stop))')
     elif rope and not _norm_of_rotary_part(decl, attention):
         features = (module.out_features - rope, module.out_features)
-        yield Saying(path, "sync", ("backward_pre", "all_reduce"), (("features", features),))
+        yield VerbCall(path, "sync", ("backward_pre", "all_reduce"), (("features", features),))
 
 
-def _norm_of_rotary_part(decl: Declaration, attention: str) -> str:
+def _norm_of_rotary_part(decl: DeclaredPlan, attention: str) -> str:
     """Return the path of a norm of MLA's rotary part, after which its gradient is summed, that of the norm with it."""
     rules = decl.below(attention)
     if not any(rule.style == "mla_kv_a_proj" for rule in rules):
@@ -253,12 +253,12 @@ def _norm_of_rotary_part(decl: Declaration, attention: str) -> str:
     return norms[0] if norms else ""
 
 
-def _has_partner(decl: Declaration, path: str, styles: tuple[str, ...]) -> bool:
+def _has_partner(decl: DeclaredPlan, path: str, styles: tuple[str, ...]) -> bool:
     """Tell whether the module that holds this one also holds one that is split the other way."""
     return any(rule.style in styles for rule in decl.below(path.rpartition(".")[0]))
 
 
-def _blocks(decl: Declaration, path: str, style: str) -> Options:
+def _blocks(decl: DeclaredPlan, path: str, style: str) -> Options:
     """Return gate|up where one linear layer makes both: said by its style, or by the width that its partner takes."""
     module = decl.module(path)
     size = getattr(module, "out_features", 0)
@@ -272,7 +272,7 @@ def _blocks(decl: Declaration, path: str, style: str) -> Options:
     return (("blocks", (size // 2, size - size // 2)),) if style == "packed_colwise" or fused else ()
 
 
-def _uneven(decl: Declaration, path: str, axis: int) -> Options:
+def _uneven(decl: DeclaredPlan, path: str, axis: int) -> Options:
     """Return that parts may differ, where the ranks do not divide an axis of a module's weight."""
     weight = getattr(decl.module(path), "weight", None)
     if weight is None or weight.dim() <= axis or weight.shape[axis] % decl.num == 0:

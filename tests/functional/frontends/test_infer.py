@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from shardplan.functional import plan_build
-from shardplan.functional.frontends.graph.factors import Factor, count, find, laid_out, part, reshape, unify
+from shardplan.functional.frontends.graph.factors import Factor, count, laid_out, part, representative, reshape, unify
 from shardplan.functional.frontends.graph.inputs import inferred_inputs
 from shardplan.functional.frontends.graph.schedule import infer_schedule
 from shardplan.specs import Mesh
@@ -309,7 +309,7 @@ def test_what_one_operator_shows_of_an_axis_holds_where_it_was_met_before():
     features, other = (Factor(24),), (Factor(24),)
     unify(features, other)
     heads, _ = reshape([features], (4, 6))
-    assert count(other, find(heads[0])) == 1
+    assert count(other, representative(heads[0])) == 1
     joint = laid_out([features, (Factor(24),)])
-    assert count(joint, find(heads[0])) == -1
-    assert count(part(joint, 0, 24), find(heads[0])) == 1
+    assert count(joint, representative(heads[0])) == -1
+    assert count(part(joint, 0, 24), representative(heads[0])) == 1
