@@ -49,13 +49,7 @@ def expected_sums(tree: SpecTree) -> dict[FileKey, ExpectedSum]:
 def wrong_sums(
     expected: Mapping[FileKey, ExpectedSum], sums: Mapping[FileKey, int], recorded_now: Mapping[FileKey, int]
 ) -> Iterator[Problem]:
-    """Iterate over problems with stored tensors with an unexpected checksum.
-
-    Args:
-        expected: Checksums recorded when the plan was made.
-        sums: Checksums of the bytes that were read.
-        recorded_now: Checksums that the folder records now.
-    """
+    """Iterate over problems with tensors whose checksum is unexpected; ``recorded_now`` tells a later save from damage."""
     for (file, key), one in expected.items():
         if sums[file, key] == one.sum:
             continue

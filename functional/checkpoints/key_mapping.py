@@ -69,11 +69,6 @@ def map_checkpoint(model: nn.Module, tree: SpecTree, contents: Contents) -> Mapp
     """Map the keys of a checkpoint to the tensors of a model, by the renamings and conversions that transformers declares.
 
     For a model that is not from transformers the keys are the paths.
-
-    Args:
-        model: The model; it is not changed.
-        tree: The model's tensors.
-        contents: The checkpoint.
     """
     names = {path: True for spec in tree.values() if spec.kind != "non_persistent_buffer" for path in spec.paths}
     if not is_pretrained(model):
@@ -112,10 +107,6 @@ def stored_form(model: nn.Module, tree: SpecTree) -> tuple[TensorToSave, ...]:
     """Return the tensors that ``save_pretrained`` writes, in its order, with keys and shapes of the original checkpoint.
 
     Tied tensors are written once. Models that are not from transformers are written by canonical path.
-
-    Args:
-        model: The model; it is not changed.
-        tree: The model's tensors.
 
     Raises:
         PlanError: If the original form needs an operation that cannot be done to boxes of tensors.
@@ -176,12 +167,9 @@ class _KeyGroup:
 def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[dict[str, _KeyGroup], dict[str, str]]:
     """Group the keys by the (first) path they contribute to; return the groups, and the unused keys with the cause."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-    transforms: list[Any] = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    renamings, converters, by_pattern = _by_kind(get_model_conversion_mapping(model))
     is_ignored = _any_of(_ignored(model))
     groups: dict[str, _KeyGroup] = {}
     extra: dict[str, str] = {}
@@ -202,6 +190,16 @@ def _grouped(model: Any, names: dict[str, bool], keys: Iterable[str]) -> tuple[d
         if not all(map(is_ignored, made)):
             extra[key] = f"the model has no tensor {made[0]}" if made[0] != key else "the model has no tensor of this name"
     return groups, extra
+
+
+def _by_kind(transforms: Iterable[Any]) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Return the renamings and the converters among declared transforms, and the converters by source pattern."""
+    from transformers.core_model_loading import WeightRenaming
+
+    kinds: dict[bool, list[Any]] = {True: [], False: []}
+    for transform in transforms:
+        kinds[isinstance(transform, WeightRenaming)].append(transform)
+    return kinds[True], kinds[False], {pattern: one for one in kinds[False] for pattern in one.source_patterns}
 
 
 def _targets(converter: Any, name: str) -> list[str]:
@@ -245,7 +243,7 @@ def _tie_patterns(model: Any) -> Iterator[str]:
 def _reverted(model: Any, tree: SpecTree, whole: Mapping[str, Assembly]) -> dict[str, Assembly]:
     """Return tensors under the keys, and in the shapes, of the original checkpoint."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import PrefixChange, dot_natural_key, rename_source_key
 
     transforms: list[Any] | None = getattr(model, "_weight_conversions", None)
     if transforms is None:
@@ -253,10 +251,7 @@ def _reverted(model: Any, tree: SpecTree, whole: Mapping[str, Assembly]) -> dict
         transforms = [one for one in declared if not isinstance(one, PrefixChange)]
         if not transforms:
             return dict(whole)
-    reverse: list[Any] = [one.reverse_transform() for one in reversed(transforms)]
-    renamings = [one for one in reverse if isinstance(one, WeightRenaming)]
-    converters = [one for one in reverse if not isinstance(one, WeightRenaming)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    renamings, converters, by_pattern = _by_kind([one.reverse_transform() for one in reversed(transforms)])
     groups: dict[str, tuple[Any, dict[str, list[Assembly]]]] = {}
     for path in sorted(whole, key=dot_natural_key):
         name, pattern = rename_source_key(path, [], converters)

@@ -108,13 +108,7 @@ class Files:
         return self._staging[:num_bytes]
 
     def read(self, buffers: Sequence[memoryview], offset: int, stored: Sequence[StoredTensor]) -> None:
-        """Read adjacent byte ranges of a file.
-
-        Args:
-            buffers: Destination of each range.
-            offset: First byte of the first range.
-            stored: Stored tensor that each range belongs to.
-        """
+        """Read adjacent byte ranges of a file from ``offset`` on into buffers, one for each stored tensor."""
         file, left, at = stored[0].file, list(buffers), 0
         descriptor = self._open(stored[0])
         while left:
@@ -133,12 +127,7 @@ class Files:
                 left[0] = left[0][count:]
 
     def gather(self, out: NDArray[np.uint8], selection: Selection) -> None:
-        """Copy many short byte ranges of a file.
-
-        Args:
-            out: Destination, as bytes.
-            selection: The selection that the ranges belong to.
-        """
+        """Copy the many short byte ranges of a selection to ``out``."""
         stored, start, stop = selection.stored, selection.begin // mmap.PAGESIZE * mmap.PAGESIZE, selection.end
         descriptor = self._open(stored)
         mapped = self._maps.get(stored.file)

@@ -36,11 +36,6 @@ def checkpoint_sources(
 
     A tensor that has another source keeps it. A tensor that the checkpoint lacks stays without a source, for init code to
     make, if the user's ``init`` or transformers itself says that it may be missing.
-
-    Args:
-        model: The model; it is not changed.
-        tree: The model's tensors.
-        checkpoint: The user's request.
     """
     try:
         contents = read_contents(checkpoint.folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from attrs import fields, frozen
 
 from ...specs.checkpoint import Checkpoint
 from ...specs.codec import dumps
@@ -20,8 +22,42 @@ if TYPE_CHECKING:
     from .model_sources import ScheduleSource
 
 
+@frozen
+class ModelOptions:
+    """The options that name the model, its example inputs and the runtime."""
+
+    factory: str | None
+    hf_config: Path | None
+    target: str | None
+    config: Path | None
+    batch: int | None
+    sequence: int | None
+
+    def source(self) -> ScheduleSource:
+        """Return the source of schedules.
+
+        Raises:
+            UsageError: If both or neither of ``--factory`` and ``--hf-config`` are given.
+        """
+        if (self.factory is None) == (self.hf_config is None):
+            msg = "Give one of --factory module:function and --hf-config folder."
+            raise click.UsageError(msg)
+        from .model_sources import from_config, from_factory
+
+        if self.factory is not None:
+            return from_factory(self.factory, self.batch, self.sequence)
+        assert self.hf_config is not None, "one of the two is given"
+        return from_config(self.hf_config, self.batch, self.sequence)
+
+
 def asks_for_a_model(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that name the model, its example inputs and the runtime."""
+    """Add the options of ``ModelOptions``, which the command gets as the argument ``model``."""
+
+    @wraps(function)
+    def command(*args: Any, **given: Any) -> None:
+        model = ModelOptions(**{field.name: given.pop(field.name) for field in fields(ModelOptions)})
+        function(*args, model=model, **given)
+
     options = (
         click.option("--factory", metavar="MODULE:FUNCTION", help="Your function from a mesh to a schedule."),
         click.option(
@@ -36,25 +72,8 @@ def asks_for_a_model(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--sequence", type=click.IntRange(min=1), help="Their length, in tokens."),
     )
     for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def source_of(factory: str | None, hf_config: Path | None, batch: int | None, sequence: int | None) -> ScheduleSource:
-    """Return the source of schedules.
-
-    Raises:
-        UsageError: If both or neither of ``--factory`` and ``--hf-config`` are given.
-    """
-    if (factory is None) == (hf_config is None):
-        msg = "Give one of --factory module:function and --hf-config folder."
-        raise click.UsageError(msg)
-    from .model_sources import from_config, from_factory
-
-    if factory is not None:
-        return from_factory(factory, batch, sequence)
-    assert hf_config is not None, "one of the two is given"
-    return from_config(hf_config, batch, sequence)
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -90,12 +109,7 @@ Exit codes: 0 planned, 2 the schedule or what was given is wrong; all problems a
 @click.option("--json", "as_json", is_flag=True, help="With -o: print what was written as JSON.")
 def command(
     *,
-    factory: str | None,
-    hf_config: Path | None,
-    target: str | None,
-    config: Path | None,
-    batch: int | None,
-    sequence: int | None,
+    model: ModelOptions,
     mesh: Mesh,
     seed: int,
     strategy: Literal["auto", "local", "scatter", "broadcast"],
@@ -105,20 +119,20 @@ def command(
     as_json: bool,
 ) -> None:
     """Plan a model for a mesh, on this machine, without a device: from your own schedule, or from a configuration."""
-    if mesh.pipe > 1 and batch is None:
+    if mesh.pipe > 1 and model.batch is None:
         cause = f"{mesh} has stages, and a model is cut by following it on example inputs"
         raise PlanError([Problem("--mesh", cause, "Give their sizes: --batch 2 --sequence 128")])
     if dedupe and checkpoint is None:
         raise PlanError([Problem("--dedupe", "it is for --checkpoint, which is not given", "Give --checkpoint FOLDER")])
-    source = source_of(factory, hf_config, batch, sequence)
+    source = model.source()
     from ..plan import plan_build
     from .model_sources import read_config
 
     sch = source.schedule(mesh)
     plan = plan_build(
         sch,
-        target=target,
-        config=read_config(config),
+        target=model.target,
+        config=read_config(model.config),
         seed=seed,
         strategy=strategy,
         init_weights=True if checkpoint is None else Checkpoint(checkpoint, dedupe=dedupe),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +10,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.mesh import Mesh
 from .option_types import BYTES
 from .output import echo, echo_json
-from .plan import asks_for_a_model, source_of
+from .plan import ModelOptions, asks_for_a_model
 
 if TYPE_CHECKING:
     from ..schedule import Schedule
@@ -38,30 +37,26 @@ Exit codes: 0 some mesh fits, 1 none does, 2 something is wrong with what was gi
 def command(
     ctx: click.Context,
     *,
-    factory: str | None,
-    hf_config: Path | None,
-    target: str | None,
-    config: Path | None,
-    batch: int | None,
-    sequence: int | None,
+    model: ModelOptions,
     num_ranks: int,
     device_memory: int,
     ranks_per_node: int | None,
     as_json: bool,
 ) -> None:
     """Plan and audit every mesh of a number of ranks, and print which fit, the best first."""
-    source = source_of(factory, hf_config, batch, sequence)
+    source = model.source()
     from ..search import search
     from .model_sources import read_config
 
-    inputs = None if batch is None and sequence is None else source.example_inputs(_any_schedule(source, num_ranks))
+    has_inputs = model.batch is not None or model.sequence is not None
+    inputs = source.example_inputs(_any_schedule(source, num_ranks)) if has_inputs else None
     found = search(
         source.schedule,
         num_ranks=num_ranks,
         device_memory=device_memory,
         ranks_per_node=ranks_per_node,
-        target=target,
-        config=read_config(config),
+        target=model.target,
+        config=read_config(model.config),
         example_inputs=inputs,
     )
     if as_json:

@@ -107,12 +107,7 @@ class CollectiveSave:
                 stream.close()
 
     def finish(self, describe: Callable[[Path], None], training: Mapping[str, Any] | None) -> None:
-        """Write the files that describe the tensors, the manifest last, and let the folder appear.
-
-        Args:
-            describe: Writes all of them but the manifest to a folder.
-            training: The manifest's record of the training.
-        """
+        """Write descriptions of the tensors, the manifest and its record of the training last; let the folder appear."""
         if self.is_writer:
             self.attempt(describe, partial_of(self.folder))
             self.attempt(self._write_manifest, training)

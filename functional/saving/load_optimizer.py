@@ -71,11 +71,6 @@ class _StatesToLoad:
 def states_plan(plan: Plan, folder: str | Path, groups: Sequence[ParamGroup]) -> _StatesToLoad:
     """Plan how states are read from a folder: each is split as its tensor is.
 
-    Args:
-        plan: The executed plan.
-        folder: The saved folder.
-        groups: Groups of the optimizer that gets the states, with the paths of the tensors that this rank holds.
-
     Raises:
         PlanError: If the folder has no states, or states of other tensors or of another optimizer.
     """

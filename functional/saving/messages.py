@@ -34,13 +34,7 @@ def agreement(plan: Plan) -> Iterator[None]:
 
 
 def messages(there: Box, own: Box, item_bytes: int) -> Iterator[tuple[Box, Box]]:
-    """Cut a box along its first axes into messages of at most ``MESSAGE_BYTES``.
-
-    Args:
-        there: The box at the receiver.
-        own: The same box at the sender.
-        item_bytes: Bytes of one element.
-    """
+    """Cut a box, at the receiver and at the sender, along its first axes into messages of at most ``MESSAGE_BYTES``."""
     if not there:
         yield there, own
         return

@@ -65,11 +65,6 @@ class LocalStates:
 def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> LocalStates:
     """Return an optimizer's states of the tensors that a rank holds.
 
-    Args:
-        plan: The executed plan.
-        held: The tensors that the rank holds, by path.
-        optimizer: A torch optimizer, or DeepSpeed's.
-
     Raises:
         PlanError: If the optimizer trains tensors that the plan does not know, or a state is neither a number nor of its
             tensor's shape.
@@ -144,14 +139,7 @@ def give_states(
     states: Mapping[str, Mapping[str, Tensor]],
     settings: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Restore an optimizer's states, in their own dtypes, and its settings.
-
-    Args:
-        held: The tensors that this rank holds, by path.
-        optimizer: The optimizer that trains them.
-        states: States by path and name.
-        settings: Settings of the optimizer's groups, in order.
-    """
+    """Restore an optimizer's states, in their own dtypes, and its settings."""
     if is_deepspeed(optimizer):
         check_optimizer(optimizer)
         give_whole_states(held, optimizer, states, settings)

@@ -21,7 +21,7 @@ from shardplan.functional import create_schedule, execute, gather, plan_build, s
 from shardplan.functional.checkpoints.detect import read_contents
 from shardplan.functional.frontends import infer_schedule, schedule_from_tp_plan
 from shardplan.functional.interpreter.world import ExecutionError
-from shardplan.functional.saving import messages as travelling
+from shardplan.functional.saving import messages
 from shardplan.specs import Mesh
 from tests.helpers.families import MAKERS
 from tests.helpers.models import llama, split_llama
@@ -61,7 +61,7 @@ def schedule(name, mesh):
 
 
 def save(rank, name, mesh, folder, message_bytes):
-    travelling.MESSAGE_BYTES = message_bytes
+    messages.MESSAGE_BYTES = message_bytes
     plan = plan_build(schedule(name, mesh))
     built = execute(plan, device="cpu", progress=False)
     save_checkpoint(plan, built.model, folder)
@@ -227,7 +227,7 @@ def no_permission(rank, built, folder):
 def no_room(rank, built, folder):
     """Memory for the messages, and not for a large tensor."""
     warm_up(folder.parent)
-    travelling.MESSAGE_BYTES = MIB
+    messages.MESSAGE_BYTES = MIB
     if rank:
         return nothing
     used = 1024 * int(

@@ -41,13 +41,7 @@ def read(folder: str) -> Contents:
 def read_files(
     folder: str, names: Iterable[str], manifest: Manifest | None
 ) -> tuple[tuple[StoredFile, ...], dict[str, dict[str, StoredTensor]], list[Problem]]:
-    """Return files of a folder, the tensors in each by key, and the problems found.
-
-    Args:
-        folder: The folder.
-        names: Names of the files to return; files that only the manifest names are checked too.
-        manifest: The folder's manifest; its checksums are attached to the tensors.
-    """
+    """Return the named files, the tensors in each by key with their checksums, and the problems of all files."""
     files: list[StoredFile] = []
     held: dict[str, dict[str, StoredTensor]] = {}
     problems = [] if manifest is None else list(wrong_lengths(folder, manifest))

@@ -57,12 +57,7 @@ def rank_file_name(rank: int) -> str:
 
 
 def read_rank_file(folder: str, rank: int, plan: str) -> tuple[RankFile, StoredFile, dict[str, StoredTensor]]:
-    """Read the header of a rank's file: its metadata, the file, and its tensors by path.
-
-    Args:
-        folder: The folder of rank files.
-        rank: The rank.
-        plan: Fingerprint of the expected plan.
+    """Read the header of a rank's file, for the plan of a fingerprint: its metadata, the file, and its tensors by path.
 
     Raises:
         PlanError: If the file is missing, damaged, or of another plan or rank.
@@ -92,13 +87,7 @@ def read_rank_file(folder: str, rank: int, plan: str) -> tuple[RankFile, StoredF
 def wrong_tensors(
     name: str, wanted: Iterable[tuple[str, str, tuple[int, ...]]], tensors: Mapping[str, StoredTensor]
 ) -> list[Problem]:
-    """Return problems with tensors that a rank's file lacks or has with another type.
-
-    Args:
-        name: Name of the file.
-        wanted: Path, dtype and local shape of each tensor.
-        tensors: Tensors of the file by path.
-    """
+    """Return problems with tensors that a rank's file lacks, or has with another dtype or local shape."""
     problems: list[Problem] = []
     for path, dtype, shape in wanted:
         stored = tensors.get(path)

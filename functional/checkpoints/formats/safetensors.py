@@ -61,10 +61,6 @@ class Header(NamedTuple):
 def read_header(folder: str, name: str) -> Header:
     """Read and check the header of a safetensors file.
 
-    Args:
-        folder: The checkpoint's folder.
-        name: Path of the file within the folder.
-
     Raises:
         PlanError: If the file is missing, cut off, or violates the format.
     """

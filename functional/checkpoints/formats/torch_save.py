@@ -65,11 +65,7 @@ class SavedObject:
     records: Mapping[str, tuple[int, int]]
 
     def tensor(self, key: str, value: Any) -> StoredTensor:
-        """Locate the elements of a tensor.
-
-        Args:
-            key: Name of the tensor.
-            value: The tensor as the pickle describes it, taken from ``self.value``.
+        """Locate the elements of a tensor that the pickle describes as ``value``.
 
         Raises:
             PlanError: If ``value`` is no tensor, or the tensor is not contiguous.
@@ -122,13 +118,9 @@ class SavedObject:
 def read_saved(
     folder: str, file: str, names: frozenset[str] = frozenset(), place: tuple[int, int] | None = None
 ) -> SavedObject:
-    """Read the object that ``torch.save`` wrote to a file, or to a byte range of a file.
+    """Read the object that ``torch.save`` wrote to a file, or to the byte range ``place`` of it: first byte and length.
 
-    Args:
-        folder: The checkpoint's folder.
-        file: Path of the file within the folder.
-        names: Further globals that the pickle may name, besides tensors.
-        place: The byte range: its first byte and its length; None for the whole file.
+    The pickle may name the globals in ``names`` besides those of tensors.
 
     Raises:
         PlanError: If the file is missing, cut off, damaged, compressed, or could run code.

@@ -21,12 +21,6 @@ MAX_BYTES = 100_000_000
 def open_regular(folder: str, name: str, fix: str = AGAIN, buffering: int = -1) -> Iterator[IO[bytes]]:
     """Open a regular file of a checkpoint; an ``OSError`` in the block becomes a ``PlanError`` that names the file.
 
-    Args:
-        folder: The checkpoint's folder.
-        name: Path of the file within the folder.
-        fix: The advice if the file cannot be read.
-        buffering: As for ``open``.
-
     Raises:
         PlanError: If the file is missing, not regular, or cannot be read.
     """
@@ -60,10 +54,6 @@ def are_sizes(*values: Any) -> bool:
 
 def read_object(folder: str, name: str) -> dict[str, Any]:
     """Read a JSON object from a file.
-
-    Args:
-        folder: The checkpoint's folder.
-        name: Path of the file within the folder.
 
     Raises:
         PlanError: If the file is missing, too long, or holds no JSON object.

@@ -15,7 +15,7 @@ from attrs import Factory, define, evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardplan.functional.checkpoints import reader as read_parts
+from shardplan.functional.checkpoints import reader
 from shardplan.functional.checkpoints.assembly import Assembly, concatenated, narrowed, squeezed, stacked, transposed
 from shardplan.functional.checkpoints.byte_ranges import STAGING_BYTES, select, select_all
 from shardplan.functional.checkpoints.reader import Files, ReadRequest, read_all
@@ -155,8 +155,8 @@ def shards(draw, shape):
 @given(st.data(), st.sampled_from(DTYPES), st.integers(0, 3), st.sampled_from([3, 64, STAGING_BYTES]))
 def test_every_rank_reads_what_it_keeps_and_no_other_byte(data, dtype, rank, room):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_parts, "staging_bytes", lambda num_bytes: min(num_bytes, max(room, 16)))
-        patch.setattr(read_parts, "_SHORT", data.draw(st.sampled_from([0, 8, 2**14])))
+        patch.setattr(reader, "staging_bytes", lambda num_bytes: min(num_bytes, max(room, 16)))
+        patch.setattr(reader, "_SHORT", data.draw(st.sampled_from([0, 8, 2**14])))
         written = Written(Path(folder), {})
         tensor, values = data.draw(assemblies(written, dtype))
         stored = written.close()
@@ -223,9 +223,7 @@ def test_large_tensors_are_read_through_little_memory(written, monkeypatch):
     folder = written.close()
     staged = []
     empty = torch.empty
-    monkeypatch.setattr(
-        read_parts.torch, "empty", lambda *args, **kwargs: staged.append(empty(*args, **kwargs)) or staged[-1]
-    )
+    monkeypatch.setattr(reader.torch, "empty", lambda *args, **kwargs: staged.append(empty(*args, **kwargs)) or staged[-1])
     out, files = read(folder, (part,), whole_index((600, 1000)), "bfloat16")
     assert torch.equal(out, values.bfloat16())
     assert sum(tensor.nbytes for tensor in staged if tensor is not out) == STAGING_BYTES
@@ -240,7 +238,7 @@ def test_rows_are_read_alike_by_calls_and_from_a_map(written, monkeypatch, colum
     index = (((0, 200), (300, 500)), (columns, (900, 901)))
     mapped, files = read(folder, (part,), index, "float32")
     assert files.calls == 0
-    monkeypatch.setattr(read_parts, "_SHORT", 0)
+    monkeypatch.setattr(reader, "_SHORT", 0)
     called, files = read(folder, (part,), index, "float32")
     assert files.calls > 400
     assert torch.equal(mapped, called)
@@ -249,7 +247,7 @@ def test_rows_are_read_alike_by_calls_and_from_a_map(written, monkeypatch, colum
 
 @pytest.mark.parametrize("short", [0, 2**14], ids=["by calls", "from a map"])
 def test_a_file_that_was_cut_off_is_told_with_the_tensor(written, monkeypatch, short):
-    monkeypatch.setattr(read_parts, "_SHORT", short)
+    monkeypatch.setattr(reader, "_SHORT", short)
     first, second = (written.store(values_of((64, 64), "float32", seed)) for seed in range(2))
     folder = written.close()
     parts = Assembly.of([Part.whole(first), evolve(Part.whole(second), at=(64, 0))]).parts

@@ -7,7 +7,7 @@ from math import prod
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.functional.saving import messages as travelling
+from shardplan.functional.saving import messages
 
 sizes = st.lists(st.integers(1, 9), max_size=3)
 
@@ -28,11 +28,11 @@ def box_at(starts, box_sizes):
 def test_messages_are_the_box_in_its_order_and_none_is_too_large(box_sizes, data, item_bytes, most):
     starts = [data.draw(st.lists(st.integers(0, 9), min_size=len(box_sizes), max_size=len(box_sizes))) for _ in range(2)]
     there, own = (box_at(some, box_sizes) for some in starts)
-    before, travelling.MESSAGE_BYTES = travelling.MESSAGE_BYTES, most
+    before, messages.MESSAGE_BYTES = messages.MESSAGE_BYTES, most
     try:
-        cut = list(travelling.messages(there, own, item_bytes))
+        cut = list(messages.messages(there, own, item_bytes))
     finally:
-        travelling.MESSAGE_BYTES = before
+        messages.MESSAGE_BYTES = before
     for number, whole in enumerate((there, own)):
         assert [place for pair in cut for place in elements(pair[number])] == elements(whole)
     for a, b in cut:
