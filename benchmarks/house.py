@@ -2,10 +2,10 @@
 
     python benchmarks/house.py
 
-A *room* is a package with all that is below it, or a loose file at the top of ``functional``. An *arrow* leads from a room to a room that it
-imports, within functions and for type checkers too. A room's *floor* is one more than the highest floor of what it
-imports. A *circle* is a set of rooms, or of files, that reach each other. To count another checkout, put its packages
-before this one's on ``PYTHONPATH``.
+A *room* is a package with all that is below it, or a loose file at the top of ``functional``. An *arrow* leads from a
+room to a room that it imports; imports within functions and for type checkers count. A room's *floor* is one more than the
+highest floor of the rooms that it imports. A *circle* is a set of rooms, or of files, that reach each other. To count
+another checkout, put its packages before this one's on ``PYTHONPATH``.
 """
 
 from __future__ import annotations
