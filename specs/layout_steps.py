@@ -104,16 +104,11 @@ class VocabParallel(_Along):
 
 
 @frozen
-class AddBiasAfterSync(_Along):
+class AddBiasAfterSync(_LayoutStep):
     """A linear module whose input axis is split adds its bias once, after the outputs are summed."""
-
-    mesh_axis: ClassVar[MeshAxis] = "tensor"
 
     def describe(self) -> str:
         return "adds its bias after the sum"
-
-    def groups(self) -> tuple[tuple[MeshAxis, ...], ...]:
-        return ()
 
 
 @frozen

@@ -8,7 +8,7 @@ from typing import Any
 from attrs import field, frozen
 from frozendict import frozendict
 
-from ...specs.mesh import Coordinate, MeshAxis
+from ...specs.mesh import MODEL_AXES, Coordinate, MeshAxis, unsplit
 from ...specs.param import ParamSpec
 from ...specs.plan import Plan
 
@@ -75,10 +75,13 @@ def norm_share(spec: ParamSpec, coordinate: Coordinate) -> NormShare:
     >>> [norm_share(qkv, Mesh(tensor=2).coordinate(rank)).parts for rank in (0, 1)]
     [None, ((0, 4),)]
     """
-    mesh, shard = coordinate.mesh, spec.on("tensor")
+    mesh = coordinate.mesh
     is_expert = mesh.expert > 1 and spec.on("expert") is not None
-    if shard is None or mesh.tensor == 1:
-        return NormShare(0, None if coordinate.is_first("tensor") else (), is_split=False, is_expert=is_expert)
+    shards = [shard for shard in spec.shards if shard.mesh_axis in MODEL_AXES and mesh.num(shard.mesh_axis) > 1]
+    counts = coordinate.is_first(*unsplit(MODEL_AXES, [shard.mesh_axis for shard in shards]))
+    if not shards or not counts:
+        return NormShare(0, None if counts else (), is_split=bool(shards), is_expert=is_expert)
+    shard = shards[0]
     parts: list[tuple[int, int]] = []
     place = 0
     held = shard.held(spec.orig_shape[shard.axis], coordinate)

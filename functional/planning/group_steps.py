@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ...specs.layout_steps import DispatchTokens, MaskPadding, SumGradient, Sync, VocabParallel
+from ...specs.layout_steps import LayoutStep
 from ...specs.mesh import MeshAxis, in_mesh_order
 from ...specs.steps import Broadcast, MakeGroups, MakeTieGroups, Scatter, SendCopy, Step, SumTied
 
 MeshAxes = tuple[MeshAxis, ...]
 
 
-def group_steps(  # noqa: C901  a case for each kind of step
-    steps: Sequence[Step], of_dialect: Sequence[MeshAxes]
-) -> Iterator[Step]:
+def group_steps(steps: Sequence[Step], of_dialect: Sequence[MeshAxes]) -> Iterator[Step]:
     """Iterate over the steps that make the groups in which ranks communicate.
 
     Args:
         steps: All other steps of the plan.
         of_dialect: Mesh axes along which the target needs groups of its own.
 
-    >>> from shardplan.specs import Mesh
+    >>> from shardplan.specs.layout_steps import Sync
     >>> print(*group_steps([Sync("up", "forward_post", "all_reduce"), SumTied("head.weight", (0, 3))], [("data",)]))
     MakeGroups(over=(('data',), ('tensor',)), sharing=()) MakeTieGroups(between=((0, 3),))
     """
@@ -31,14 +29,9 @@ def group_steps(  # noqa: C901  a case for each kind of step
         match step:
             case Scatter(over=mesh_axes) | Broadcast(over=mesh_axes):
                 over.add(mesh_axes)
-            case SumGradient(mesh_axis=mesh_axis, sharing=parts) if parts:
-                sharing |= {(mesh_axis, num): None for _, num in parts if num > 1}
-            case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis):
-                over.add((mesh_axis,))
-            case DispatchTokens():
-                over.add(("expert",))
-            case MaskPadding() | VocabParallel():
-                over.add(("tensor",))
+            case _ if isinstance(step, LayoutStep):
+                over.update(step.groups())
+                sharing |= dict.fromkeys(step.neighbours())
             case SendCopy(stage=stage, to=to):
                 between.add((stage, to))
             case SumTied(between=stages):

@@ -37,34 +37,34 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
     sums = [step for step in steps if isinstance(step, SumGradient)]
     sums += shared_gradients(mesh, tree)
     problems = list(_unequal_gathers(mesh, tree, steps))
-    for path, op in _summed_outputs(steps).items():
-        if not _adds_bias_to_parts(subject, path):
+    for path, sync in _summed_outputs(steps).items():
+        if not _adds_bias_to_parts(subject, sync):
             continue
         steps.append(AddBiasAfterSync(path))
-        if op == "reduce_scatter" and tree[join(path, "bias")].requires_grad:
-            sums.append(SumGradient(path, "bias"))
+        if sync.op == "reduce_scatter" and tree[join(path, "bias")].requires_grad:
+            sums.append(SumGradient(path, "bias", sync.mesh_axis))
         module = subject.model.get_submodule(path)
         if overrides_forward(module):
             cause = (
                 f"its bias belongs after the sum over ranks, and {type(module).__name__} has a forward of its own,"
-                f" so that it would be added {mesh.tensor} times"
+                f" so that it would be added {mesh.num(sync.mesh_axis)} times"
             )
             problems.append(Problem(path, cause, "Use a plain nn.Linear, or bias=False", tree[join(path, "weight")].type))
     return [*(step for step in steps if not isinstance(step, SumGradient)), *dict.fromkeys(sums)], problems
 
 
-def _summed_outputs(steps: Iterable[LayoutStep]) -> dict[str, str]:
-    """Return the modules whose outputs are summed over ranks, each with its collective operator."""
-    return {s.module: s.op for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
+def _summed_outputs(steps: Iterable[LayoutStep]) -> dict[str, Sync]:
+    """Return the modules whose outputs are summed over ranks, each with the step that sums."""
+    return {s.module: s for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
 
 
-def _adds_bias_to_parts(subject: LocalModel, path: str) -> bool:
+def _adds_bias_to_parts(subject: LocalModel, sync: Sync) -> bool:
     """Tell whether a module is linear with a bias, and each rank has some of its input features."""
-    module, weight = subject.model.get_submodule(path), subject.tree.get(join(path, "weight"))
+    module, weight = subject.model.get_submodule(sync.module), subject.tree.get(join(sync.module, "weight"))
     kind = linear_of(module)
     if kind is None or weight is None or getattr(module, "bias", None) is None:
         return False
-    shard = weight.on("tensor")
+    shard = weight.on(sync.mesh_axis)
     return shard is not None and shard.axis == kind.in_axis
 
 

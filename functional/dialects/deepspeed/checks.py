@@ -13,6 +13,7 @@ from ....specs.errors import Problem
 from ....specs.finding import Finding
 from ....specs.json_values import thawed
 from ....specs.layout_steps import SumGradient
+from ....specs.mesh import MESH_AXES
 from ....specs.paths import join
 from .config import wrong_numbers
 
@@ -29,6 +30,7 @@ READ = "0.19"
 """Memory, messages and checks were read off the code of this version, and measured with it."""
 
 _INSTALL = f"pip install 'deepspeed=={READ}.*'"
+_AXES = ("pipe", "data", "tensor")
 _FIX_ZERO = 'Write "zero_optimization": {"stage": 1}'
 
 
@@ -40,6 +42,9 @@ def check_config(mesh: Mesh, config: Mapping[str, Any]) -> list[Problem]:
 
 def check_layout(mesh: Mesh, tree: SpecTree, layout: Sequence[LayoutStep], config: Mapping[str, Any]) -> Iterator[Problem]:
     """Iterate over splits whose gradients DeepSpeed would average or sum wrongly, or count wrongly in the norm."""
+    if strange := [mesh_axis for mesh_axis in MESH_AXES if mesh_axis not in _AXES and mesh.num(mesh_axis) > 1]:
+        cause = f"DeepSpeed's topology has the axes {', '.join(_AXES)}, and none for {', '.join(strange)}"
+        yield Problem("target", cause, "target='torch'")
     for spec in tree.values():
         if spec.kind != "parameter":
             continue

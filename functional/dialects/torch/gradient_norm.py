@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
+from ....specs.mesh import BATCH_AXES, MESH_AXES
 from ..handover import norm_shares
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class GradientNorm:
     Args:
         shares: The parameters of this rank, each once, with the parts of their gradients that count here: of split
             parameters the rank's own parts, on the first holder where several ranks hold a part; whole parameters count on
-            the first rank along ``tensor``; parameters that several stages hold count on the stage that owns them.
+            the first of these ranks; parameters that several stages hold count on the stage that owns them.
         trained: All trained parameters of this rank.
         groups: The process groups over which the squares are summed.
         experts: The group along ``expert``, for squares of experts; None if experts are not split.
@@ -47,11 +48,11 @@ class GradientNorm:
             for module in handover.modules
             for parameter, share in norm_shares(module, handover.plan, mesh.coordinate(rank))
         }
-        groups = [handover.groups[mesh_axis,] for mesh_axis in ("tensor", "pipe") if mesh.num(mesh_axis) > 1]
+        along = [mesh_axis for mesh_axis in reversed(MESH_AXES) if mesh_axis not in BATCH_AXES and mesh.num(mesh_axis) > 1]
         return cls(
             [pair for name, pair in found.items() if name not in copies],
             [parameter for parameter, _ in found.values()],
-            groups,
+            [handover.groups[mesh_axis,] for mesh_axis in along],
             handover.groups["expert",] if mesh.expert > 1 else None,
             handover.device,
         )

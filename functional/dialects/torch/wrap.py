@@ -12,6 +12,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ....specs.mesh import MESH_AXES
 from ...pipeline.stage_module import check_inputs, facts_of
 from ..handover import Wrapped, split_experts
 from .gradient_norm import GradientNorm
@@ -198,8 +199,8 @@ class TorchPipeline:
         except (AttributeError, TypeError, ValueError) as wrong:
             message[0], error = 1, wrong
         message = message.to(self._handover.device)
-        for mesh_axis in ("pipe", "data", "tensor"):
-            # sizes are summed over pipe, where the first stage alone has some; over data and tensor the error flag alone
+        for mesh_axis in MESH_AXES:
+            # sizes are summed over pipe, where the first stage alone has some; over the others the error flag alone
             if (group := self._handover.groups.get((mesh_axis,))) is not None:
                 dist.all_reduce(message if mesh_axis == "pipe" else message[:1], group=group)
         is_wrong, *sizes = message.tolist()
