@@ -1,4 +1,4 @@
-"""The three names that people know from the schedule language that this design rewrites."""
+"""``build``, ``consolidate_model`` and ``init_target_engine``: the entry points of the schedule language that came before."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(
     device: torch.device | str | None = None,
     optimizer: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Plan and execute in one go; return ``model, optimizer``. See ``plan_build`` and ``execute``.
+    """Plan and execute; return ``model, optimizer``. See ``plan_build`` and ``execute``.
 
     >>> from torch import nn
     >>> from shardplan.functional import create_schedule
@@ -69,15 +69,15 @@ def consolidate_model(
     config: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Return this rank's module with its parts of all tensors, handed to no runtime.
+    """Return this rank's module with its shards, not yet handed to a runtime.
 
     Args:
-        sch: What is declared.
-        target: Runtime that is meant to take the module later; its demands are checked.
-        param_init_fn: Init code of the user's, ``(module)`` or ``(module, path)``.
-        seed: What all random numbers derive from.
+        sch: The schedule.
+        target: Runtime that will take the module later; its demands are checked.
+        param_init_fn: The user's init code, ``(module)`` or ``(module, path)``.
+        seed: The seed of all random numbers.
         config: The target's configuration; only checked.
-        device: Where tensors go.
+        device: The device of all tensors.
 
     >>> from torch import nn
     >>> from shardplan.functional import create_schedule
@@ -103,12 +103,12 @@ def init_target_engine(
     config: Mapping[str, Any] | None = None,
     optimizer: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Hand a module that ``consolidate_model`` gave to a runtime; return ``model, optimizer``.
+    """Hand a module from ``consolidate_model`` to a runtime; return ``model, optimizer``.
 
     Args:
         model: This rank's module; it is used itself, not a copy.
-        target: Runtime that takes it.
-        sch: What it was made from: the runtime has to know which tensors are parts.
+        target: The runtime.
+        sch: The schedule of the module: the runtime has to know which tensors are shards.
         config: The target's configuration.
         optimizer: Function from parameters to an optimizer.
     """

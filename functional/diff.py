@@ -1,4 +1,4 @@
-"""What changes from one plan to another: said, held, sent, risked, and what would have to move. No torch."""
+"""Compare two plans: their fields, tensors, memory, messages and findings, and the bytes to move."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _SHORT = 12  # digits of a hash
 
 
 def diff(before: Plan, after: Plan) -> PlanDiff:
-    """Return what changes from a plan to another, and what ranks would have to receive to go from the one to the other.
+    """Return the changes from one plan to another, and the bytes that each rank would have to receive.
 
-    Memory, messages and findings are those of the audits of both. What moves is parameters and saved buffers as the ranks of
-    one number hold them, before and after; states of an optimizer lie as its runtime puts them, and are not counted.
-    Nothing is executed; time goes by tensors and kinds of ranks, not by ranks.
+    Memory, messages and findings come from the audits of both plans. Bytes to move are counted for parameters and saved
+    buffers, between the shards that the rank of the same number holds before and after; optimizer states, which the runtime
+    lays out, are not counted. Nothing is executed; time goes by tensors and kinds of ranks, not by ranks.
 
     Args:
-        before: The one plan; one that was loaded will do.
-        after: The other.
+        before: The plan before, planned or loaded.
+        after: The plan after.
 
     Raises:
-        TypeError: If one is no plan.
+        TypeError: If an argument is not a plan.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
     >>> spec = ParamSpec("up.weight", (8, 4), "float32")
@@ -59,13 +59,13 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
     one, other = audit(before), audit(after)
     found, worst_rank, worst_bytes = moves(before, after)
     tensors, modules = tuple(_tensors(before, after)), tuple(_modules(before, after))
-    fields = list(_changes("", _said_of_plan(before), _said_of_plan(after)))
+    fields = list(_changes(_plan_fields(before), _plan_fields(after)))
     told = {"tree"} if tensors else set[str]()
     told |= {"steps"} if modules or any(None in (change.before, change.after) for change in tensors) else set()
     return PlanDiff(
         before=before.fingerprint,
         after=after.fingerprint,
-        fields=(*fields, *_without_words(before, after, told | {change.path.partition(".")[0] for change in fields})),
+        fields=(*fields, *_changed_digests(before, after, told | {change.path.partition(".")[0] for change in fields})),
         tensors=tensors,
         modules=modules,
         ranks=tuple(_ranks(one, other)),
@@ -79,8 +79,8 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
     )
 
 
-def _said_of_plan(plan: Plan) -> dict[str, str]:
-    """Return what is said of a plan as a whole, by name."""
+def _plan_fields(plan: Plan) -> dict[str, str]:
+    """Return the fields of the plan as a whole in words, by name."""
     said = {"mesh": str(plan.mesh).removeprefix("mesh "), "target": plan.target or "none", "seed": str(plan.seed)}
     said |= {f"config{path}": text for path, text in _leaves("", plan.config)} if plan.config is not None else {}
     said |= {"random_scheme": str(plan.random_scheme)}
@@ -98,14 +98,14 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
         yield path, str(value)
 
 
-def _changes(what: str, before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Change]:
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Change]:
     for path in dict.fromkeys((*before, *after)):
         if before.get(path) != after.get(path):
-            yield Change(path, what, before.get(path), after.get(path))
+            yield Change(path, "", before.get(path), after.get(path))
 
 
-def _without_words(before: Plan, after: Plan, told: set[str]) -> Iterator[Change]:
-    """Compare fields of which nothing was told by the first digits of their hashes."""
+def _changed_digests(before: Plan, after: Plan, told: set[str]) -> Iterator[Change]:
+    """Compare the fields for which no change is told yet, by the first digits of their hashes."""
     for name, text in before.canonical_fields.items():
         if name not in told and text != (other := after.canonical_fields[name]):
             yield Change(name, "", _digest(text), _digest(other))
@@ -116,22 +116,22 @@ def _digest(text: str) -> str:
 
 
 def _tensors(before: Plan, after: Plan) -> Iterator[Change]:
-    """Compare tensors by their canonical paths, in the order of the one plan; those that came are last."""
+    """Compare tensors by their canonical paths, in the order of the plan before; new tensors come last."""
     others = {spec.path: spec for spec in after.tree.values()}
     for old in before.tree.values():
         new = others.pop(old.path, None)
         if new is None:
             yield Change(old.path, "", old.type, None)
         elif old != new:
-            one, other = _said(old), _said(new)
+            one, other = _tensor_fields(old), _tensor_fields(new)
             found = [Change(old.path, what, one[what], other[what]) for what in one if one[what] != other[what]]
             found = [change for change in found if change.what != "split" or len(found) == 1]
             yield from found or [Change(old.path, "source", _digest(repr(old.source)), _digest(repr(new.source)))]
     yield from (Change(new.path, "", None, new.type) for new in others.values())
 
 
-def _said(spec: ParamSpec) -> dict[str, str]:
-    """Return what is said of a tensor, in the words of a listing."""
+def _tensor_fields(spec: ParamSpec) -> dict[str, str]:
+    """Return the fields of a tensor in the words of a listing."""
     return {
         "type": spec.type,
         "split": ", ".join(map(str, spec.shards)),  # where the type has no word for it
@@ -145,7 +145,7 @@ def _said(spec: ParamSpec) -> dict[str, str]:
 
 
 def _modules(before: Plan, after: Plan) -> Iterator[Change]:
-    """Compare how modules compute; what is said of one before and after is left out."""
+    """Compare how modules compute; words that a module has before and after are left out."""
     one, other = layout_words(before.steps), layout_words(after.steps)
     for module in dict.fromkeys((*one, *other)):
         said, says = one.get(module, []), other.get(module, [])
@@ -157,7 +157,7 @@ def _modules(before: Plan, after: Plan) -> Iterator[Change]:
 
 
 def _ranks(before: Report, after: Report) -> Iterator[RankChange]:
-    """Compare rank with rank where the meshes are the same: the kinds that are alike before and after."""
+    """Compare the memory of ranks where the meshes are the same, by kinds of ranks that are alike before and after."""
     if before.mesh != after.mesh:
         return
     joined = (_joined(before.distinct.runs(m), after.distinct.runs(m)) for m in factors(*STAGE_AXES))
@@ -169,7 +169,7 @@ def _ranks(before: Report, after: Report) -> Iterator[RankChange]:
 
 
 def _joined(one: Sequence[Interval], other: Sequence[Interval]) -> tuple[Interval, ...]:
-    """Return runs of places that are within one run of either.
+    """Return runs of places, cut wherever a run of either list ends.
 
     >>> _joined([(0, 1), (1, 8)], [(0, 1), (1, 6), (6, 8)])
     ((0, 1), (1, 6), (6, 8))
@@ -200,7 +200,7 @@ def _traffic(during: Literal["execution", "step"], before: Report, after: Report
 
 
 def _executing(report: Report) -> dict[tuple[Any, ...], Messages]:
-    """Return the messages of execution by stage, axes and operator, of the rank that gets most."""
+    """Return the messages of execution by stage, mesh axes and operator, for the rank with the most bytes."""
     found: dict[tuple[Any, ...], Messages] = {}
     for row in report.execution:
         key = row.coordinate.pipe, " x ".join(row.mesh_axes) or "all ranks", row.op
@@ -216,6 +216,6 @@ def _training(report: Report) -> dict[tuple[Any, ...], Messages]:
 
 
 def _only(findings: Sequence[Finding], others: Sequence[Finding]) -> Iterator[Finding]:
-    """Iterate over the findings of which the others have none of the kind on that path."""
+    """Iterate over the findings without a finding of the same code, severity and path among the others."""
     known = {(finding.code, finding.severity, finding.path) for finding in others}
     return (finding for finding in findings if (finding.code, finding.severity, finding.path) not in known)

@@ -1,4 +1,4 @@
-"""Goldens: what a plan looks like, kept in a file that a person reads, and compared by a test."""
+"""Goldens: the listing of a plan in a file, compared by a test."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UPDATE = "pytest --update-goldens"
 
 @define
 class Updates:
-    """Whether goldens are written rather than compared, and which were: set by the pytest plugin alone.
+    """Whether goldens are written rather than compared; only the pytest plugin sets it.
 
     Args:
-        are_on: Whether they are written.
-        written: The files that were.
+        are_on: Whether goldens are written.
+        written: The files written so far.
     """
 
     are_on: bool = False
@@ -30,22 +30,22 @@ class Updates:
 
 
 UPDATES = Updates()
-"""Those of this process."""
+"""The updates of this process."""
 
 
 def assert_plan_matches(plan: Plan, file: str | Path) -> None:
-    """Compare a plan with its golden: the mesh once, then a line a family of tensors, and how modules compute otherwise.
+    """Compare a plan with its golden: the mesh, a line for each family of tensors, and the changes of how modules compute.
 
-    Seed and fingerprint are left out, so that a golden changes with what a line shows, and with nothing else. With
-    ``pytest --update-goldens`` the file is written instead.
+    Seed and fingerprint are left out, so that a golden changes only if one of its lines does. With ``pytest
+    --update-goldens`` the file is written instead.
 
     Args:
         plan: The plan.
         file: The golden; a relative path counts from the folder of the file that calls this.
 
     Raises:
-        TypeError: If it is given no plan.
-        AssertionError: If they differ, with a unified diff, or there is no golden; with the command that writes it.
+        TypeError: If ``plan`` is not a plan.
+        AssertionError: If they differ, with a unified diff, or the golden is missing; with the command that writes it.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
     >>> plan = Plan(Mesh(tensor=2), SpecTree([ParamSpec("weight", (4,), "float32")]), steps=())
@@ -59,7 +59,7 @@ def assert_plan_matches(plan: Plan, file: str | Path) -> None:
     if not isinstance(plan, Plan):
         msg = f"a golden is of a plan, not of a {type(plan).__name__}: assert_plan_matches(plan_build(schedule), file)"
         raise TypeError(msg)
-    # the caller's folder: where pytest was started from does not matter
+    # relative to the test file, wherever pytest was started
     path = Path(sys._getframe(1).f_code.co_filename).resolve().parent / file  # noqa: SLF001
     text = f"{golden(plan)}\n"
     kept = path.read_text(encoding="utf-8") if path.exists() else None
@@ -80,6 +80,6 @@ def assert_plan_matches(plan: Plan, file: str | Path) -> None:
 
 
 def _shown(path: Path) -> str:
-    """Return a path as it is seen from the current folder, if it is below it."""
+    """Return a path relative to the current folder if it lies below it."""
     here = Path.cwd()
     return os.path.relpath(path, here) if path.is_relative_to(here) else str(path)

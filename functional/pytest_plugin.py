@@ -1,4 +1,4 @@
-"""The pytest plugin: ``pytest --update-goldens`` writes what ``assert_plan_matches`` compares."""
+"""The pytest plugin: ``pytest --update-goldens`` writes the files that ``assert_plan_matches`` compares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand what a worker of pytest-xdist wrote to the process that reports."""
+    """Pass the files that a worker of pytest-xdist wrote to the reporting process."""
     output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if output is not None and session.config.getoption("--update-goldens"):
         output["shardplan_goldens"] = [str(path) for path in _updates().written]
@@ -40,14 +40,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take what a worker wrote; a hook of pytest-xdist."""
+    """Take over the files that a worker of pytest-xdist wrote."""
     written = getattr(node, "workeroutput", {}).get("shardplan_goldens")
     if written:
         _updates().written += map(Path, written)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say which goldens were written."""
+    """List the goldens that were written."""
     if not config.getoption("--update-goldens"):
         return
     written = sorted({os.path.relpath(path) for path in _updates().written})

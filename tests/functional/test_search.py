@@ -10,7 +10,8 @@ from attrs import evolve
 from torch import nn
 
 from shardplan.functional import audit, create_schedule, nearest_meshes, plan_build, search
-from shardplan.functional.search import BETWEEN, INSIDE, charged, meshes, step_seconds
+from shardplan.functional.auditing.step_cost import BETWEEN, INSIDE, charged, step_seconds
+from shardplan.functional.search import meshes
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Shard, SpecTree, as_plain
 from tests.helpers.num_calls import num_calls
 
