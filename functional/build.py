@@ -1,4 +1,4 @@
-"""``build``, ``consolidate_model`` and ``init_target_engine``: the entry points of the schedule language that came before."""
+"""``build``, ``consolidate_model``, ``init_target_engine``: the entry points of an earlier schedule language."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the page of a report shows, as JSON values; and the page itself, that draws them."""
+"""The page of a report: a module a section gives its data, and the script of the same name draws it."""

@@ -1,4 +1,4 @@
-"""What ranks hold, as bars: those with the same bytes in one."""
+"""Memory as bars, one for all ranks with the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OPTIONAL = (*_STACKED[2:], "activation", "checkpointed")
 
 
 def memory(report: Report) -> dict[str, Any]:
-    """Return the bars, the bytes that the widest stands for, and the capacity of a device."""
+    """Return the bars, the bytes at full width, and the capacity of a device."""
     alike = _alike(report)
     peaks = [max(memory.peak_bytes, memory.checkpointed_peak_bytes) for memory in alike]
     shown = [name for name in _NAMES if name not in _OPTIONAL or any(getattr(memory, f"{name}_bytes") for memory in alike)]
@@ -41,7 +41,7 @@ def memory(report: Report) -> dict[str, Any]:
 
 
 def memory_rows(report: Report) -> dict[Coordinate, int]:
-    """Return for each distinct coordinate which of the bars is its."""
+    """Return the number of the bar of each distinct coordinate."""
     return {share.coordinate: number for number, shares in enumerate(_alike(report).values()) for share in shares}
 
 

@@ -1,4 +1,4 @@
-"""The mesh as cells: a cell a rank, or, where these are many, a cell for ranks that are alike."""
+"""The mesh as a table of cells: one a rank or, on a large mesh, one for all ranks that are alike."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MOST_CELLS = 256
 *_DOWN, _ACROSS = STAGE_AXES
 
 Runs = dict["MeshAxis", "Interval"]
-"""Places along some mesh axes, those with factors by their factors: the first, and the one after the last."""
+"""First place and place after the last along some mesh axes; an axis with factors is given by its factors."""
 
 
 def mesh(report: Report) -> dict[str, Any]:
-    """Return for each stage a table of cells: columns along the last mesh axis, rows along the others of a stage."""
+    """Return a table of cells for each stage: columns along its last mesh axis, rows along its other axes."""
     mesh = report.mesh
     rows, columns = _rows(report), _columns(report)
     numbers = memory_rows(report)
@@ -67,7 +67,7 @@ def _columns(report: Report) -> list[Interval]:
 
 
 def _few(runs: Sequence[Interval]) -> list[Interval]:
-    """Join runs in the middle where they are too many to be drawn one by one."""
+    """Join the runs in the middle if there are too many to draw."""
     if len(runs) <= _MOST_ROWS:
         return list(runs)
     return [*runs[: _MOST_ROWS - 2], (runs[_MOST_ROWS - 2][0], runs[-2][1]), runs[-1]]
@@ -100,12 +100,12 @@ def _kinds(report: Report, pipe: int, runs: Runs) -> Iterator[Coordinate]:
 
 
 def _row_text(mesh: Mesh, row: Runs) -> str:
-    """Write the places that a row stands for, in few characters."""
+    """Write the places of a row in short."""
     return ", ".join(_place(mesh, row, mesh_axis) for mesh_axis in _DOWN)
 
 
 def _place(mesh: Mesh, runs: Runs, mesh_axis: MeshAxis) -> str:
-    """Write the places along a mesh axis: a number where there is one, else runs along its factors."""
+    """Write the places along a mesh axis: a lone place as its number, else runs along the axis' factors."""
     along = {name: runs[name] for name in factors(mesh_axis) if name == factors(mesh_axis)[0] or mesh.num(name) > 1}
     if all(_num(run) == 1 for run in along.values()):
         return str(mesh.at(**{name: start for name, (start, _) in along.items()}).index(mesh_axis))
@@ -113,7 +113,7 @@ def _place(mesh: Mesh, runs: Runs, mesh_axis: MeshAxis) -> str:
 
 
 def _words(mesh: Mesh, runs: Runs, mesh_axis: MeshAxis) -> str:
-    """Write the places along a mesh axis, and along its factors where it has several."""
+    """Write the places along a mesh axis, and along its factors if it has several."""
     names = factors(mesh_axis)
     finer = ", ".join(f"{name} {_text(runs[name])}" for name in names)
     if mesh.num(names[-1]) == 1 or len(names) == 1:
@@ -122,7 +122,7 @@ def _words(mesh: Mesh, runs: Runs, mesh_axis: MeshAxis) -> str:
 
 
 def _ranks_text(num: int, first: int, last: int) -> str:
-    """Write ranks as a person says them: those of a cell, which are laid out as a block.
+    """Write the ranks of a cell in words.
 
     >>> _ranks_text(1, 3, 3), _ranks_text(4, 4, 7), _ranks_text(127, 8, 1016)
     ('rank 3', 'ranks 4..7', '127 ranks of 8..1016')

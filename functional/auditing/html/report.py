@@ -1,4 +1,4 @@
-"""A plan and its audit as one page: read from a file, attached to a pull request, without a network. No torch."""
+"""A plan and its audit as one page of HTML that works from a file, e.g. attached to a pull request, without a network."""
 
 from __future__ import annotations
 
@@ -9,36 +9,39 @@ from base64 import b64encode
 from functools import cache
 from hashlib import sha256
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .findings import verdicts
-from .header import head
+from ....specs.dtypes import human_bytes
+from ....specs.mesh import MESH_AXES
 from .memory import memory
 from .mesh import mesh
 from .tensors import tensors
 from .traffic import traffic
+from .verdicts import verdicts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ....specs.plan import Plan
     from ....specs.report import Report
 
 _SCRIPTS = ("dom", "tip", "head", "verdicts", "mesh", "memory", "traffic", "search", "tensors", "page")
-"""In the order in which one needs the other."""
+"""The scripts of the page, each after the scripts that it uses."""
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _ESCAPES = str.maketrans({"<": r"\u003c", ">": r"\u003e", "&": r"\u0026"})
-"""What could end a script or begin a comment, as JSON writes it within a string; elsewhere JSON has none of them."""
+"""Characters that could end a script or begin a comment, as JSON strings may write them; JSON has them in strings alone."""
 
 
 def html_report(plan: Plan, report: Report) -> str:
-    """Return a report as one page of HTML that needs nothing besides itself.
+    """Return a report as one self-contained page of HTML.
 
-    Every number on it is the report's or the plan's. They stand in the page as JSON, and a script that is the same for all
-    reports draws them. A policy in the page keeps it from loading anything, and from running any other script.
+    Every number on it comes from the report or the plan. The page holds them as JSON, and a script that is the same for all
+    reports draws them. The page's content security policy forbids loading anything and running any other script.
 
     Args:
         plan: The plan.
-        report: What the audit says of it.
+        report: Its audit.
 
     >>> from shardplan.functional import audit
     >>> from shardplan.specs import Mesh, ParamSpec, Plan, SpecTree
@@ -48,7 +51,7 @@ def html_report(plan: Plan, report: Report) -> str:
     (2, True)
     """
     data = {
-        **head(plan, report),
+        **_head(plan, report),
         "verdicts": verdicts(report),
         "mesh": mesh(report),
         "memory": memory(report),
@@ -67,6 +70,39 @@ def html_report(plan: Plan, report: Report) -> str:
     return _SLOT.sub(lambda slot: slots[slot[1]], _asset("report.html"))
 
 
+def _head(plan: Plan, report: Report) -> dict[str, Any]:
+    """Return the head of the page: the plan, the verdict, the facts."""
+    return {
+        "heading": report.title.partition(",")[0],
+        "fingerprint": plan.fingerprint,
+        "ok": report.ok,
+        "verdict": "execute takes this plan" if report.ok else report.verdict.removeprefix("no: "),
+        "num_errors": sum(finding.severity == "error" for finding in report.findings),
+        "num_warnings": sum(finding.severity == "warning" for finding in report.findings),
+        "num_silenced": len(report.silenced),
+        "num_stages": plan.mesh.pipe,
+        "facts": [list(fact) for fact in _facts(plan, report)],
+    }
+
+
+def _facts(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:
+    mesh, worst = plan.mesh, report.worst
+    axes = " × ".join(f"{mesh_axis} {mesh.num(mesh_axis)}" for mesh_axis in MESH_AXES)
+    yield "mesh", f"{axes}, expert {mesh.expert}" if mesh.expert > 1 else axes
+    yield "ranks", f"{mesh.num_ranks:,}"
+    yield "target", plan.target or "none"
+    yield "tensors", f"{len(plan.tree):,}"
+    yield "most memory", f"{human_bytes(worst.memory.peak_bytes)} on rank {worst.coordinate.rank}"
+    if report.device_memory is not None:
+        yield "a device has", human_bytes(report.device_memory)
+    if report.ranks_per_node is not None:
+        yield "ranks a node", f"{report.ranks_per_node:,}"
+    if report.host_peak_bytes:
+        yield "host memory a node", human_bytes(report.host_peak_bytes)
+    yield "micro-batches a step", f"{report.num_microbatches:,}"
+    yield "seed", str(plan.seed)
+
+
 @cache
 def _script() -> str:
     return "\n".join(['"use strict";', *(_asset(f"{name}.js") for name in _SCRIPTS)])
@@ -78,5 +114,5 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return how a content security policy names a script or a style that it allows."""
+    """Return the name of an allowed script or style in a content security policy."""
     return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"

@@ -1,8 +1,9 @@
-"""The tensors, a row for those of repeated layers, and how each is laid over its mesh axes."""
+"""The tensors, with one row for repeated layers, and a strip for each split axis: the entries at each place."""
 
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -11,32 +12,34 @@ from attrs import asdict, frozen
 from ....specs.dtypes import human_bytes
 from ....specs.fold_layers import fold
 from ....specs.listing import source_words
-from .axis_strips import interval_words, strips
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from ....specs.mesh import Mesh
+    from ....specs.mesh import Coordinate, Mesh
     from ....specs.param import ParamSpec
     from ....specs.plan import Plan
     from ....specs.report import Report
-    from ....specs.shard import Shard
+    from ....specs.shard import Interval, Shard
     from ....specs.tree import SpecTree
 
+_MOST_PLACES = 32
+_EDGE = 6
+_MOST_BLOCKS = 64
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @frozen
 class Row:
-    """What stands in a row besides the path.
+    """One row of the table, but for its path.
 
     Args:
-        layout: Which of the layouts it has.
-        stages: Stages that hold it, that of the owner first.
-        places: The same as places along ``pipe``.
-        kind: ``split``, ``whole`` or ``buffer``: what the filter asks for.
-        source: Where its values come from, in words.
-        notes: What else is to be said.
+        layout: Number of its layout.
+        stages: Stages that hold the tensor, the owner first.
+        places: The places of these stages along ``pipe``.
+        kind: ``split``, ``whole`` or ``buffer``, for the filter.
+        source: The source of its values, in words.
+        notes: Further remarks.
         tie: Its other paths.
     """
 
@@ -50,7 +53,7 @@ class Row:
 
 
 def tensors(plan: Plan, report: Report) -> dict[str, Any]:
-    """Return the rows, and the layouts that they name by number: tensors of one shape, dtype and split share one."""
+    """Return the rows and the layouts: tensors of the same shape, dtype and split share a layout."""
     numbers: dict[tuple[tuple[int, ...], str, tuple[Shard, ...]], int] = {}
     layouts: list[dict[str, Any]] = []
     rows: dict[Row, int] = {}
@@ -73,7 +76,7 @@ def tensors(plan: Plan, report: Report) -> dict[str, Any]:
 
 
 def _num(path: str, tree: SpecTree) -> int:
-    """Return how many tensors a folded path stands for."""
+    """Return the number of tensors that a folded path stands for."""
     return 1 if path in tree else prod(int(last) - int(first) + 1 for first, last in _RANGE.findall(path))
 
 
@@ -107,6 +110,61 @@ def _layout(spec: ParamSpec, mesh: Mesh) -> dict[str, Any]:
         "type": spec.type,
         "whole": human_bytes(spec.num_bytes),
         "rank": most if most == least else f"{least} to {most}",  # an uneven split gives the first rank most, the last least
-        "index": [interval_words(intervals) for intervals in spec.index(first)],
-        "strips": strips(spec, mesh),
+        "index": [_interval_words(intervals) for intervals in spec.index(first)],
+        "strips": _strips(spec, mesh),
     }
+
+
+def _strips(spec: ParamSpec, mesh: Mesh) -> list[dict[str, Any]]:
+    """Return a strip for each axis that is split on a mesh.
+
+    Of many places along a mesh axis the first and the last are drawn; ``skipped`` holds the first and last place between.
+    """
+    return [_strip(spec, shard, mesh) for shard in spec.shards if mesh.num(shard.mesh_axis) > 1]
+
+
+def _strip(spec: ParamSpec, shard: Shard, mesh: Mesh) -> dict[str, Any]:
+    size, num = spec.orig_shape[shard.axis], mesh.num(shard.mesh_axis)
+    drawn = [*range(num)] if num <= _MOST_PLACES else [*range(_EDGE), *range(num - _EDGE, num)]
+    parts: dict[Interval, list[int]] = {}
+    padding: list[tuple[int, int]] = []
+    for place in drawn:
+        here = mesh.at(**{shard.mesh_axis: place})
+        held = shard.held(size, here)
+        for part in held:
+            parts.setdefault((part.start, part.stop), []).append(place)
+        if unused := shard.length(size, here) - sum(part.stop - part.start for part in held):
+            padding.append((place, unused))
+    segments = [[start, stop, places] for (start, stop), places in sorted(parts.items())]
+    return {
+        "axis": shard.axis,
+        "mesh_axis": shard.mesh_axis,
+        "size": size,
+        "num": num,
+        "segments": segments,
+        "padding": padding,
+        "blocks": _blocks(shard, size),
+        "empty": [place for place in drawn if not any(place in places for *_, places in segments)],
+        "skipped": [] if num <= _MOST_PLACES else [_EDGE, num - _EDGE - 1],
+        "places": {str(place): _held(spec, mesh.at(**{shard.mesh_axis: place})) for place in drawn},
+    }
+
+
+def _held(spec: ParamSpec, here: Coordinate) -> list[Any]:
+    """Return the intervals of each axis that a coordinate holds, in words, and their bytes with padding."""
+    return [[_interval_words(intervals) for intervals in spec.index(here)], human_bytes(spec.local_bytes(here))]
+
+
+def _interval_words(intervals: Sequence[Interval]) -> str:
+    """Write intervals of an axis in words.
+
+    >>> _interval_words([(0, 4), (8, 12)]), _interval_words([])
+    ('0:4 8:12', 'nothing')
+    """
+    return " ".join(f"{start}:{stop}" for start, stop in intervals) or "nothing"
+
+
+def _blocks(shard: Shard, size: int) -> list[int]:
+    """Return the starts of separately split blocks, except the first; nothing if there are too many to draw."""
+    sizes = (shard.blocks or (size // shard.interleaved,)) * shard.interleaved
+    return [*accumulate(sizes)][:-1] if len(sizes) <= _MOST_BLOCKS else []

@@ -1,4 +1,4 @@
-"""What ranks send: a table of sums, stage by mesh axis, and the rows that it sums."""
+"""The messages of ranks: sums by stage and mesh axis, and their rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def traffic(report: Report) -> dict[str, Any]:
-    """Return the sums of a training step, its messages, what crosses between stages, and the messages of execution."""
+    """Return the sums of a training step, its messages, the tensors sent between stages, and the messages of execution."""
     return {
         "nodes": report.ranks_per_node is not None,
         "matrix": _matrix(report),
@@ -32,7 +32,7 @@ def traffic(report: Report) -> dict[str, Any]:
 
 
 def _matrix(report: Report) -> dict[str, Any]:
-    """Sum what one rank of each stage puts on the wire along each mesh axis."""
+    """Sum the bytes that a rank of each stage sends along each mesh axis."""
     columns = sorted({row.mesh_axis for row in report.training}, key=lambda mesh_axis: in_mesh_order([mesh_axis]))
     sums = {(stage, mesh_axis): (0, 0) for stage in range(report.mesh.pipe) for mesh_axis in columns}
     for row in report.training:
@@ -62,7 +62,7 @@ def _step(stages: str, mesh_axis: str, cargo: str, op: str, num_calls: int, *siz
 
 
 def _execution(report: Report) -> Iterator[list[str]]:
-    """Iterate over the messages of execution; ranks that see the same are told together."""
+    """Iterate over the messages of execution; ranks with the same messages share a row."""
     num_ranks = {share.coordinate: share.num_ranks for share in report.shares}
     alike: dict[tuple[Any, ...], dict[int, int]] = {}
     for row in report.execution:
@@ -74,7 +74,7 @@ def _execution(report: Report) -> Iterator[list[str]]:
 
 
 def _by_stage(rows: Iterable[tuple[Key, int]]) -> Iterator[tuple[Key, str]]:
-    """Iterate over rows that are alike on several stages once, with these stages."""
+    """Iterate over distinct rows, each with its stages."""
     stages: dict[Key, list[int]] = {}
     for row, stage in rows:
         stages.setdefault(row, []).append(stage)

@@ -1,4 +1,4 @@
-"""What holds, what may hurt, and what somebody silenced."""
+"""The proofs, the findings, and the silenced findings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_CAUSES = 8
 
 
 def verdicts(report: Report) -> dict[str, Any]:
-    """Return the proofs and the findings; those of repeated layers are one."""
+    """Return the proofs and the findings, folded over repeated layers."""
     reasons: dict[str, list[Finding]] = {}
     for quiet in report.silenced:
         reasons.setdefault(quiet.reason, []).append(quiet.finding)
@@ -31,7 +31,7 @@ def verdicts(report: Report) -> dict[str, Any]:
 
 
 def _findings(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """Return findings kind by kind, errors first."""
+    """Return findings by kind, errors first."""
     kinds: dict[tuple[str, str], list[Finding]] = {}
     for finding in folded(findings):
         kinds.setdefault((finding.severity, finding.code), []).append(finding)
