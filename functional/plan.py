@@ -183,7 +183,7 @@ def _steps(
     """Iterate over the steps of a plan, in the order in which every rank follows them."""
     tied = tied_across(subject.mesh, subject.tree)
     yield Agree("opening")
-    yield from group_steps([*values, *subject.layout, *tied], groups)
+    yield from group_steps(values, subject.layout, tied, groups)
     yield from values
     yield from subject.layout
     if has_stages:

@@ -1,6 +1,6 @@
-"""A schedule from rules: which tensors have which axis names, and which names are split over which mesh axis.
+"""A schedule from rules that name the axes of tensors, and split the names over mesh axes.
 
-The manner is that of t5x's and MaxText's logical axis rules: a pattern for paths, and a name for each axis.
+They are logical axis rules as in t5x and MaxText: a pattern for paths, and a name for each axis.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..schedule import Schedule
 
 Rule = tuple[str, Sequence[str | None]]
-"""A pattern that selects tensors, and for each of their axes a name; None for an axis without one."""
+"""A pattern that selects tensors, and a name for each of their axes; None for an axis without a name."""
 
 MESH_AXIS_OF: Mapping[str, MeshAxis] = {
     "vocab": "tensor",
@@ -34,7 +34,7 @@ MESH_AXIS_OF: Mapping[str, MeshAxis] = {
     "experts": "expert",
     **{mesh_axis: mesh_axis for mesh_axis in SPLIT_AXES},
 }
-"""What axis names of t5x and MaxText are split over, and the mesh axes by their own names; other names stay whole."""
+"""Mesh axes by axis names of t5x and MaxText, and by their own names; other names stay whole."""
 
 
 def schedule_from_rules(
@@ -47,8 +47,8 @@ def schedule_from_rules(
 ) -> Schedule:
     """Return the schedule that splits each tensor as the first rule says whose pattern matches it.
 
-    The weights of linear modules are split by ``.colwise()`` and ``.rowwise()``, those of embeddings by
-    ``.vocab_parallel()``, which say what is sent too (a linear module with ``vocab`` outputs joins them); other tensors by
+    The weights of linear modules are split by ``.colwise()`` and ``.rowwise()``, embeddings by ``.vocab_parallel()``, all of
+    which declare their communication too (a linear module with ``vocab`` outputs joins them); other tensors by
     ``.shard()``. Attributes that hold global sizes are set by further verbs. Buffers that no rule matches stay whole.
 
     Args:
@@ -106,7 +106,7 @@ def schedule_from_rules(
 
 
 def _split(sch: Schedule, path: str, axis: int, mesh_axis: MeshAxis, *, gather: bool) -> Schedule:
-    """Split an axis of a tensor, by the verb of its module where there is one."""
+    """Split an axis of a tensor, by the verb of its module if it has any."""
     owner, _, name = path.rpartition(".")
     module = sch.runtime.model.get_submodule(owner)
     kind = linear_of(module)
@@ -146,7 +146,7 @@ def _unused(pattern: str, sch: Schedule, paths: Sequence[str]) -> Problem:
 
 
 def _wrong_rules(rules: object, mesh_axes: object) -> Iterator[Problem]:
-    """Iterate over what is wrong with the rules themselves."""
+    """Iterate over problems with the rules themselves."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         yield Problem(
             "rules", f"they are a list of (pattern, axis names), not {rules!r}", '[("**.q_proj.weight", ("heads", None))]'

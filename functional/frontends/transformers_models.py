@@ -18,7 +18,7 @@ from ..layout.local_model import LocalModel
 from ..schedule import create_schedule
 
 NUM_LAYERS = 6
-"""Layers that are kept: enough for dense and sparse ones, and for a full period of most patterns of attention."""
+"""Number of layers that are kept: enough for dense and sparse layers, and a full period of most attention patterns."""
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
 _BATCH, _LENGTH, _SIDE = 2, 16, 32
@@ -40,14 +40,14 @@ def declared_model(model_type: str) -> nn.Module | None:
                 try:
                     with torch.device("meta"):
                         model = cls(config)
-                except Exception:  # noqa: BLE001, S112  a constructor may raise anything; the next one is tried
+                except Exception:  # noqa: BLE001, S112  a constructor may raise anything; the next class is tried
                     continue
                 return model if getattr(model, "_tp_plan", None) else None
     return None
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return inputs with which the whole model runs on fake tensors, None if none of those that are tried does."""
+    """Return inputs with which the whole model runs on fake tensors, None if no candidate does."""
     sch = create_schedule(model, Mesh())
     for inputs in _candidates(model):
         if not check_forward(LocalModel(model, sch.mesh, sch.tree, example_inputs=inputs)):
@@ -56,7 +56,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def model_classes(config: Any) -> Iterator[type[nn.Module]]:
-    """Return the classes for a configuration: of causal language models first, then others with heads, then without."""
+    """Iterate over the classes for a configuration: causal language models, then other heads, then models without a head."""
     from transformers.models.auto import modeling_auto as auto  # only a test dependency
 
     for mapping in (
@@ -72,7 +72,7 @@ def model_classes(config: Any) -> Iterator[type[nn.Module]]:
 
 
 def _configs(model_type: str) -> Iterator[Any]:
-    """Return the configuration with few layers, then as it is by default."""
+    """Iterate over the default configuration: with few layers, then unchanged."""
     from transformers import CONFIG_MAPPING  # only a test dependency
 
     for num_layers in (NUM_LAYERS, None):

@@ -1,4 +1,4 @@
-"""What a frontend says of a model, path by path, and the few patterns that say it for all layers at once."""
+"""Calls of verbs, path by path, and the patterns that apply a call to all layers at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Options = tuple[tuple[str, object], ...]
 
 @frozen
 class VerbCall:
-    """One verb on one path.
+    """A call of a verb on a path.
 
     Args:
         path: Module or tensor.
@@ -35,7 +35,7 @@ class VerbCall:
 
 
 def apply_all(sch: Schedule, calls: Iterable[VerbCall]) -> Schedule:
-    """Return the schedule with all calls applied, those that differ only in the number of a layer at once."""
+    """Return the schedule with all calls applied; calls that differ only in the number of a layer are applied at once."""
     groups: dict[tuple[str, str, tuple[object, ...], Options], dict[str, None]] = {}
     for call in calls:
         key = wildcard(call.path), call.verb, call.args, call.options
@@ -57,7 +57,7 @@ def wildcard(path: str) -> str:
 
 
 def _patterns(pattern: str, paths: list[str], known: list[str]) -> list[str]:
-    """Return patterns that select just these paths of those that are known: one if it can be said so."""
+    """Return patterns that select these paths, and no other known path: a single pattern where possible."""
     if "*" not in pattern or len(paths) == 1:
         return paths
     matches = compile_pattern(pattern).fullmatch

@@ -1,1 +1,1 @@
-"""What a declared plan means for the modules that it names: what ``schedule_from_tp_plan`` is made of."""
+"""The parts of ``schedule_from_tp_plan``: the rules of a declared plan, and the calls of verbs that they stand for."""

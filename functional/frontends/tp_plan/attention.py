@@ -1,4 +1,4 @@
-"""Attention whose heads are split: projections, norms of heads, tensors with one entry a head, dropout."""
+"""Attention whose heads are split: projections, norms of heads, tensors with an entry for each head, dropout."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from torch import nn
 
 from ....specs.errors import Problem
 from ..verb_calls import Options, VerbCall
+from .declared import COLWISE, ROWWISE
 from .heads import Heads, counts_heads, local_sizes, read_heads
 
 if TYPE_CHECKING:
     from .declared import DeclaredPlan, DeclaredRule
 
-_COLWISE, _ROWWISE = ("colwise", "packed_colwise"), ("rowwise", "packed_rowwise")
-
 
 def split_attention(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
-    """Return what splits the heads of an attention module; nothing where its plan splits no heads."""
-    rules = [rule for rule in decl.below(path) if rule.style in (*_COLWISE, *_ROWWISE)]
-    if not any(rule.style in _COLWISE for rule in rules) or not any(rule.style in _ROWWISE for rule in rules):
+    """Iterate over the calls that split the heads of an attention module; none if its plan splits no heads."""
+    rules = [rule for rule in decl.below(path) if rule.style in (*COLWISE, *ROWWISE)]
+    if not any(rule.style in COLWISE for rule in rules) or not any(rule.style in ROWWISE for rule in rules):
         return
     if norm_of_all_heads(decl, path):
         yield from _gathered(decl, rules)
@@ -43,11 +42,11 @@ def split_attention(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Proble
 
 
 def norm_of_all_heads(decl: DeclaredPlan, path: str) -> str:
-    """Return the path of a norm that looks at all features of a projection, not at one head; empty if there is none.
+    """Return the path of a norm over all features of a projection, not head by head; empty if there is none.
 
-    Such heads are split in the projections alone, and gathered after them.
+    With such a norm, heads are split in the projections alone, and gathered after them.
     """
-    for rule in (rule for rule in decl.below(path) if rule.style in _COLWISE):
+    for rule in (rule for rule in decl.below(path) if rule.style in COLWISE):
         projection = re.fullmatch(r"(q|k|v|query|key|value)_proj", rule.path.removeprefix(f"{path}."))
         size = getattr(decl.module(rule.path), "out_features", 0) if projection else 0
         for name, child in decl.module(path).named_children() if projection else ():
@@ -61,7 +60,7 @@ def norm_of_all_heads(decl: DeclaredPlan, path: str) -> str:
 
 def _gathered(decl: DeclaredPlan, rules: Sequence[DeclaredRule]) -> Iterator[VerbCall]:
     for rule in rules:
-        verb, option = ("colwise", "gather_output") if rule.style in _COLWISE else ("rowwise", "split_input")
+        verb, option = ("colwise", "gather_output") if rule.style in COLWISE else ("rowwise", "split_input")
         if not rule.is_tensor:
             size = getattr(decl.module(rule.path), "out_features" if verb == "colwise" else "in_features", 0)
             uneven: Options = (("uneven", True),) if size % decl.num else ()
@@ -70,7 +69,7 @@ def _gathered(decl: DeclaredPlan, rules: Sequence[DeclaredRule]) -> Iterator[Ver
 
 def _projection(decl: DeclaredPlan, heads: Heads, rule: DeclaredRule) -> Iterator[VerbCall | Problem]:
     module = decl.module(rule.path)
-    verb = "colwise" if rule.style in _COLWISE else "rowwise"
+    verb = "colwise" if rule.style in COLWISE else "rowwise"
     if not isinstance(module, nn.Linear):
         yield VerbCall(rule.path, verb)  # the verb knows other classes, and says which it does not
         return
@@ -91,7 +90,7 @@ def _projection(decl: DeclaredPlan, heads: Heads, rule: DeclaredRule) -> Iterato
 
 
 def _fused(rule: DeclaredRule, module: nn.Linear, heads: Heads) -> Iterator[VerbCall | Problem]:
-    """Return the split of queries, keys and values in one: head by head, as a contiguous split of them must be."""
+    """Split a joint projection of queries, keys and values, head by head."""
     if heads.key_value != heads.query or module.out_features % (3 * heads.query):
         cause = f"its {module.out_features} outputs are not q, k and v of {heads.query} heads one after another"
         yield Problem(rule.path, cause, "Split it with the verbs: .colwise(blocks=(q, k, v), granule=head_dim)")
@@ -104,7 +103,7 @@ def _is_one_a_head(module: nn.Linear, heads: Heads) -> bool:
 
 
 def _own_heads(path: str, module: nn.Linear, heads: Heads) -> Iterator[VerbCall | Problem]:
-    """Return the split of a projection from all heads to one number a head: each rank keeps those of its own heads."""
+    """Split a projection from all heads to a number for each head: each rank keeps the numbers of its own heads."""
     inputs = heads.key_value if module.in_features % heads.key_value == 0 else heads.query
     if module.out_features % heads.num or module.bias is not None:
         why = "it has a bias" if module.bias is not None else f"{heads.num} ranks do not divide them"
@@ -119,7 +118,7 @@ def _own_heads(path: str, module: nn.Linear, heads: Heads) -> Iterator[VerbCall 
 def _bare(decl: DeclaredPlan, heads: Heads, rule: DeclaredRule) -> Iterator[VerbCall | Problem]:
     spec = decl.sch.tree[rule.path]
     count = heads.count(rule.path)
-    axis = max(len(spec.orig_shape) - 2, 0) if rule.style in _COLWISE else -1
+    axis = max(len(spec.orig_shape) - 2, 0) if rule.style in COLWISE else -1
     split = heads.split(count, spec.orig_shape[axis]) if spec.orig_shape else None
     if split is None:
         yield Problem(rule.path, f"it does not hold {count} heads of one size along axis {axis}", "", spec.type)
@@ -128,7 +127,7 @@ def _bare(decl: DeclaredPlan, heads: Heads, rule: DeclaredRule) -> Iterator[Verb
 
 
 def _undeclared(decl: DeclaredPlan, heads: Heads, declared: set[str]) -> Iterator[VerbCall]:
-    """Return what is needed by tensors that work on split heads and that the plan does not name."""
+    """Split tensors of split heads that the plan does not name, or sum their gradients."""
     module = decl.module(heads.path)
     beside = _beside(module)
     for spec in (*decl.own(heads.path), *(spec for name in beside for spec in decl.own(f"{heads.path}.{name}"))):
@@ -152,12 +151,12 @@ def _undeclared(decl: DeclaredPlan, heads: Heads, declared: set[str]) -> Iterato
 
 
 def _beside(module: nn.Module) -> list[str]:
-    """Return the names of what an attention module holds besides its projections: nothing linear is in it."""
+    """Return the names of an attention module's children without linear modules."""
     return [name for name, c in module.named_children() if not any(isinstance(m, nn.Linear) for m in c.modules())]
 
 
 def _dropout(decl: DeclaredPlan, heads: Heads) -> Iterator[VerbCall]:
-    """Return that attention probabilities of other heads are dropped by other random numbers, where nothing else draws."""
+    """Let ranks drop attention probabilities by different random numbers, if the module draws none for anything else."""
     module = decl.module(heads.path)
     rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value}
     layers = {name: m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p}

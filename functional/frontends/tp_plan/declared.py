@@ -1,4 +1,4 @@
-"""The plan that a transformers model declares, rule by rule: which modules and tensors each rule names."""
+"""The plan that a transformers model declares: its styles, and the modules and tensors that each rule names."""
 
 from __future__ import annotations
 
@@ -20,13 +20,33 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+COLWISE = ("colwise", "packed_colwise")
+GATHERED = ("colwise_gather_output", "colwise_rep")
+ROWWISE = ("rowwise", "packed_rowwise")
+SPLIT_INPUT = ("rowwise_split_input", "rowwise_rep")
+SILENT = ("replicate", "local_params")
+_OTHER_STYLES = (
+    "embedding_rowwise",
+    "embedding_colwise",
+    "sequence_parallel",
+    "replicated_with_grad_allreduce",
+    "mla_kv_a_proj",
+    "all_reduce",
+    "moe_tp_experts",
+    "moe_identity_expert",
+    "ep_dispatch_experts",
+    "grouped_gemm",
+)
+STYLES = (*COLWISE, *GATHERED, *ROWWISE, *SPLIT_INPUT, *SILENT, *_OTHER_STYLES)
+"""Every style that transformers 5.23 registers."""
+
 
 @frozen
 class DeclaredRule:
-    """A rule of the plan, for one module or one tensor.
+    """A rule of the plan, for a module or a tensor.
 
     Args:
-        path: What it is about.
+        path: The module or tensor.
         style: The style's name.
         is_tensor: Whether it names a tensor, not a module.
     """
@@ -38,11 +58,11 @@ class DeclaredRule:
 
 @frozen(eq=False)
 class DeclaredPlan:
-    """All rules of a plan, for one model.
+    """All rules of a plan for a model.
 
     Args:
         model: The model.
-        sch: A schedule that says nothing yet.
+        sch: A schedule without declarations.
         rules: By path, modules first.
     """
 
@@ -56,7 +76,7 @@ class DeclaredPlan:
         return self.sch.mesh.tensor
 
     def below(self, path: str) -> Sequence[DeclaredRule]:
-        """Return the rules for what is inside a module, or for its tensors."""
+        """Return the rules for the submodules and tensors of a module, at any depth."""
         return self._below.get(path, [])
 
     def own(self, path: str) -> Sequence[ParamSpec]:
@@ -111,7 +131,7 @@ def read_plan(sch: Schedule, plan: Mapping[str, str]) -> DeclaredPlan:
 
 
 def names_no_layer(sch: Schedule, plan: Mapping[str, str]) -> Problem | None:
-    """Return that all rules for repeated layers name nothing, if they do: the layers would stay whole without a word."""
+    """Return a problem if no rule for repeated layers matches: the layers would stay whole without a word."""
     starred = [key for key in plan if "*" in key]
     if not starred or _fits(sch, _from_the_top(sch, plan)):
         return None
@@ -120,7 +140,7 @@ def names_no_layer(sch: Schedule, plan: Mapping[str, str]) -> Problem | None:
 
 
 def _from_the_top(sch: Schedule, plan: Mapping[str, str]) -> Mapping[str, str]:
-    """Return a plan whose rules for layers begin at the model, where they begin at one of its modules instead."""
+    """Return a plan whose rules for layers begin at the model, where they began at a child of it."""
     if _fits(sch, plan):
         return plan
     prefixed = (

@@ -1,4 +1,4 @@
-"""Fused experts: tensors [experts, ...] of which each rank has some of the inner features."""
+"""Fused experts: tensors [experts, ...] whose inner features are split."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from attrs import frozen
 
 from ....specs.dtypes import num_bytes
 from ....specs.errors import Problem
+from ....specs.paths import name_of
 from ..verb_calls import Options, VerbCall
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ class Inner:
 
 
 def split_fused(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
-    """Return the split of the tensors that a module holds itself, as its rules and their shapes say."""
+    """Split the tensors that a module holds itself, as its rules and their shapes say."""
     module = decl.module(path)
     own = {spec.path: spec for spec in decl.own(path) if spec.kind == "parameter"}
     styles = {p: decl.rules[p].style for p in own if p in decl.rules}
-    down = next((p for p in own if _name(p).startswith(("down", "w2", "output")) and styles.get(p) in _DOWN), None)
+    down = next((p for p in own if name_of(p).startswith(("down", "w2", "output")) and styles.get(p) in _DOWN), None)
     if down is None:
         cause = f"its plan splits none of its tensors as the one that takes the inner features: {styles or 'no rules'}"
         yield Problem(path, cause, "Declare its down projection rowwise, or split it with the verbs")
@@ -84,7 +85,7 @@ def _granule(module: nn.Module, spec: ParamSpec, width: int, num: int) -> int:
 
 
 def _idle(spec: ParamSpec, inner: Inner, num: int) -> Problem | None:
-    """Return that ranks would have none of the inner features, if they would."""
+    """Return a problem if some ranks would have none of the inner features."""
     count = inner.width // inner.granule
     if not inner.uneven or -(-count // -(-count // num)) == num:
         return None
@@ -95,8 +96,8 @@ def _idle(spec: ParamSpec, inner: Inner, num: int) -> Problem | None:
 
 
 def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool) -> VerbCall | Problem:
-    is_bias = _name(spec.path).endswith("bias")
-    if is_bias and _name(spec.path).startswith(("down", "w2", "output")):
+    is_bias = name_of(spec.path).endswith("bias")
+    if is_bias and name_of(spec.path).startswith(("down", "w2", "output")):
         cause = "each rank would add this bias to its part of the sum, and it would be counted once a rank"
         return Problem(spec.path, cause, "Build the model without biases of experts, or leave its experts whole", spec.type)
     axis = -1 if is_bias else _UP.get(style or "")
@@ -111,7 +112,7 @@ def _split_up(spec: ParamSpec, style: str | None, inner: Inner, *, joined: bool)
 
 
 def sum_experts(decl: DeclaredPlan, path: str) -> Iterator[VerbCall]:
-    """Return the sums around experts of which each rank has a part: of their output, and of their inputs' gradients."""
+    """Sum the outputs of split experts, and the gradients of their inputs."""
     for which in range(num_activations(decl.module(path))):
         options: Options = (("which", which),) if which else ()
         yield VerbCall(path, "sync", ("backward_post", "all_reduce"), options)
@@ -133,7 +134,3 @@ def num_activations(module: nn.Module) -> int:
         and not re.search(r"ind(ex|ices)|ids|idx|num_|mask", name)
     )
     return min(_FEW, sum(1 for _ in named))
-
-
-def _name(path: str) -> str:
-    return path.rpartition(".")[2]

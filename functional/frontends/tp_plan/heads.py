@@ -1,4 +1,4 @@
-"""The heads of an attention module: how many there are, which of its tensors they lie in, what each rank gets of them."""
+"""The heads of an attention module: their number, the tensors that they lie in, and their split."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEPTH = 3
 
 @frozen
 class Heads:
-    """The heads of one attention module.
+    """The heads of an attention module.
 
     Args:
         path: The module.
@@ -44,12 +44,12 @@ class Heads:
 
     @property
     def local_query(self) -> int:
-        """Query heads of one rank."""
+        """Query heads of each rank."""
         return self.query // self.num
 
     @property
     def local_key_value(self) -> int:
-        """Key and value heads of one rank; one that is repeated where there are fewer than ranks."""
+        """Key and value heads of each rank: a repeated head where there are fewer heads than ranks."""
         return max(1, self.key_value // self.num)
 
     def problem(self) -> Problem | None:
@@ -65,7 +65,7 @@ class Heads:
         return Problem(self.path, cause, f"Split it over {max(fits)} ranks" if max(fits) > 1 else "Leave it whole")
 
     def count(self, path: str) -> int:
-        """Return how many heads lie in what is at a path inside the module: those of keys and values, or of queries."""
+        """Return the number of heads in a tensor or module inside the attention: key and value heads, or query heads."""
         first = path.removeprefix(f"{self.path}.").partition(".")[0]
         is_key_value = re.match(r"(k|v|key|value)s?(_|$)", first) is not None
         return self.key_value if is_key_value else self.query
@@ -79,7 +79,7 @@ class Heads:
 
 
 def attention_above(decl: DeclaredPlan, path: str) -> str | None:
-    """Return the path of the attention module that something belongs to: itself or the nearest above, if there is one."""
+    """Return the path of the nearest attention module at or above a path, if there is any."""
     names = path.split(".")
     for depth in range(_DEPTH + 1):
         above = names[: len(names) - depth]
@@ -95,7 +95,7 @@ def attention_above(decl: DeclaredPlan, path: str) -> str | None:
 
 
 def _kind(module: nn.Module) -> str:
-    """Return the name of a module's class, unless it is that of a layer around its attention."""
+    """Return the name of a module's class, unless the class is a layer around its attention."""
     name = type(module).__name__
     return "" if re.search(r"Layer|Block|Model", name) else name
 
@@ -125,7 +125,7 @@ def counts_heads(module: nn.Module) -> bool:
 
 
 def local_sizes(decl: DeclaredPlan, heads: Heads, path: str) -> Iterator[VerbCall]:
-    """Return the local values of a module's attributes that count heads, also those of the config that its code reads."""
+    """Set attributes that count heads to their local values, also in the config that the module's code reads."""
     module = decl.module(path)
     local = {
         **dict.fromkeys(_QUERY, (heads.query, heads.local_query)),
