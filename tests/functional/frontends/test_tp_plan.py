@@ -14,6 +14,7 @@ from shardplan.functional import plan_build
 from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.functional.frontends.transformers_models import model_types
 from shardplan.specs import Mesh, PlanError
+from shardplan.specs.layout_steps import SetAttributes, SetToLocalSize
 from tests.helpers.models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers has to say of small configurations
@@ -68,7 +69,7 @@ def said(plan, *paths, num=2):
     sch = schedule_from_tp_plan(Small(plan), Mesh(tensor=num))
     assert not sch.problems, sch.problems
     types = [str(sch.tree[path]) for path in paths if path in sch.tree]
-    return [*types, *(str(step) for step in sch.layout if not str(step).startswith("Set"))]
+    return [*types, *(str(step) for step in sch.layout if not isinstance(step, (SetAttributes, SetToLocalSize)))]
 
 
 def steps(sch, path):
