@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import sys
 import tomllib
@@ -150,6 +151,17 @@ def test_a_question_by_name_is_seen(tmp_path, line):
     assert list(named_runtimes(tmp_path / "asks.py")) == [1]
 
 
+def test_runtimes_are_imported_by_their_own_folders_alone():
+    imported = {path.name for path in outside_dialects() if re.search(r"dialects\.(deepspeed|torch)\b", path.read_text())}
+    assert imported == set()
+    users = {
+        path
+        for path in (ROOT / "functional").rglob("*.py")
+        if re.search(r"^\s*(import|from) deepspeed\b", path.read_text(), re.MULTILINE)
+    }
+    assert {path.parent.name for path in users} == {"deepspeed"}
+
+
 @pytest.fixture
 def copy(tmp_path):
     """The packages under their import names, with the contracts, where a line can be added."""
@@ -208,7 +220,6 @@ EFFECTFUL = {
     "functional/saving/dcp.py",
     "functional/saving/gather.py",
     "functional/saving/messages.py",
-    "functional/saving/optimizer_states.py",
     "functional/saving/transfer.py",
 }
 """The layers that carry a plan out, wrap a module, or save; ``layout`` makes operators, hooks and DTensors, for later."""

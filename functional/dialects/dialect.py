@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from .accounting.state import State
     from .accounting.training import Training
     from .handover import Handover, Wrapped
+    from .holding import Holding
 
 ENTRY_POINTS = "shardplan.dialects"
 """Entry point group under which a package offers a dialect: a class without arguments."""
 
-_ACCOUNTING = ("pipeline_options", "wrong_numbers", "training", "in_flight", "state", "messages", "findings")
+_LATER = ("pipeline_options", "wrong_numbers", "training", "in_flight", "state", "messages", "findings", "holding")
+"""Names that a dialect needs after planning."""
 
 
 class Dialect(Protocol):
     """An adapter to a runtime.
 
-    All but ``check_installed`` and ``wrap`` is read off records: the runtime is not imported, and neither is torch, so that
-    a saved plan is audited anywhere.
+    All methods but ``check_installed``, ``wrap`` and ``holding`` read records alone: they import neither the runtime nor
+    torch, so that a saved plan is audited anywhere.
 
     Attributes:
         pipeline_options: Names of options in the runtime's configuration that are for a pipeline alone.
@@ -111,6 +113,10 @@ class Dialect(Protocol):
         """Hand a filled module to the runtime."""
         ...
 
+    def holding(self) -> Holding:
+        """Return how the runtime keeps parameters and optimizer states, for saving and loading."""
+        ...
+
 
 def find_dialect(target: str | None) -> tuple[Dialect | None, list[Problem]]:
     """Return the dialect of a target; None, and a problem that lists the known targets, if there is none."""
@@ -129,10 +135,10 @@ def find_dialect(target: str | None) -> tuple[Dialect | None, list[Problem]]:
 
 
 def dialect_of(target: str | None) -> Dialect:
-    """Return the dialect of a target, for its accounting.
+    """Return the dialect of a target, for all that comes after planning.
 
-    Where the target is unknown, or its dialect lacks methods for accounting, the dialect of no runtime takes its place,
-    with an error among its findings.
+    Where the target is unknown, or its dialect lacks methods, the dialect of no runtime takes its place, with an error among
+    its findings.
 
     >>> [finding.cause.partition(":")[0] for finding in dialect_of("fsdp2").findings(plan=None)]
     ["target 'fsdp2' is unknown"]
@@ -140,7 +146,7 @@ def dialect_of(target: str | None) -> Dialect:
     dialect, problems = find_dialect(target)
     if dialect is None:
         return Unaccounted(f"target {problems[0].cause}", problems[0].fix)
-    lacking = [name for name in _ACCOUNTING if not hasattr(dialect, name)]
+    lacking = [name for name in _LATER if not hasattr(dialect, name)]
     if not lacking:
         return dialect
     cause = f"{type(dialect).__name__}, the dialect of target {target!r}, does not account for itself: it has no"

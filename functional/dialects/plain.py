@@ -10,6 +10,7 @@ from .accounting.messages import Messages, crossings
 from .accounting.state import State, whole_state
 from .accounting.training import Training
 from .handover import Handover, Wrapped
+from .holding import Holding
 from .stage_checks import one_stage_per_place
 
 if TYPE_CHECKING:
@@ -78,3 +79,6 @@ class PlainDialect:
 
     def wrap(self, handover: Handover) -> Wrapped:
         return Wrapped(handover.modules[0], handover.optimizer)
+
+    def holding(self) -> Holding:
+        return Holding()

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ...specs.errors import PlanError, Problem
 from ...specs.mesh import STAGE_AXES
 from ...specs.ownership import held_first, local_boxes
-from ..dialects.deepspeed.zero3_params import is_in_pieces
+from ..dialects import dialect_of
 from .atomic import abandon_folder, absolute, begin_folder, finish_folder, partial_of
 from .gather import agreed
 from .messages import agreement, view_box
@@ -160,13 +160,14 @@ def _boxes(spec: ParamSpec, path: tuple[str, ...], local: Tensor | None, here: C
 
 
 def _check(plan: Plan, held: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise PlanError if the folder exists with something in it, or ZeRO 3 keeps a tensor in pieces."""
+    """Raise PlanError if the folder exists with something in it, or the runtime keeps a tensor in pieces."""
     problems: list[Problem] = []
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         problems.append(Problem(str(folder), "it is there already", "Save under another name"))
+    holding = dialect_of(plan.target).holding()
     for path, tensor in held.items():
-        if is_in_pieces(tensor):
-            cause = "ZeRO 3 keeps it in pieces, which no rank can write without the others"
+        if in_pieces := holding.in_pieces(tensor):
+            cause = f"{in_pieces}, which no rank can write without the others"
             problems.append(Problem(path, cause, "save_checkpoint(plan, model, folder)", plan.tree[path].type))
     if problems:
         raise PlanError(problems)

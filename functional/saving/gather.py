@@ -13,7 +13,7 @@ from ...specs.dtypes import num_bytes
 from ...specs.index import index_shape
 from ...specs.ownership import clip, holders, local_boxes
 from ...specs.plan import Plan
-from ..dialects.deepspeed.zero3_params import gathered
+from ..dialects import dialect_of
 from ..interpreter.world import agree, own_coordinate
 from .held_tensors import held_tensors
 from .messages import agreement, as_message, messages, messages_on, receive, view_box
@@ -46,7 +46,7 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
         ExecutionError: On every rank, with the first error of any rank.
     """
     held, here = agreed(plan, model)
-    is_wanted, error = here.rank == 0, None
+    is_wanted, error, holding = here.rank == 0, None, dialect_of(plan.target).holding()
     for spec in plan.tree.values():
         if spec.kind == "non_persistent_buffer":
             continue
@@ -56,7 +56,8 @@ def gather(plan: Plan, model: Any) -> Iterator[tuple[str, Tensor]]:
         except RuntimeError as no_room:
             is_wanted, error = False, no_room
         try:
-            collect(spec, tuple((0, size) for size in spec.orig_shape), held.get(spec.path), here, whole)
+            with holding.gathered(held.get(spec.path)):
+                collect(spec, tuple((0, size) for size in spec.orig_shape), held.get(spec.path), here, whole)
         except Exception as failed:  # noqa: BLE001  the other ranks wait for the messages still to come
             is_wanted, error = False, error or failed
         if whole is not None and is_wanted:
@@ -99,27 +100,26 @@ def collect(spec: ParamSpec, box: Box, local: Tensor | None, here: Coordinate, w
     """
     dtype: torch.dtype = getattr(torch, spec.dtype)
     error: Exception | None = None
-    with gathered(local):
-        for rank, index in holders(spec, here.mesh):
-            wanted = clip(index, box)
-            if 0 in index_shape(wanted) or here.rank not in (0, rank):
-                continue
-            for there, own in local_boxes(spec, here.mesh.coordinate(rank), wanted):
-                inside = tuple((start - low, stop - low) for (start, stop), (low, _) in zip(there, box, strict=True))
-                for row, mine in messages(inside, own, num_bytes(spec.dtype)):
-                    shape = tuple(stop - start for start, stop in row)
-                    if here.rank != rank:
-                        part = receive(shape, dtype, rank)
-                    else:
-                        try:
-                            message = as_message(_own_part(spec, local, mine))
-                        except Exception as failed:  # noqa: BLE001  rank 0 waits for the message
-                            error, message = error or failed, as_message(torch.zeros(shape, dtype=dtype))
-                        if rank:
-                            dist.send(message, dst=0)
-                        part = message.view(dtype).view(shape)
-                    if whole is not None:
-                        view_box(whole, row).copy_(part)
+    for rank, index in holders(spec, here.mesh):
+        wanted = clip(index, box)
+        if 0 in index_shape(wanted) or here.rank not in (0, rank):
+            continue
+        for there, own in local_boxes(spec, here.mesh.coordinate(rank), wanted):
+            inside = tuple((start - low, stop - low) for (start, stop), (low, _) in zip(there, box, strict=True))
+            for row, mine in messages(inside, own, num_bytes(spec.dtype)):
+                shape = tuple(stop - start for start, stop in row)
+                if here.rank != rank:
+                    part = receive(shape, dtype, rank)
+                else:
+                    try:
+                        message = as_message(_own_part(spec, local, mine))
+                    except Exception as failed:  # noqa: BLE001  rank 0 waits for the message
+                        error, message = error or failed, as_message(torch.zeros(shape, dtype=dtype))
+                    if rank:
+                        dist.send(message, dst=0)
+                    part = message.view(dtype).view(shape)
+                if whole is not None:
+                    view_box(whole, row).copy_(part)
     if error is not None:
         raise error
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...specs.dtypes import short_name
 from ...specs.errors import PlanError, Problem
-from ..dialects.deepspeed.zero3_params import whole_shape
+from ..dialects import dialect_of
 from ..model.copy import get_tensor
 from ..pipeline.stage_module import StageModule
 
@@ -34,12 +34,12 @@ def held_tensors(plan: Plan, model: Any, coordinate: Coordinate) -> Mapping[str,
         PlanError: If tensors are missing, or not as planned.
     """
     mine = [spec for spec in plan.tree.values() if coordinate.pipe in spec.places(plan.mesh)]
-    modules = modules_of(model, mine)
+    modules, holding = modules_of(model, mine), dialect_of(plan.target).holding()
     found: dict[str, Tensor] = {}
     problems: list[Problem] = []
     for spec in mine:
         tensor = next((t for m in modules for path in spec.paths if (t := _tensor(m, path)) is not None), None)
-        shape = None if tensor is None else whole_shape(tensor)
+        shape = None if tensor is None else holding.whole_shape(tensor)
         local = None if tensor is None else local_part(tensor)
         shape = tuple(local.shape) if local is not tensor and local is not None else shape
         if local is None or tensor is None:

@@ -48,9 +48,9 @@ def load_optimizer(plan: Plan, model: Any, optimizer: Any, folder: str | Path) -
     device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
     found = _StatesToLoad(plan, {}, ())
     with agreement(plan):
-        found = states_plan(plan, folder, groups_of(held, optimizer))
+        found = states_plan(plan, folder, groups_of(plan, held, optimizer))
     loaded = interpret(found.plan, here, TorchEffects(here, device, nn.Module(), nn.Module(), {}))
-    give_states(held, optimizer, _by_path(held, {**_numbers(found.numbers), **loaded}), found.settings)
+    give_states(plan, held, optimizer, _by_path(held, {**_numbers(found.numbers), **loaded}), found.settings)
 
 
 @frozen

@@ -13,14 +13,8 @@ from torch import Tensor
 from ...specs.errors import PlanError, Problem
 from ...specs.json_values import is_plain
 from ..checkpoints.optimizer_states import ParamGroup
-from ..dialects.deepspeed.optimizer_states import (
-    MASTER,
-    WholeStates,
-    check_optimizer,
-    give_whole_states,
-    is_deepspeed,
-    like_before,
-)
+from ..dialects import dialect_of
+from ..dialects.holding import MASTER, like_before
 from .held_tensors import local_part
 from .messages import all_texts
 
@@ -69,10 +63,10 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
         PlanError: If the optimizer trains tensors that the plan does not know, or a state is neither a number nor of its
             tensor's shape.
     """
-    groups = groups_of(held, optimizer)
-    if is_deepspeed(optimizer):
-        whole = WholeStates(held, optimizer)
-        return LocalStates(whole, groups, whole.types)
+    groups = groups_of(plan, held, optimizer)
+    if (own := dialect_of(plan.target).holding().own_optimizer(optimizer)) is not None:
+        states, types = own.states(held)
+        return LocalStates(states, groups, types)
     paths = {id(tensor): path for path, tensor in held.items()}
     tensors: dict[str, Tensor] = {}
     problems: list[Problem] = []
@@ -99,7 +93,7 @@ def local_states(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> Loca
     return LocalStates(tensors, groups)
 
 
-def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[ParamGroup, ...]:
+def groups_of(plan: Plan, held: Mapping[str, Tensor], optimizer: Any) -> tuple[ParamGroup, ...]:
     """Return an optimizer's groups, with the paths of the tensors that this rank holds.
 
     Raises:
@@ -111,8 +105,9 @@ def groups_of(held: Mapping[str, Tensor], optimizer: Any) -> tuple[ParamGroup, .
         fix = "Give engine.optimizer" if inner else "Give the optimizer that execute returned"
         raise PlanError([Problem("optimizer", cause, fix)])
     paths = {id(tensor): path for path, tensor in held.items()}
-    trained = optimizer.bit16_groups if is_deepspeed(optimizer) else [group["params"] for group in optimizer.param_groups]
-    inner: Any = optimizer.optimizer if is_deepspeed(optimizer) else optimizer
+    own = dialect_of(plan.target).holding().own_optimizer(optimizer)
+    inner = own.inner if own is not None else optimizer
+    trained = own.trained if own is not None else [group["params"] for group in optimizer.param_groups]
     found: list[ParamGroup] = []
     problems: list[Problem] = []
     for number, (group, tensors) in enumerate(zip(inner.param_groups, trained, strict=True)):
@@ -134,15 +129,15 @@ def _plain(value: Any) -> Any:
 
 
 def give_states(
+    plan: Plan,
     held: Mapping[str, Tensor],
     optimizer: Any,
     states: Mapping[str, Mapping[str, Tensor]],
     settings: Sequence[Mapping[str, Any]],
 ) -> None:
     """Restore an optimizer's states, in their own dtypes, and its settings."""
-    if is_deepspeed(optimizer):
-        check_optimizer(optimizer)
-        give_whole_states(held, optimizer, states, settings)
+    if (own := dialect_of(plan.target).holding().own_optimizer(optimizer)) is not None:
+        own.give(held, states, settings)
         return
     paths = {id(tensor): path for path, tensor in held.items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -15,6 +15,7 @@ from ...specs.ownership import held_first
 from ..checkpoints.formats.hugging_face import INDEX
 from ..checkpoints.key_mapping import is_pretrained
 from ..checkpoints.optimizer_states import STATES_FILE, ParamGroup
+from ..dialects import dialect_of
 from ..pipeline.stage_module import StageModule
 from .atomic import absolute
 from .collective_save import CollectiveSave, FileToWrite
@@ -108,6 +109,7 @@ def _files_of_weights(
     plan: Plan, planned: Iterable[PlannedFile], held: Mapping[str, Tensor], here: Coordinate
 ) -> list[FileToWrite]:
     files: list[FileToWrite] = []
+    holding = dialect_of(plan.target).holding()
     for file in planned:
         by_key = {tensor.key: tensor for tensor in file.tensors}
         types = {tensor.key: (tensor.dtype, tensor.shape) for tensor in file.tensors}
@@ -116,7 +118,8 @@ def _files_of_weights(
             for part in by_key[key].parts:
                 path = part.stored.key
                 into = None if whole is None else _destination(whole, part)
-                collect(plan.tree[path], part.box, held.get(path), here, into)
+                with holding.gathered(held.get(path)):
+                    collect(plan.tree[path], part.box, held.get(path), here, into)
 
         files.append(FileToWrite(file.name, types, file_layout(types, {"format": "pt"}), collect_key))
     return files

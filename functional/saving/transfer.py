@@ -17,7 +17,6 @@ from ...specs.ownership import holders, local_boxes
 from ...specs.resharding import Transfer
 from ..checkpoints.optimizer_states import settings_for
 from ..dialects import dialect_of
-from ..dialects.deepspeed.zero3_params import is_in_pieces
 from .held_tensors import held_tensors
 from .messages import agreement, as_message, messages, receive, view_box
 from .optimizer_states import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states
@@ -72,14 +71,14 @@ def transfer(
     known, saved = all_states(resharding.source, states), all_groups(states)
     settings: tuple[Mapping[str, Any], ...] = ()
     with agreement(resharding.target):
-        settings, problems = settings_for(saved, groups_of(after, target_optimizer))
+        settings, problems = settings_for(saved, groups_of(resharding.target, after, target_optimizer))
         cause, fix = "the optimizer has noted it on other ranks, and not on this one", "Send it when all ranks have trained"
         lacking = [s.key for s in known if s.spec.path in before and s.key not in states.tensors]
         if problems := [*problems, *(Problem(key, cause, fix) for key in lacking)]:
             raise PlanError(problems)
     with torch.no_grad():
         received = _received(resharding, known, states, after)
-    give_states(after, target_optimizer, received, settings)
+    give_states(resharding.target, after, target_optimizer, received, settings)
 
 
 def _check(resharding: Reshard, source_optimizer: object, target_optimizer: object) -> None:
@@ -102,8 +101,8 @@ def _held(plan: Plan, model: Any) -> Mapping[str, Tensor]:
     """Return the tensors that this rank holds of a plan."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     held = held_tensors(plan, model, plan.mesh.coordinate(rank))
-    cause = "ZeRO 3 keeps it in pieces"
-    if problems := [Problem(path, cause, _BY_FILES) for path, tensor in held.items() if is_in_pieces(tensor)]:
+    holding = dialect_of(plan.target).holding()
+    if problems := [Problem(path, cause, _BY_FILES) for path, t in held.items() if (cause := holding.in_pieces(t))]:
         raise PlanError(problems)
     return held
 

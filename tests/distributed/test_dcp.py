@@ -152,7 +152,8 @@ def test_what_is_there_already_stays(tmp_path):
 
 
 def test_a_folder_of_zero_3_is_refused_by_name():
-    plan = plan_build(schedule("plain"))
+    config = {"train_batch_size": 1, "gradient_clipping": 0.0, "zero_optimization": {"stage": 3}}
+    plan = plan_build(schedule("plain"), target="deepspeed", config=config)
     tensor = torch.empty(2)
     tensor.ds_id = 3
     with pytest.raises(PlanError, match=r"embed.weight .*ZeRO 3 keeps it in pieces"):

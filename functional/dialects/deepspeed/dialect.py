@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..accounting.messages import Messages
     from ..accounting.state import State
     from ..handover import Handover, Wrapped
+    from ..holding import Holding
 
 
 class DeepSpeedDialect:
@@ -103,3 +104,8 @@ class DeepSpeedDialect:
         from .wrap import wrap
 
         return wrap(handover)
+
+    def holding(self) -> Holding:
+        from .holding import DeepSpeedHolding
+
+        return DeepSpeedHolding()

@@ -10,6 +10,7 @@ from attrs import evolve
 from ....specs.errors import Problem
 from ....specs.mesh import SPLIT_AXES
 from ..accounting.training import Training, named_optimizer
+from ..holding import Holding
 from ..stage_checks import one_stage_per_place, untrained_places
 from .accounting import in_flight, num_microbatches, torch_messages, torch_state
 from .optimizer import check_optimizer
@@ -108,6 +109,9 @@ class TorchDialect:
         from .wrap import wrap
 
         return wrap(handover)
+
+    def holding(self) -> Holding:
+        return Holding()
 
 
 def _wrong_num(config: Mapping[str, Any]) -> list[Problem]:

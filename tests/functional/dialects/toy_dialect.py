@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from attrs import evolve, frozen
+from attrs import evolve
 
 from shardplan.functional.dialects.accounting import (
     Messages,
@@ -16,6 +16,7 @@ from shardplan.functional.dialects.accounting import (
     whole_state,
 )
 from shardplan.functional.dialects.handover import Wrapped
+from shardplan.functional.dialects.holding import Holding
 from shardplan.specs import Finding, Problem
 
 
@@ -72,18 +73,17 @@ class ToyDialect:
         trainer = Toy(handover.modules[0], handover.plan, handover.groups)
         return Wrapped(trainer, trainer.optimizer, extras={"volume": 11})
 
+    def holding(self):
+        return Holding()
 
-@frozen(slots=False)
+
 class Toy:
     """Trains by ``step``."""
 
-    module: torch.nn.Module
-    plan: object
-    groups: dict
-
-    def __attrs_post_init__(self):
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        object.__setattr__(self, "optimizer", torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    def __init__(self, module, plan, groups):
+        self.module, self.plan, self.groups = module, plan, groups
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
 
     def step(self, *inputs):
         for part in zip(*(tensor.chunk(self.plan.config["num_microbatches"]) for tensor in inputs), strict=True):
