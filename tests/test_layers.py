@@ -216,7 +216,6 @@ EFFECTFUL = {
     "functional/layout/collectives.py",
     "functional/layout/device_mesh.py",
     "functional/layout/dtensor.py",
-    "functional/layout/dtensor_hooks.py",
     "functional/saving/dcp.py",
     "functional/saving/gather.py",
     "functional/saving/messages.py",

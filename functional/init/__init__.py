@@ -1,1 +1,1 @@
-"""How values are made: from init code to init programs to numbers."""
+"""Initial values: from init code to init programs to numbers."""

@@ -20,7 +20,7 @@ from ...specs.source import ModuleValues, OwnValues
 from ..dialects import find_dialect
 from ..dialects.handover import Handover, Wrapped
 from ..init.evaluate import Job, evaluate
-from ..layout.apply import Local, apply_layout
+from ..layout.apply import RankContext, apply_layout
 from ..layout.collectives import SyncGroup
 from ..layout.device_mesh import of_groups
 from ..layout.hooks import group_name
@@ -246,14 +246,14 @@ class TorchEffects:
         )
 
     @cached_property
-    def _local(self) -> Local:
+    def _local(self) -> RankContext:
         """This rank for changes of layout; the groups are made by then."""
         groups: dict[str, SyncGroup] = {
             mesh_axes[0]: SyncGroup(group.group_name, dist.get_world_size(group), self.coordinate.index(mesh_axes[0]))
             for mesh_axes, group in self.groups.items()
             if len(mesh_axes) == 1
         }
-        return Local(self.coordinate, groups | self.neighbour_groups, self.callables)
+        return RankContext(self.coordinate, groups | self.neighbour_groups, self.callables)
 
     def _join(self, groups: Iterable[Iterable[int]]) -> Iterator[dist.ProcessGroup]:
         """Take part in making process groups; iterate over those that this rank is a member of."""

@@ -1,1 +1,1 @@
-"""How modules compute once they are split."""
+"""Change how modules compute once they are split."""

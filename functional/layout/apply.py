@@ -1,9 +1,8 @@
-"""Changes of how modules compute, applied to a copy: the same code while planning, on fake tensors, and for real."""
+"""Apply layout steps to the modules of a copy: on fake tensors while planning, and on a rank's own tensors."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any, assert_never, get_args
@@ -27,20 +26,20 @@ from ...specs.layout_steps import (
 )
 from ..model.callables import find_callable
 from ..model.linear import forward_without_bias, linear_of
+from ..model.read import first_argument
 from .collectives import SyncGroup, own_ids, sync_function
-from .hooks import Dispatch, Mask, PassWeight, Synchronise
-from .rng_hooks import OwnRng
+from .hooks import DispatchTokensHook, ForkRngHook, MaskPaddingHook, SumGradientHook, SyncHook
 
 if TYPE_CHECKING:
     from ...specs.mesh import Coordinate
 
 
 @frozen
-class Local:
-    """What one rank needs to know to change its module.
+class RankContext:
+    """The rank for which layout steps are applied.
 
     Args:
-        coordinate: Where it stands.
+        coordinate: Its place in the mesh.
         groups: Its synchronisation group along each mesh axis, and its groups of neighbours, by name.
         callables: The user's functions by name.
     """
@@ -50,8 +49,8 @@ class Local:
     callables: Mapping[str, Any]
 
 
-def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # noqa: C901, PLR0912  one case a change
-    """Change one module of a copy as a step says."""
+def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:  # noqa: C901, PLR0912  one case a step
+    """Apply a layout step to its module."""
     module = model.get_submodule(step.module)
     match step:
         case SetAttributes(values=values):
@@ -61,105 +60,97 @@ def apply_layout(model: nn.Module, step: LayoutStep, local: Local) -> None:  # n
             setattr(module, attribute, getattr(module, tensor).shape[axis])
         case VocabParallel():
             assert isinstance(module, nn.Embedding), "the schedule checks it"
-            _own_rows(module, step, local)
+            _look_up_own_rows(module, step, rank)
         case AddBiasAfterSync():
             assert linear_of(module), "the plan checks it"
             module.forward = MethodType(forward_without_bias, module)
             _hook_after(module, _add_bias)
         case Sync(when=when, op=op, mesh_axis=mesh_axis, which=which):
-            function = sync_function(step) if op in get_args(SyncOp) else find_callable(op, local.callables)
-            hook = Synchronise(function, local.groups[mesh_axis], which)
+            function = sync_function(step) if op in get_args(SyncOp) else find_callable(op, rank.callables)
+            hook = SyncHook(function, rank.groups[mesh_axis], which)
             if when in ("forward_post", "backward_pre"):
                 _hook_after(module, hook.after)
             else:
                 _hook_before(module, hook.before)
         case SumGradient():
-            passing = PassWeight(step, local.groups)
-            _hook_before(module, passing.before)
-            _hook_after(module, passing.after, also_after_errors=True)
+            summing = SumGradientHook(step, rank.groups)
+            _hook_before(module, summing.before)
+            _hook_after(module, summing.after, also_after_errors=True)
         case DispatchTokens():
-            dispatch = Dispatch(step, local.groups[step.mesh_axis])
-            if hasattr(module, "_is_expert_parallel"):  # transformers' word for experts of which others have some
+            dispatch = DispatchTokensHook(step, rank.groups[step.mesh_axis])
+            if hasattr(module, "_is_expert_parallel"):  # transformers' mark of a module with part of the experts
                 setattr(module, "_is_expert_parallel", True)  # noqa: B010
             _hook_before(module, dispatch.before)
             module.register_forward_hook(dispatch.after, with_kwargs=True)
-            _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
+            _move_user_hooks_last(module._forward_hooks)  # noqa: SLF001
         case ForkRng():
-            forked = OwnRng(local.coordinate.index(step.mesh_axis))
+            forked = ForkRngHook(rank.coordinate.index(step.mesh_axis))
             _hook_before(module, forked.before)
             _hook_after(module, forked.after, also_after_errors=True)
         case MaskPadding(sizes=(part, size)):
-            _hook_after(module, Mask(part, size, local.groups[step.mesh_axis]).after)
+            _hook_after(module, MaskPaddingHook(part, size, rank.groups[step.mesh_axis]).after)
         case _:
             assert_never(step)
 
 
-_OURS = (Synchronise, PassWeight, Dispatch, Mask, OwnRng)
+_LAYOUT_HOOKS = (SyncHook, SumGradientHook, DispatchTokensHook, MaskPaddingHook, ForkRngHook)
 
 
-def _before_those_of_the_user(hooks: dict[int, Any]) -> None:
-    """Let the user's hooks see what the unsplit module would show them: they come after ours."""
+def _move_user_hooks_last(hooks: dict[int, Any]) -> None:
+    """Move the user's hooks behind the layout's hooks, so that they see the tensors of the unsplit module."""
     for key, hook in list(hooks.items()):
-        if hook is not _add_bias and not isinstance(getattr(hook, "__self__", None), _OURS):
+        if hook is not _add_bias and not isinstance(getattr(hook, "__self__", None), _LAYOUT_HOOKS):
             hooks[key] = hooks.pop(key)
 
 
 def _hook_before(module: nn.Module, hook: Callable[..., Any]) -> None:
     module.register_forward_pre_hook(hook, with_kwargs=True)
-    _before_those_of_the_user(module._forward_pre_hooks)  # noqa: SLF001
+    _move_user_hooks_last(module._forward_pre_hooks)  # noqa: SLF001
 
 
 def _hook_after(module: nn.Module, hook: Callable[..., Any], *, also_after_errors: bool = False) -> None:
     module.register_forward_hook(hook, always_call=also_after_errors)
-    _before_those_of_the_user(module._forward_hooks)  # noqa: SLF001
+    _move_user_hooks_last(module._forward_hooks)  # noqa: SLF001
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute; one of an object that the module keeps is set on a copy of it, which is the module's own."""
-    kept, dot, rest = name.partition(".")
+    """Set an attribute; for a dotted name, of a copy of the module's object, as the object may be shared."""
+    outer, dot, rest = name.partition(".")
     if dot:
-        owned = copy.copy(getattr(module, kept))
-        setattr(module, kept, owned)
+        owned = copy.copy(getattr(module, outer))
+        setattr(module, outer, owned)
         setattr(owned, rest, value)
     else:
         setattr(module, name, value)
 
 
 def _add_bias(module: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Add the bias of a row-split linear module after the sum of its outputs."""
     return output + module.bias
 
 
-def _own_rows(module: nn.Embedding, step: VocabParallel, local: Local) -> None:
-    """Make an embedding look up the rows that it has, and give zeros for all others.
+def _look_up_own_rows(module: nn.Embedding, step: VocabParallel, rank: RankContext) -> None:
+    """Make an embedding look up the rows that this rank has, and return zeros for all further rows.
 
-    What differs from rank to rank is an argument of one operator, so that all ranks have the same graph.
+    The rank's place is an argument of an operator, so that all ranks have the same graph.
     """
     num_rows, padding = module.weight.shape[0], module.padding_idx
     module.padding_idx = None
     whole_forward = type(module).forward
-    part, index, group = step.num_rows, local.coordinate.index(step.mesh_axis), local.groups[step.mesh_axis].name
+    part, index, group = step.num_rows, rank.coordinate.index(step.mesh_axis), rank.groups[step.mesh_axis].name
 
     name = first_argument(module)
 
     def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else kwargs[name]
-        if num_rows == 0:  # as an uneven split may leave it, if that is allowed
+        if num_rows == 0:  # uneven splits may leave a rank without rows
             return self.weight.sum() + self.weight.new_zeros(*ids.shape, self.weight.shape[1])
         own = own_ids(ids, part, index, group)
         is_mine = (own >= 0) & (own < num_rows)
         mine = torch.where(is_mine, own, 0)
         rows = whole_forward(self, mine, *args[1:], **kwargs) if args else whole_forward(self, **{**kwargs, name: mine})
-        if padding is not None:  # whose row is not trained
+        if padding is not None:  # the row of the padding token is not trained
             rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
         return rows.masked_fill(~is_mine.unsqueeze(-1), 0)
 
     module.forward = MethodType(forward, module)
-
-
-def first_argument(module: nn.Module) -> str:
-    """Return the name of the first argument of a module's forward.
-
-    >>> first_argument(nn.Embedding(2, 2))
-    'input'
-    """
-    return next(iter(inspect.signature(module.forward).parameters), "")

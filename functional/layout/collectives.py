@@ -1,14 +1,14 @@
 """The collective operators that tensor parallelism needs in a forward pass, each with its own autograd formula.
 
-They are made with ``torch.library``, so that ``torch.export`` keeps them. Each names its group by a string, which torch
-resolves when it runs, and gives new memory, never a view. With f the operator, g the gradient of its output:
+They are made with ``torch.library``, so that ``torch.export`` keeps them. Each takes its group as a name, which torch
+resolves when it runs, and returns new memory, never a view. With x its input and g the gradient of its output:
 
 ===================  =======================================  ==========================================
 operator             forward                                  backward
 ===================  =======================================  ==========================================
 ``all_reduce``       sum over the group                       g
 ``sum_gradient``     x                                        sum of g over the group
-``sum_gradient_of``  x                                        the same, of some entries of the last axis alone
+``sum_gradient_of``  x                                        sum of g over the group, for some entries of the last axis
 ``average_gradient`` x                                        sum of g over the group, divided by a number
 ``all_gather``       parts joined along an axis               own part of g
 ``gather_sum``       parts joined along an axis               sum of g, own part of it
@@ -16,8 +16,8 @@ operator             forward                                  backward
 ``split``            own part along an axis                   parts of g joined
 ===================  =======================================  ==========================================
 
-Parts that are gathered, or split, are equal, or those of ``torch.chunk``: the last ones may be shorter. Padding at their
-ends is left out, and comes back as zeros.
+Parts that are gathered or split are equal, or as ``torch.chunk`` makes them: the last parts may be shorter. Padding at
+their ends is left out, and comes back as zeros.
 
 The pairs are Megatron-LM's f and g and their sequence-parallel variants (Shoeybi et al. 2019, section 3; Korthikanti
 et al. 2022, section 4.2.2).
@@ -43,9 +43,9 @@ class SyncGroup:
     """The ranks that a synchronisation spans.
 
     Args:
-        name: torch's name of the process group; while planning, when there is none, ``""`` or what tells it from others.
-        num_ranks: Ranks in it.
-        index: Place of this rank in it.
+        name: torch's name of the process group; while planning, without process groups, ``""`` or the name of a mesh axis.
+        num_ranks: Number of ranks.
+        index: Place of this rank among them.
     """
 
     name: str
@@ -54,17 +54,17 @@ class SyncGroup:
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """The process group, for a function of the user's that calls ``torch.distributed`` itself."""
+        """The process group, for a user's function that calls ``torch.distributed`` itself."""
         return _process_group(self.name)
 
 
 def sync_function(sync: Sync) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa: PLR0911  one case an operator
-    """Return what a synchronisation does to a tensor on its way forward.
+    """Return the operator that a synchronisation applies to a tensor in the forward pass.
 
-    ``backward_post`` and ``backward_pre`` are said of the gradient, so their operator on the way forward is the adjoint:
+    ``backward_post`` and ``backward_pre`` name the operator on the gradient, so the operator on the tensor is its adjoint:
 
     ==================  ====================  ================================  ==================
-    said of             ``all_reduce``        ``all_gather``                    ``reduce_scatter``
+    when                ``all_reduce``        ``all_gather``                    ``reduce_scatter``
     ==================  ====================  ================================  ==================
     ``forward_pre``     ``all_reduce``        ``gather_sum``                    ``reduce_scatter``
     ``forward_post``    ``all_reduce``        ``all_gather``                    ``reduce_scatter``
@@ -83,9 +83,9 @@ def sync_function(sync: Sync) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa:
         case "all_reduce":
             return lambda x, group: all_reduce(x, group.name)
         case "all_gather" if is_backward:
-            return lambda x, group: own_part(x, _axis(x, axis), group, sizes)
+            return lambda x, group: take_part(x, _axis(x, axis), group, sizes)
         case "all_gather" if sync.when == "forward_post":
-            return lambda x, group: joined(x, _axis(x, axis), group, sizes)
+            return lambda x, group: gather_parts(x, _axis(x, axis), group, sizes)
         case "all_gather":
             return lambda x, group: gather_sum(x, _axis(x, axis), group.num_ranks, group.index, group.name)
         case _ if is_backward:
@@ -96,14 +96,14 @@ def sync_function(sync: Sync) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa:
             return lambda x, group: reduce_scatter(x, _axis(x, axis), group.num_ranks, group.index, group.name)
 
 
-def joined(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:
-    """Join the parts of all ranks; ``sizes`` are the entries of the first rank and of all, None if all have as many."""
+def gather_parts(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:
+    """Join the parts of all ranks; ``sizes`` are the entries of the first rank and in all, None if all parts are equal."""
     part, size = sizes or (x.shape[axis], x.shape[axis] * group.num_ranks)
     return all_gather(x, axis, group.num_ranks, group.index, part, size, group.name)
 
 
-def own_part(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:
-    """Keep the own part of what all ranks have; ``sizes`` as in :func:`joined`."""
+def take_part(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:
+    """Keep this rank's part of a tensor that is equal on all ranks; ``sizes`` as in :func:`gather_parts`."""
     if sizes is None and x.shape[axis] % group.num_ranks:
         raise ValueError(_not_equal(x, axis, group.num_ranks))
     part = sizes[0] if sizes else x.shape[axis] // group.num_ranks
@@ -121,7 +121,7 @@ def _process_group(name: str) -> dist.ProcessGroup:
     return c10d._resolve_process_group(name)  # noqa: SLF001  as torch's own functional collectives do
 
 
-def _joined(x: Tensor, axis: int, num: int, group: str) -> Tensor:
+def _gathered(x: Tensor, axis: int, num: int, group: str) -> Tensor:
     own = x.contiguous()
     parts = [torch.empty_like(own) for _ in range(num)]
     dist.all_gather(parts, own, group=_process_group(group))
@@ -146,7 +146,7 @@ def _not_equal(x: Tensor, axis: int, num: int) -> str:
 
 
 def _with_length(x: Tensor, axis: int, length: int) -> Tensor:
-    """Return x with zeros after its last entry, or without its last entries."""
+    """Return x with its axis cut, or padded with zeros, to a length."""
     missing = length - x.shape[axis]
     if missing > 0:
         return torch.cat([x, x.new_zeros([missing if at == axis else size for at, size in enumerate(x.shape)])], axis)
@@ -197,20 +197,20 @@ def all_gather(x: Tensor, axis: int, num: int, index: int, part: int, size: int,
 
     Args:
         x: The own part, of ``part`` entries along the axis, or fewer.
-        axis: Which axis.
-        num: Ranks in the group.
-        index: Place of this one.
+        axis: The axis.
+        num: Number of ranks in the group.
+        index: Place of this rank.
         part: Entries of the first rank.
-        size: Entries of all; what comes after them is padding, and left out.
+        size: Entries of all ranks together, without the padding after them.
         group: Name of the group.
     """
-    return _with_length(_joined(_with_length(x, axis, part), axis, num, group), axis, size).contiguous()
+    return _with_length(_gathered(_with_length(x, axis, part), axis, num, group), axis, size).contiguous()
 
 
 @torch.library.custom_op("shardplan::gather_sum", mutates_args=())
 def gather_sum(x: Tensor, axis: int, num: int, index: int, group: str) -> Tensor:
     """Join the parts of all ranks along an axis; the gradient is summed, and the own part of it kept."""
-    return _joined(x, axis, num, group)
+    return _gathered(x, axis, num, group)
 
 
 @torch.library.custom_op("shardplan::reduce_scatter", mutates_args=())
@@ -223,7 +223,7 @@ def reduce_scatter(x: Tensor, axis: int, num: int, index: int, group: str) -> Te
 def split(x: Tensor, axis: int, num: int, index: int, part: int, length: int, group: str) -> Tensor:
     """Keep the own part along an axis, with zeros up to ``length``; the gradient's parts are joined.
 
-    ``part`` is what the first rank keeps; the other arguments are those of ``all_gather``.
+    ``part`` is the number of entries of the first rank; the rest as for ``all_gather``.
     """
     start = min(index * part, x.shape[axis])
     own = x.narrow(axis, start, min(length, x.shape[axis] - start))
@@ -232,7 +232,7 @@ def split(x: Tensor, axis: int, num: int, index: int, part: int, length: int, gr
 
 @torch.library.custom_op("shardplan::own_ids", mutates_args=())
 def own_ids(ids: Tensor, num_rows: int, index: int, group: str) -> Tensor:
-    """Count the rows of an embedding from the first one that this rank has."""
+    """Number the rows of an embedding from the first row of this rank."""
     return ids - index * num_rows
 
 

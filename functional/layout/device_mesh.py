@@ -1,4 +1,4 @@
-"""A mesh as torch's ``DeviceMesh``, and back."""
+"""Convert a mesh to torch's ``DeviceMesh``, and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_device_mesh(mesh: Mesh, device_type: str) -> DeviceMesh:
 
 
 def of_groups(mesh: Mesh, mesh_axes: Sequence[MeshAxis], groups: Sequence[ProcessGroup], device_type: str) -> DeviceMesh:
-    """Return a ``DeviceMesh`` over process groups that are there; no rank waits for another.
+    """Return a ``DeviceMesh`` over existing process groups; no rank waits for another.
 
     Args:
         mesh: A mesh as large as the world.
@@ -45,7 +45,7 @@ def from_device_mesh(device_mesh: DeviceMesh) -> Mesh:
     """Return the mesh of a ``DeviceMesh`` whose dimensions are among pipe, data, tensor, in this order.
 
     Raises:
-        ValueError: If its names are others, its order is another, or its ranks are not 0, 1, 2, ... in order.
+        ValueError: If its names or their order differ, or its ranks are not 0, 1, 2, ... in order.
     """
     names = device_mesh.mesh_dim_names or ()
     if not names or [n for n in MESH_AXES if n in names] != list(names):

@@ -1,4 +1,4 @@
-"""Hooks of a module that communicate: activations and weights on their way through an operator."""
+"""Hooks that carry out layout steps while a module is called: each is named after its step. ``apply.py`` registers them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import Factory, define, frozen
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
-from .collectives import average_gradient, gather_sum, joined, own_ids, reduce_scatter, sum_gradient
+from ..model.rng_state import derive_seed
+from .collectives import average_gradient, gather_parts, gather_sum, own_ids, reduce_scatter, sum_gradient
 
 if TYPE_CHECKING:
     from ...specs.layout_steps import DispatchTokens, SumGradient
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def group_name(mesh_axis: str, num_sharing: int) -> str:
-    """Return the name under which a rank finds its group of neighbours along a mesh axis.
+    """Return the name of a rank's group of neighbours along a mesh axis, which share a tensor.
 
     >>> group_name("tensor", 2)
     'tensor/2'
@@ -26,13 +28,13 @@ def group_name(mesh_axis: str, num_sharing: int) -> str:
 
 
 @frozen
-class Synchronise:
-    """Sends one of a module's floating-point inputs or outputs through an operator.
+class SyncHook:
+    """Send a floating-point input or output of a module through a collective operator.
 
     Args:
         function: The operator.
         group: The ranks.
-        which: Which of the tensors, from 0.
+        which: Number of the input or output among the floating-point tensors, from 0.
     """
 
     function: Callable[[Tensor, SyncGroup], Tensor]
@@ -40,7 +42,7 @@ class Synchronise:
     which: int = 0
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Change an argument."""
+        """Send an argument through the operator."""
         found = [place for place, value in enumerate(args) if _is_activation(value)]
         if self.which < len(found):
             place = found[self.which]
@@ -54,7 +56,7 @@ class Synchronise:
         raise TypeError(msg)
 
     def after(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
-        """Change an output."""
+        """Send an output through the operator."""
         if _is_activation(output) and self.which == 0:
             return self.function(output, self.group)
         if isinstance(output, dict):  # transformers' outputs are dictionaries too
@@ -72,16 +74,16 @@ class Synchronise:
         msg = f"{type(module).__name__} returned no such tensor, and {self._meant('output')} is to be synchronised"
         raise TypeError(msg)
 
-    def _meant(self, what: str) -> str:
-        return f"its floating-point {what} {self.which}" if self.which else f"its {what}"
+    def _meant(self, side: str) -> str:
+        return f"its floating-point {side} {self.which}" if self.which else f"its {side}"
 
 
 @frozen
-class PassWeight:
-    """Lets a module compute with what an operator gives of one of its tensors; the tensor itself stays where it is.
+class SumGradientHook:
+    """Sum the gradient of a module's tensor over ranks: the module computes with the result of an operator on it.
 
     Args:
-        step: Which tensor, and how its gradient is summed.
+        step: The tensor, and how its gradient is summed.
         groups: This rank's groups by name.
     """
 
@@ -89,16 +91,16 @@ class PassWeight:
     groups: Mapping[str, SyncGroup]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the module find the operator's result under the tensor's name."""
-        tensor = module._parameters[self.step.name]  # noqa: SLF001  getattr may find the result of a call that goes on
+        """Put the operator's result under the tensor's name."""
+        tensor = module._parameters[self.step.name]  # noqa: SLF001  getattr may find the result of an outer call
         if tensor is not None:
-            module.__dict__[self.step.name] = self._passed(tensor)
+            module.__dict__[self.step.name] = self._with_summed_gradient(tensor)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Let the module find the tensor again, also after an error."""
+        """Put the tensor back, also after an error."""
         module.__dict__.pop(self.step.name, None)
 
-    def _passed(self, tensor: Tensor) -> Tensor:
+    def _with_summed_gradient(self, tensor: Tensor) -> Tensor:
         step = self.step
         if not step.sharing:
             return self._summed(tensor, self.groups[step.mesh_axis])
@@ -116,14 +118,14 @@ class PassWeight:
 
 
 @frozen
-class Dispatch:
-    """Lets experts compute with the tokens of all ranks along ``expert``, each for its own.
+class DispatchTokensHook:
+    """Let the experts of each rank compute with the tokens of all ranks along ``expert``.
 
-    All of them have the same number of tokens. Every rank gets the tokens of all, as its experts may be chosen for any; what
-    they give is summed, and each rank keeps its own tokens' (Megatron-LM's all-gather dispatcher does the same).
+    All ranks have the same number of tokens. Each rank gathers the tokens of all, as its experts may be chosen for any; the
+    outputs of the experts are summed, and each rank keeps the sums for its tokens (as Megatron-LM's all-gather dispatcher).
 
     Args:
-        step: Which experts.
+        step: The experts module, and the number of experts of a rank.
         group: The ranks along ``expert``.
     """
 
@@ -131,7 +133,7 @@ class Dispatch:
     group: SyncGroup
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Gather tokens, chosen experts and their weights; what is chosen elsewhere weighs nothing."""
+        """Gather tokens, chosen experts and their weights; choices of experts on other ranks get weight 0."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         floating, chosen = [t for t in tensors if _is_activation(t)], [t for t in tensors if not t.is_floating_point()]
         if len(floating) != 2 or len(chosen) != 1:  # noqa: PLR2004  tokens and weights
@@ -140,9 +142,9 @@ class Dispatch:
             )
             raise TypeError(msg)
         (tokens, weights), num, index, name = floating, self.group.num_ranks, self.group.index, self.group.name
-        ids = own_ids(joined(chosen[0], 0, self.group, None), self.step.num_experts, index, name)
+        ids = own_ids(gather_parts(chosen[0], 0, self.group, None), self.step.num_experts, index, name)
         is_mine = (ids >= 0) & (ids < self.step.num_experts)
-        # transformers' experts pass over the number past the last one, others compute it and weigh it with zero
+        # transformers' experts skip the number past the last expert; any other module computes expert 0 with weight 0
         elsewhere = self.step.num_experts if hasattr(module, "_is_expert_parallel") else 0
         given = {
             id(tokens): gather_sum(tokens, 0, num, index, name),
@@ -152,19 +154,19 @@ class Dispatch:
         return tuple(given.get(id(a), a) for a in args), {key: given.get(id(a), a) for key, a in kwargs.items()}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Sum what all experts give for each token, and keep the own tokens'."""
+        """Sum the outputs of all experts for each token, and keep the sums of this rank's tokens."""
         if not _is_activation(output):
             msg = f"{type(module).__name__} returned a {type(output).__name__}, and experts give a tensor"
             raise TypeError(msg)
         if torch.is_grad_enabled() and not output.requires_grad:
-            # no token has come to this rank's experts, and the others wait for its part of the backward pass
+            # no token has come to this rank's experts, and all other ranks wait for its part of the backward pass
             own = [getattr(module, name) for name in module._parameters]  # noqa: SLF001
-            output = _Behind.apply(output, *filter(_is_activation, (*args, *kwargs.values(), *own)))
+            output = _ZeroGradients.apply(output, *filter(_is_activation, (*args, *kwargs.values(), *own)))
         return reduce_scatter(output, 0, self.group.num_ranks, self.group.index, self.group.name)
 
 
-class _Behind(torch.autograd.Function):
-    """An output that no input has gone into, with the inputs behind it all the same: their gradients are zeros."""
+class _ZeroGradients(torch.autograd.Function):
+    """Connect an output to inputs that it does not depend on: they get gradients of zero."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *inputs: Tensor) -> Tensor:
@@ -177,12 +179,12 @@ class _Behind(torch.autograd.Function):
 
 
 @frozen
-class Mask:
-    """Gives the outputs that stand for padding the lowest number of their dtype.
+class MaskPaddingHook:
+    """Set the output features that are padding to the lowest number of their dtype.
 
     Args:
         part: Output features of each rank.
-        size: Output features of all, without padding.
+        size: Output features of all ranks together, without padding.
         group: The ranks.
     """
 
@@ -195,6 +197,40 @@ class Mask:
         places = torch.arange(self.part, device=output.device)
         end = own_ids(torch.full_like(places, self.size), self.part, self.group.index, self.group.name)
         return output.masked_fill(places >= end, torch.finfo(output.dtype).min)
+
+
+@define
+class ForkRngHook:
+    """Give a module random numbers that differ along ``tensor``, and restore torch's generators after it.
+
+    The seed follows from a number that the CPU's generator draws at each call, the same on all ranks, and from the rank's
+    place along ``tensor``. A checkpointed region that is computed again therefore draws the same numbers again.
+
+    Args:
+        index: Place of the rank along ``tensor``.
+        outside: States of the generators outside of the calls that are running.
+    """
+
+    index: int
+    outside: list[tuple[Tensor, Tensor | None]] = Factory(list)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the states of the generators, and seed them."""
+        if detect_fake_mode() is not None:
+            return  # no number is drawn
+        common = int(torch.randint(2**62, ()))
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self.outside.append((torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None))
+        torch.manual_seed(derive_seed(common, f"tensor {self.index}"))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Restore the generators, also after an error."""
+        if detect_fake_mode() is not None or not self.outside:
+            return
+        cpu, gpu = self.outside.pop()
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
 
 
 def _is_activation(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A model as the first rank has it, on fake tensors: local shapes, layout applied. For looking at, never for running."""
+"""A model as the first rank has it, on fake tensors: local shapes, layout applied. It can be traced, not computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..model.copy import copy_module
 from ..model.fake_values import AnswerZero
 from ..model.read import named_tensors
 from ..model.rng_state import own_generators
-from .apply import Local, apply_layout
+from .apply import RankContext, apply_layout
 from .collectives import SyncGroup
 from .hooks import group_name
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class LocalModel:
-    """A model, how it is split, and what it is called with: all that is needed to try it as the first rank has it.
+    """A model, its layout and its example inputs: everything needed to try it as the first rank has it.
 
     Args:
         model: The user's model; it is looked at, never changed.
         mesh: The ranks.
         tree: The model's tensors, with their layout.
-        layout: Changes of how modules compute.
+        layout: The steps that change how modules compute.
         callables: The user's functions, by name.
         example_inputs: Tensors and plain values, by the names of the model's arguments; None if there are none.
         leaves: Modules that an export does not follow, by path.
@@ -78,8 +78,8 @@ class LocalModel:
         groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
         with mode:
             for number, step in enumerate(self.layout):
-                its = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
-                apply_layout(local, step, Local(first, its, self.callables))
+                own = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
+                apply_layout(local, step, RankContext(first, own, self.callables))
         return local
 
     def fake_inputs(self) -> dict[str, Any]:
@@ -93,12 +93,12 @@ class LocalModel:
 
 @contextmanager
 def following(mode: FakeTensorMode) -> Iterator[None]:
-    """Let a model's code run on fake tensors within the block: it draws from nobody's generator, and values are zero.
+    """Let a model's code run on fake tensors within the block: it has its own generators, and values are zero.
 
-    Code that asks hears that it is compiled, as it does while it is exported: some operators have no fake kernel for what
-    others do in their place.
+    ``torch.compiler.is_compiling()`` is true, as during an export: only the operators that code uses while it is compiled
+    are sure to have fake kernels.
     """
-    before = torch.compiler._is_compiling_flag  # noqa: SLF001  what torch.compiler.is_compiling() says
+    before = torch.compiler._is_compiling_flag  # noqa: SLF001  read by torch.compiler.is_compiling()
     torch.compiler._is_compiling_flag = True  # noqa: SLF001
     try:
         with mode, own_generators(0), AnswerZero(), quiet():
@@ -109,7 +109,7 @@ def following(mode: FakeTensorMode) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch from writing its graph to the terminal; what goes wrong is said by the error."""
+    """Keep torch from writing its graph to the terminal; errors are raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

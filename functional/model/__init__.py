@@ -1,1 +1,1 @@
-"""The user's module, read and copied; no plan in sight."""
+"""Read, copy and follow the user's module."""

@@ -1,1 +1,1 @@
-"""A model exported and cut into stages."""
+"""Export a model and cut it into pipeline stages."""

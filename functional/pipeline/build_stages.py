@@ -1,4 +1,4 @@
-"""The stages of a plan as modules: exported again where the plan was loaded, and compared with it."""
+"""Build the stages of a plan as modules; for a loaded plan, export the model again and compare the graphs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from ...specs.errors import PlanError, Problem
 from ...specs.layout_steps import LayoutStep
-from ..layout.apply import Local
+from ..layout.apply import RankContext
 from ..layout.local_model import LocalModel
 from ..model.read import named_tensors
 from .example_inputs import read_back
-from .partition import Partition, StageCode, partition
-from .sequential import chain
+from .partition import Partition, StageCode, export_stages
+from .sequential import sequential_stages
 from .stage_graph import FUNCTIONS
 from .stage_module import StageModule
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def stage_modules(plan: Plan, model: nn.Module) -> tuple[StageModule, ...]:
-    """Return all stages of a plan around the tensors of one model, to be called one after another in one process.
+    """Return all stages of a plan around the tensors of a model, to be called in sequence in a single process.
 
     Args:
-        plan: A plan whose mesh has several places along ``pipe``, and one along ``tensor``.
-        model: The planned model, with its values. It is not changed; its tensors are those of the stages.
+        plan: A plan whose mesh has several places along ``pipe``, and a single place along ``tensor``.
+        model: The planned model, with its values. It is not changed; the stages use its tensors.
 
     Raises:
-        PlanError: If the plan has no stages, splits tensors, or is for another model.
+        PlanError: If the plan has no stages, splits tensors, or does not match the model.
 
     >>> import torch
     >>> from torch import nn
@@ -48,17 +48,17 @@ def stage_modules(plan: Plan, model: nn.Module) -> tuple[StageModule, ...]:
     if plan.pipeline is None or plan.mesh.tensor > 1:
         cause = f"all stages stand in one process only where none is split, and the plan is for {plan.mesh}"
         raise PlanError([Problem("", cause, "Plan for a mesh with pipe > 1 and tensor=1")])
-    local = Local(plan.mesh.coordinate(0), {}, plan.runtime.callables)
+    rank = RankContext(plan.mesh.coordinate(0), {}, plan.runtime.callables)
     parts = planned_partition(plan, model)
     device = next((tensor.device for _, _, tensor in named_tensors(model) if not tensor.is_meta), torch.device("cpu"))
-    return tuple(make_stage(plan, parts, number, model, local, device) for number in range(len(parts.codes)))
+    return tuple(make_stage(plan, parts, number, model, rank, device) for number in range(len(parts.codes)))
 
 
 def planned_partition(plan: Plan, model: nn.Module) -> Partition:
-    """Return the graphs of a plan's stages: those that it was planned with, or the model's, compared with the plan.
+    """Return the graphs of a plan's stages: from planning in this process, else exported again and compared with the plan.
 
     Raises:
-        PlanError: If the model computes something else than the planned one.
+        PlanError: If the graphs differ from the planned graphs.
     """
     if plan.runtime.partition is not None and plan.runtime.model is model:
         return plan.runtime.partition
@@ -67,7 +67,7 @@ def planned_partition(plan: Plan, model: nn.Module) -> Partition:
     layout = [step for step in plan.steps if isinstance(step, LayoutStep)]
     example_inputs = read_back(planned.example)
     subject = LocalModel(model, plan.mesh, plan.tree, layout, plan.runtime.callables, example_inputs, planned.leaves)
-    found = chain(subject, planned.chain) if planned.chain else partition(subject, planned.cuts)
+    found = sequential_stages(subject, planned.chain) if planned.chain else export_stages(subject, planned.cuts)
     pairs = zip(found.pipeline.stages, planned.stages, strict=True)
     different = [number for number, (ours, theirs) in enumerate(pairs) if ours.digest != theirs.digest]
     if different:
@@ -77,16 +77,16 @@ def planned_partition(plan: Plan, model: nn.Module) -> Partition:
 
 
 def make_stage(
-    plan: Plan, parts: Partition, number: int, model: nn.Module, local: Local, device: torch.device
+    plan: Plan, parts: Partition, number: int, model: nn.Module, rank: RankContext, device: torch.device
 ) -> StageModule:
-    """Return a stage around the tensors that a model has for it."""
+    """Return a stage around the tensors of a model."""
     assert plan.pipeline is not None, "the plan is cut"
     paths = list(_paths(plan, parts, number))
-    return StageModule(number, plan.pipeline, parts.codes[number], model, paths, local, device=device)
+    return StageModule(number, plan.pipeline, parts.codes[number], model, paths, rank, device=device)
 
 
 def _paths(plan: Plan, parts: Partition, number: int) -> Iterator[str]:
-    """Iterate over the paths of a stage's tensors: those that its graphs name; on the owner's also those that none names."""
+    """Iterate over the paths of the tensors that a stage's graphs name; for their owner, also of tensors that none names."""
     everywhere = [set(_named(code)) for code in parts.codes]
     for spec in plan.tree.values():
         if number in (spec.stage, *spec.also_on):
@@ -96,7 +96,7 @@ def _paths(plan: Plan, parts: Partition, number: int) -> Iterator[str]:
 
 
 def _named(code: StageCode) -> Iterator[str]:
-    """Iterate over the tensors and the leaves that a stage's graphs name."""
+    """Iterate over the paths of the tensors and leaves that a stage's graphs name."""
     for graph in code.graphs.values():
         for node in graph.graph.nodes:
             if node.op == "get_attr" or (node.op == "call_module" and not str(node.target).startswith(FUNCTIONS)):

@@ -1,8 +1,8 @@
-"""Where a model is cut: what was said of it, checked, and cuts that balance the stages. Pure."""
+"""Choose cuts that balance the stages of a model, by parameters or by operations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...specs.errors import PlanError, Problem
+from ...specs.paths import join
 from ...specs.pipeline import Even
 from ..layout.local_model import LocalModel, following
 from ..model.read import named_tensors
@@ -18,24 +19,15 @@ from ..model.read import named_tensors
 _NO_CHAIN = "no ModuleList or Sequential holds repeated modules with parameters"
 
 
-def wrong_cuts(cuts: Sequence[str], leaves: Sequence[str]) -> Iterator[Problem]:
-    """Iterate over cuts that no export can find."""
-    for path in cuts:
-        for leaf in leaves:
-            if path.startswith(f"{leaf}."):
-                cause = f"it is inside {leaf!r}, a leaf, which runs as one operation"
-                yield Problem(path, cause, f"Cut after {leaf!r}, or do not mark it as a leaf")
-
-
 def even_cuts(subject: LocalModel, even: Even) -> tuple[str, ...]:
-    """Return cuts between the modules of the longest chain of repeated ones, so that the stages weigh alike.
+    """Return cuts between the modules of the longest chain of repeated layers, so that the stages have similar weights.
 
-    With w the weights of the chain's modules, what comes before them added to the first and what comes after to the last,
-    the stages' sums of w have the least sum of squares.
+    With w the weights of the chain's modules, plus the weight before the chain for the first and after it for the last, the
+    stages' sums of w have the least sum of squares.
 
     Args:
-        subject: The model as one rank has it.
-        even: What is wished for.
+        subject: The model.
+        even: Number of stages, and the kind of weight.
 
     Raises:
         PlanError: If there is no such chain, or it is too short.
@@ -51,7 +43,7 @@ def even_cuts(subject: LocalModel, even: Even) -> tuple[str, ...]:
 
 
 def balance(weights: Sequence[int], num_stages: int) -> list[int]:
-    """Return where each of ``num_stages`` runs of weights ends, none empty, with the least sum of squared sums.
+    """Return the ends of ``num_stages`` runs of weights, none empty, with the least sum of squared sums.
 
     Bellman's recursion over the number of runs and the place of the last end, O(len² · num_stages).
 
@@ -93,13 +85,13 @@ def longest_chain(model: nn.Module) -> list[str]:
         kinds: dict[type, list[str]] = {}
         for name, child in module.named_children():
             if any(True for _ in child.parameters()):
-                kinds.setdefault(type(child), []).append(f"{path}.{name}" if path else name)
+                kinds.setdefault(type(child), []).append(join(path, name))
         longest = max([longest, *kinds.values()], key=len)
     return longest
 
 
 def _parameters(subject: LocalModel, paths: Sequence[str]) -> list[int]:
-    """Return the elements of each module's parameters; a tied one counts wherever one of its paths is."""
+    """Return the number of elements of each module's parameters; a tie counts in each module that holds it."""
     weights = [0] * len(paths)
     order = {path: number for number, (path, _, _) in enumerate(named_tensors(subject.model))}
     start = min((number for path, number in order.items() if path.startswith(f"{paths[0]}.")), default=0)
@@ -117,7 +109,7 @@ def _flops(subject: LocalModel, paths: Sequence[str], num_stages: int) -> list[i
     done: dict[str, tuple[int, int]] = {}
     counter = FlopCounterMode(display=False)
     for path in paths:
-        _count(local.get_submodule(path), path, counter, done)
+        _count_flops(local.get_submodule(path), path, counter, done)
     with following(mode), torch.no_grad(), counter:
         local(**subject.fake_inputs())
     if missing := [path for path in paths if path not in done]:
@@ -129,7 +121,7 @@ def _flops(subject: LocalModel, paths: Sequence[str], num_stages: int) -> list[i
     return weights
 
 
-def _count(module: nn.Module, path: str, counter: FlopCounterMode, done: dict[str, tuple[int, int]]) -> None:
+def _count_flops(module: nn.Module, path: str, counter: FlopCounterMode, done: dict[str, tuple[int, int]]) -> None:
     start: list[int] = []
 
     def enter(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What each operation of an exported graph is: its stage, what it hangs on, what it shares memory with."""
+"""The data flow of an exported graph: the stage of each operation, its dependences, and the memory that values share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NUMBERS = (int, float, bool, SymInt, SymFloat, SymBool)
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 _STATISTICS, _NORM_TRAINS = (3, 4), 5
-"""Places of the running statistics, which these write without saying so, and of the flag that they do."""
+"""Argument places of the running statistics, which these write though their schema does not say so, and of the flag."""
 
 _CHECKS = ("_assert", "sym_constrain")
-"""Operators that only check what the export has assumed."""
+"""Prefixes of operators that only check assumptions of the export."""
 
 
 @frozen(eq=False)
-class Flow:
+class DataFlow:
     """A captured graph, cut into stages.
 
     Args:
@@ -61,7 +61,7 @@ class Flow:
 
     @cached_property
     def outputs(self) -> list[Any]:
-        """What the model returns, flat: nodes, and plain values."""
+        """The leaves of the model's return value: nodes, and plain values."""
         (output,) = self.captured.graph.find_nodes(op="output")
         return list(output.args[0])
 
@@ -70,34 +70,34 @@ class Flow:
         return str(node.target) if node.op == "get_attr" and str(node.target) in self.tree else None
 
     def is_free(self, node: fx.Node) -> bool:
-        """Tell whether every stage has a value without computing it: constants, and tensors of the model."""
+        """Tell whether every stage has a value without computing it: a constant, or a tensor of the model."""
         return node.op == "get_attr"
 
     @cached_property
     def fixed(self) -> set[fx.Node]:
-        """The operations that run in their own stage only: they hang on parameters, draw, write, or are not followed."""
+        """The operations that run in their own stage only: they depend on parameters, draw, write, or are opaque."""
         written = {self.memory.find(target) for node in self.stage for target in written_by(node)}
         fixed: set[fx.Node] = set()
         for node in self.captured.graph.nodes:
             path = self.held(node)
             if path is not None:
-                hangs = self.tree[path].kind == "parameter" or self.memory.find(node) in written
+                is_fixed = self.tree[path].kind == "parameter" or self.memory.find(node) in written
             elif node in self.stage:
-                hangs = (
+                is_fixed = (
                     any(arg in fixed for arg in node.all_input_nodes)
                     or self.memory.find(node) in written
                     or is_random(node)
                     or _library(node) == "shardplan"
                 )
             else:
-                hangs = False
-            if hangs:
+                is_fixed = False
+            if is_fixed:
                 fixed.add(node)
         return fixed
 
     @cached_property
     def needs_gradient(self) -> set[fx.Node]:
-        """The floating-point values that something trained is behind."""
+        """The floating-point values that depend on a trained tensor."""
         needing: set[fx.Node] = set()
         for node in self.captured.graph.nodes:
             path = self.held(node)
@@ -114,19 +114,19 @@ class Flow:
         return needing
 
     @cached_property
-    def memory(self) -> _Memory:
-        """Which values share memory."""
+    def memory(self) -> _SharedMemory:
+        """The values that share memory."""
         return shared_memory(self.captured.graph)
 
     def needed(
         self, stage: int, outputs: Iterable[Any], enters: Callable[[fx.Node], bool]
     ) -> tuple[list[fx.Node], list[fx.Node]]:
-        """Return the operations that a stage has to run for its outputs, and the values that they start from, in order.
+        """Return the operations that a stage has to run, and the values that it starts from, each in order.
 
         Args:
-            stage: Which one; what it draws and what it writes in place is needed too.
-            outputs: What it gives.
-            enters: Whether a value is computed by the stage; else it starts from it.
+            stage: The stage; it also runs its own draws, and its writes into tensors of the model or of these operations.
+            outputs: Its outputs.
+            enters: Tells whether the stage computes a value, rather than starts from it.
         """
         own = [node for node, at in self.stage.items() if at == stage]
         inside: set[fx.Node] = set()
@@ -155,7 +155,7 @@ class Flow:
             reach(writers)
 
     def torn(self) -> Iterator[Problem]:
-        """Iterate over memory that a later stage writes, so that an earlier one would see something else."""
+        """Iterate over the problems of memory that a stage writes and that a value of another stage shares."""
         members: dict[fx.Node, list[fx.Node]] = {}
         for node in self.captured.graph.nodes:
             if node in self.stage or self.held(node) is not None:
@@ -167,14 +167,14 @@ class Flow:
                 readers = {
                     self.stage[user] for member in group if self.held(member) for user in member.users if user in self.stage
                 }
-                if others := sorted({self.stage[member] for member in early} | readers - {stage}):
-                    where = ", ".join(f"stage {other}" for other in others)
+                if sharing := sorted({self.stage[member] for member in early} | readers - {stage}):
+                    where = ", ".join(f"stage {number}" for number in sharing)
                     cause = f"{node.target} writes in stage {stage} what {where} holds too, and they do not share memory"
                     yield Problem(module_path(node), cause, "Cut before or after both, or write a new tensor")
 
 
 @define
-class _Memory:
+class _SharedMemory:
     """Values that are views of each other, as disjoint sets."""
 
     parent: dict[fx.Node, fx.Node] = Factory(dict)
@@ -188,17 +188,17 @@ class _Memory:
         self.parent[self.find(a)] = self.find(b)
 
 
-def shared_memory(graph: fx.Graph) -> _Memory:
-    """Return which values of a graph share memory."""
-    memory = _Memory()
+def shared_memory(graph: fx.Graph) -> _SharedMemory:
+    """Return the values of a graph that share memory, as disjoint sets."""
+    memory = _SharedMemory()
     for node in graph.nodes:
         for arg in _shared_by(node):
             memory.join(node, arg)
     return memory
 
 
-def read_flow(captured: Captured, tree: SpecTree, cuts: Sequence[str]) -> tuple[Flow, list[Problem]]:
-    """Give each operation its stage: as many stages further as cut modules have ended before it.
+def read_flow(captured: Captured, tree: SpecTree, cuts: Sequence[str]) -> tuple[DataFlow, list[Problem]]:
+    """Assign each operation to a stage: the number of cut modules that have ended before it.
 
     Args:
         captured: The graph.
@@ -222,10 +222,10 @@ def read_flow(captured: Captured, tree: SpecTree, cuts: Sequence[str]) -> tuple[
     for place, node in enumerate(nodes):
         stage[node] = current
         if node.target is operator.getitem and (source := node.all_input_nodes[0]) in stage:
-            stage[node] = stage[source]  # what an operator returns belongs to it
+            stage[node] = stage[source]  # an item of a result belongs to its operator
         while current < len(ends) and ends[current][0] <= place:
             current += 1
-    return Flow(captured, tree, tuple(path for _, path in ends), stage), problems
+    return DataFlow(captured, tree, tuple(path for _, path in ends), stage), problems
 
 
 def _wrong_cut(captured: Captured, path: str, last: dict[str, int]) -> Problem | None:
@@ -243,14 +243,14 @@ def _wrong_cut(captured: Captured, path: str, last: dict[str, int]) -> Problem |
 
 
 def is_size(node: fx.Node) -> bool:
-    """Tell whether a node is a size of a tensor, or a number computed from sizes: every stage finds those itself."""
+    """Tell whether a node is a size of a tensor, or a number computed from sizes, which every stage finds itself."""
     if not isinstance(node.meta.get("val"), _NUMBERS) or node.op != "call_function":
         return False
     return node.target in _SIZES or all(map(is_size, node.all_input_nodes))
 
 
 def is_check(node: fx.Node) -> bool:
-    """Tell whether a node only checks what the export has assumed."""
+    """Tell whether a node only checks an assumption of the export."""
     return getattr(node.target, "__name__", "").startswith(_CHECKS)
 
 
@@ -261,7 +261,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def is_sendable(node: fx.Node) -> bool:
-    """Tell whether a node is one tensor, and not several."""
+    """Tell whether a node is a single tensor."""
     return isinstance(node.meta.get("val"), Tensor)
 
 
@@ -271,7 +271,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def written_by(node: fx.Node) -> Iterator[fx.Node]:
-    """Iterate over what a node writes in place, itself or in the region that it runs."""
+    """Iterate over the values that a node writes in place, itself or in the region that it runs."""
     for schema, value in _arguments(node):
         if schema.alias_info is not None and schema.alias_info.is_write:
             yield from _nodes(value)
@@ -285,7 +285,7 @@ def written_by(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _region(node: fx.Node) -> Iterator[tuple[list[fx.Node], fx.GraphModule]]:
-    """Iterate over the regions of a graph that a node runs as one operation, with what it gives them."""
+    """Iterate over the regions that a node runs as a single operation, each after its arguments."""
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)] if node.op == "call_function" else []
     for place, operand in enumerate(operands):
         root: Any = node.graph.owning_module

@@ -1,4 +1,4 @@
-"""What is sent over a boundary between stages, so that the least bytes cross: a minimum cut."""
+"""Choose the values that are sent between stages, so that the fewest bytes are sent: a minimum cut."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING
 import networkx as nx
 
 from .dataflow import is_sendable, is_size
-from .symbolic_sizes import example_bytes
+from .example_inputs import example_bytes
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from .dataflow import Flow
+    from .dataflow import DataFlow
 
 _START, _END = "start", "end"
 
 
-def crossing(flow: Flow, wanted: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return the values that a stage is sent by the one before it: first those whose gradients come back, in order.
+def values_to_send(flow: DataFlow, wanted: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the values that a stage receives from the stage before: first the values that need gradients, in graph order.
 
-    A value that hangs on no parameter may be computed again instead, from what is sent of what it hangs on. With a node
-    for each value, an edge of its bytes through it, and edges without limit from a value to those computed from it, the
-    values to send are a minimum cut between what only earlier stages have and what is wanted (Ford and Fulkerson 1956).
+    A value that depends on no parameter may be computed again instead, from received values. With a node for each value, an
+    edge of its bytes through it, and edges without limit to the values computed from it, the values to send are a minimum
+    cut between the values that only earlier stages have and the wanted values (Ford and Fulkerson 1956).
 
     Args:
         flow: The graph.
-        wanted: The values that it uses or passes on, and does not compute itself.
+        wanted: The values that the stage uses or passes on, and does not compute itself.
 
     Raises:
-        networkx.NetworkXUnbounded: If something is wanted that is no tensor, and hangs on a parameter.
+        networkx.NetworkXUnbounded: If a wanted value is no tensor, and depends on a parameter.
     """
     graph: nx.DiGraph = nx.DiGraph()
     graph.add_nodes_from([_START, _END])

@@ -1,4 +1,4 @@
-"""A model, cut into stages: what each computes, holds, takes and gives. Pure."""
+"""Cut a model into pipeline stages: the graph, the tensors, the inputs and the outputs of each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch import fx
 
 from ...specs.errors import PlanError, Problem
 from ...specs.pipeline import Activation, Pipeline, Stage, VariableSize
-from .dataflow import Flow, module_path, read_flow
-from .example_inputs import recorded
+from .dataflow import DataFlow, module_path, read_flow
+from .example_inputs import SizeNames, recorded
 from .export import capture
 from .export_hazards import backward_hooks
-from .min_cut import crossing
-from .stage_graph import StageGraph, UnknownSizeError, build, tensors_held
-from .symbolic_sizes import SizeNames
+from .min_cut import values_to_send
+from .stage_graph import StageGraph, UnknownSizeError, build_stage_graph, tensors_held
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
@@ -28,18 +27,18 @@ if TYPE_CHECKING:
     from ..layout.local_model import LocalModel
 
 _SIZE_IN_GUARD = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-"""How torch writes the size of an input."""
+"""The size of an input as torch writes it in a guard."""
 
 MODES = {True: "training", False: "evaluating"}
 
 
 @frozen
 class StageCode:
-    """What one stage computes.
+    """The computation of a stage.
 
     Args:
         graphs: Its graph in training (True) and in evaluation (False).
-        returns: For the last stage, how what the model returns is put together in either; None for others.
+        returns: For the last stage, the pytree structure of the model's return value in either mode; else None.
     """
 
     graphs: Mapping[bool, StageGraph]
@@ -48,7 +47,7 @@ class StageCode:
 
 @frozen
 class Partition:
-    """A model, cut.
+    """A model cut into stages.
 
     Args:
         pipeline: The stages as data.
@@ -63,23 +62,30 @@ class Partition:
 
 @frozen
 class _Half:
-    """The partition in one mode."""
+    """The partition in training, or in evaluation.
 
-    flow: Flow
+    Args:
+        flow: The graph, cut into stages.
+        names: Names of the sizes that may vary.
+        ends: The outputs of each stage.
+        graphs: The graph of each stage.
+    """
+
+    flow: DataFlow
     names: SizeNames
     ends: list[list[Any]]
     graphs: list[StageGraph]
 
 
-def partition(subject: LocalModel, cuts: Sequence[str]) -> Partition:
-    """Cut a model after some modules: export it once in training and once in evaluation, and divide both graphs.
+def export_stages(subject: LocalModel, cuts: Sequence[str]) -> Partition:
+    """Cut a model after given modules: export it in training and in evaluation, and divide both graphs.
 
     Args:
-        subject: The model as one rank has it.
-        cuts: Paths of modules, each called once.
+        subject: The model.
+        cuts: Paths of the modules after which a stage ends; each is called once.
 
     Raises:
-        PlanError: If it cannot be exported, or not be cut there.
+        PlanError: If it cannot be exported, or cannot be cut there.
     """
     if problems := list(_forgotten(subject)):
         raise PlanError(problems)
@@ -116,7 +122,7 @@ def partition(subject: LocalModel, cuts: Sequence[str]) -> Partition:
 
 
 def _forgotten(subject: LocalModel) -> Iterator[Problem]:
-    """Iterate over what a model's modules do and no graph of operations says."""
+    """Iterate over the problems of modules with effects that an export loses."""
     fix = "Mark the module as a leaf, which runs as it is"
     for path in backward_hooks(subject.model):
         yield Problem(path, "it has a hook on its backward pass, which the graph of a stage has not", fix)
@@ -129,7 +135,7 @@ def _forgotten(subject: LocalModel) -> Iterator[Problem]:
 
 
 def holders(tree: SpecTree, held: Sequence[set[str]]) -> dict[str, tuple[int, ...]]:
-    """Return the stages that hold each tensor; one that nothing uses stays with the tensor before it.
+    """Return the stages that hold each tensor; an unused tensor stays with the tensor before it.
 
     Args:
         tree: The tensors.
@@ -154,14 +160,16 @@ def _half(subject: LocalModel, cuts: Sequence[str], *, training: bool) -> _Half:
     for stage in reversed(range(1, flow.num_stages)):
         _, wanted = flow.needed(stage, ends[0], lambda node, at=stage: node in flow.fixed and flow.stage.get(node) == at)
         try:
-            ends.insert(0, crossing(flow, wanted))
+            ends.insert(0, values_to_send(flow, wanted))
         except nx.NetworkXUnbounded:
             cause = f"stage {stage} needs something that is no tensor of the stage before"
             raise PlanError([Problem(flow.cuts[stage - 1], cause, "Cut another module")]) from None
     graphs: list[StageGraph] = []
     for stage, outputs in enumerate(ends):
         try:
-            graphs.append(build(flow, stage, MODES[training], ends[stage - 1] if stage else flow.inputs, outputs))
+            graphs.append(
+                build_stage_graph(flow, stage, MODES[training], ends[stage - 1] if stage else flow.inputs, outputs)
+            )
         except UnknownSizeError as error:
             raise PlanError(
                 [Problem(flow.cuts[max(0, stage - 1)], f"stage {stage}: {error}", "Cut another module")]
@@ -172,7 +180,7 @@ def _half(subject: LocalModel, cuts: Sequence[str], *, training: bool) -> _Half:
 
 
 def _sides(half: _Half, stage: int) -> tuple[tuple[Activation, ...], tuple[Activation, ...]]:
-    """Return what a stage takes and what it gives."""
+    """Return the inputs and the outputs of a stage."""
     before = half.ends[stage - 1] if stage else half.flow.inputs
     inputs, outputs = ([n for n in side if isinstance(n, fx.Node)] for side in (before, half.ends[stage]))
     return tuple(_activation(half, node) for node in inputs), tuple(_activation(half, node) for node in outputs)
@@ -184,7 +192,7 @@ def _activation(half: _Half, node: fx.Node) -> Activation:
 
 
 def _conditions(half: _Half) -> Iterator[str]:
-    """Iterate over what must hold of the sizes, by their names."""
+    """Iterate over the conditions on the sizes, by their names."""
     shapes = {str(node.target): node.meta["val"].shape for node in half.flow.inputs}
     for guard in half.flow.captured.guards:
         condition = _SIZE_IN_GUARD.sub(lambda found: str(half.names.name(shapes[found[1]][int(found[2])])), guard)
@@ -194,15 +202,15 @@ def _conditions(half: _Half) -> Iterator[str]:
 
 
 def _both(training: Mapping[str, VariableSize], evaluating: Mapping[str, VariableSize]) -> Iterator[VariableSize]:
-    """Return the sizes for which both graphs stand."""
+    """Iterate over the sizes for which both graphs hold."""
     for name, size in training.items():
-        other = evaluating.get(name, size)
-        most = min((bound for bound in (size.most, other.most) if bound is not None), default=None)
-        yield VariableSize(name, size.example, max(size.least, other.least), most)
+        evaluated = evaluating.get(name, size)
+        most = min((bound for bound in (size.most, evaluated.most) if bound is not None), default=None)
+        yield VariableSize(name, size.example, max(size.least, evaluated.least), most)
 
 
-def _modules(flow: Flow, stage: int) -> tuple[str, ...]:
-    """Return the outermost modules that run in a stage alone."""
+def _modules(flow: DataFlow, stage: int) -> tuple[str, ...]:
+    """Return the outermost modules that run in no other stage."""
     stages: dict[str, set[int]] = {}
     for node, at in flow.stage.items():
         for path, _ in node.meta.get("nn_module_stack", {}).values():

@@ -1,4 +1,4 @@
-"""From what a schedule says of stages to the stages: pure."""
+"""Cut a model into the stages that a schedule declares, and check the declaration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from attrs import evolve
 from ...specs.errors import Problem
 from ...specs.layout_steps import ForkRng
 from ...specs.steps import SumTied
-from .cuts import even_cuts, wrong_cuts
+from .cuts import even_cuts
 from .example_inputs import recorded
-from .partition import Partition, partition
-from .sequential import chain, is_sequence, slices
+from .partition import Partition, export_stages
+from .sequential import is_sequence, sequential_stages, slice_sequence
 
 if TYPE_CHECKING:
     from ...specs.declaration import Declaration
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 
 def is_cut(sch: Declaration) -> bool:
-    """Tell whether anything was said of stages."""
+    """Tell whether a schedule declares stages."""
     return bool(sch.cuts or sch.handed or sch.even)
 
 
 def wrong_stages(sch: Declaration, example_inputs: Mapping[str, Any] | None) -> list[Problem]:
-    """Return what is wrong with what was said of stages, as far as it can be seen without the model's code."""
-    problems = list(wrong_cuts(sch.cuts, sch.leaves))
-    said = [
+    """Return the problems of a schedule's stages that show without running the model's code."""
+    problems = list(_cuts_in_leaves(sch))
+    declared = [
         name
         for name, given in (("cut_pipeline_stage", sch.cuts), ("cut_evenly", sch.even), ("with_stages", sch.handed))
         if given
     ]
-    if len(said) > 1:
-        problems.append(Problem("", f"stages are declared by {' and by '.join(said)}", "Keep one of them"))
-    if sch.mesh.pipe > 1 and not said and not sch.problems:
+    if len(declared) > 1:
+        problems.append(Problem("", f"stages are declared by {' and by '.join(declared)}", "Keep one of them"))
+    if sch.mesh.pipe > 1 and not declared and not sch.problems:
         cause = f"the mesh has pipe={sch.mesh.pipe}, and nothing is cut: ranks past the first stage would hold nothing"
         as_many = f"Mesh(data={sch.mesh.data * sch.mesh.pipe}, tensor={sch.mesh.tensor}) has as many ranks"
         fix = f"sch.at[module].cut_pipeline_stage(), or sch.cut_evenly({sch.mesh.pipe}); {as_many}"
         problems.append(Problem("", cause, fix))
     problems += _left_out(sch)
-    if said and isinstance(example_inputs, Mapping):
+    if declared and isinstance(example_inputs, Mapping):
         problems += recorded(example_inputs)[1]
-    if said and example_inputs is None:
+    if declared and example_inputs is None:
         cause = "stages are found by calling the model on fake tensors, and it is not known with what"
         fix = "plan_build(..., example_inputs={'input_ids': torch.zeros(2, 16, dtype=torch.long)}); meta tensors will do"
         fix += "; on the command line --batch 2 --sequence 16"
@@ -54,7 +54,7 @@ def wrong_stages(sch: Declaration, example_inputs: Mapping[str, Any] | None) -> 
 
 
 def wrong_for_stages(subject: LocalModel) -> Iterator[Problem]:
-    """Iterate over what an export cannot hold: ranks along ``tensor`` have one graph, and generators stand outside it."""
+    """Iterate over the problems of layouts that a single graph for all ranks cannot express."""
     for spec in subject.tree.values():
         if any(not shard.is_even(spec.orig_shape[shard.axis], subject.mesh) for shard in spec.shards):
             cause = "its parts differ in size from rank to rank, and a stage has one graph for all of them"
@@ -65,24 +65,25 @@ def wrong_for_stages(subject: LocalModel) -> Iterator[Problem]:
             yield Problem(step.module, cause, f"Let it run as it is: sch.at[{step.module!r}].leaf()")
 
 
-def cut(sch: Declaration, subject: LocalModel) -> Partition:
+def cut_model(sch: Declaration, subject: LocalModel) -> Partition:
     """Return the stages that a schedule declares.
 
     Raises:
-        PlanError: If the model cannot be cut like this.
+        PlanError: If the model cannot be cut in this way.
     """
     if sch.handed:
-        return chain(subject, sch.handed)
+        return sequential_stages(subject, sch.handed)
     cuts = even_cuts(subject, sch.even) if sch.even else sch.cuts
     changed = {step.module for step in subject.layout}
     if is_sequence(subject.model, cuts) and "" not in changed:
-        return chain(subject, slices(subject.model, cuts))
-    return partition(subject, cuts)
+        return sequential_stages(subject, slice_sequence(subject.model, cuts))
+    return export_stages(subject, cuts)
 
 
-def place(tree: SpecTree, found: Partition) -> SpecTree:
-    """Return the tensors with the stages that hold them: the first owns it, the others hold copies."""
-    return tree.map(lambda spec: evolve(spec, stage=found.holders[spec.path][0], also_on=found.holders[spec.path][1:]))
+def with_stages(tree: SpecTree, partition: Partition) -> SpecTree:
+    """Return the tensors with the stages that hold them: the first stage owns a tensor, any further stage holds a copy."""
+    holders = partition.holders
+    return tree.map(lambda spec: evolve(spec, stage=holders[spec.path][0], also_on=holders[spec.path][1:]))
 
 
 def tied_across(mesh: Mesh, tree: SpecTree) -> list[SumTied]:
@@ -94,8 +95,16 @@ def tied_across(mesh: Mesh, tree: SpecTree) -> list[SumTied]:
     ]
 
 
+def _cuts_in_leaves(sch: Declaration) -> Iterator[Problem]:
+    for path in sch.cuts:
+        for leaf in sch.leaves:
+            if path.startswith(f"{leaf}."):
+                cause = f"it is inside {leaf!r}, a leaf, which runs as one operation"
+                yield Problem(path, cause, f"Cut after {leaf!r}, or do not mark it as a leaf")
+
+
 def _left_out(sch: Declaration) -> list[Problem]:
-    """Return the tensors that no stage holds, where the stages were handed over."""
+    """Return the problems of tensors in none of the stages that were handed over."""
     paths = [path for stage in sch.handed for path in stage]
     prefixes = tuple(f"{path}." if path else "" for path in paths)
     cause = "it is in none of the stages that were handed over"

@@ -1,4 +1,4 @@
-"""Stages whose modules are called one after another: nothing is exported, the modules run as they are."""
+"""Stages that call modules in sequence: the model is not exported, its modules run as they are."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from ...specs.errors import PlanError, Problem
 from ...specs.pipeline import ExampleInput, Pipeline, PlainInput, Stage, TensorInput
 from ..layout.local_model import LocalModel, following
-from .example_inputs import recorded
+from .example_inputs import SizeNames, recorded
 from .opaque_calls import tensors_of
 from .partition import MODES, Partition, StageCode, holders
 from .stage_graph import StageGraph
-from .symbolic_sizes import SizeNames
 
 
 def is_sequence(model: nn.Module, cuts: Sequence[str]) -> bool:
-    """Tell whether a model calls its modules one after another, and is cut between them."""
+    """Tell whether a model is a plain ``nn.Sequential`` that is cut between its modules."""
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return False
     return set(cuts) <= set(model._modules)  # noqa: SLF001  named_children leaves out what stands there twice
 
 
-def slices(model: nn.Module, cuts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Return the modules of each stage of a sequence.
+def slice_sequence(model: nn.Module, cuts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the paths of the modules of each stage of an ``nn.Sequential``.
 
     Raises:
         PlanError: If it is cut after its last module.
 
-    >>> slices(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["1"])
+    >>> slice_sequence(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["1"])
     (('0', '1'), ('2',))
     """
     stages: list[tuple[str, ...]] = [()]
@@ -51,15 +50,15 @@ def slices(model: nn.Module, cuts: Sequence[str]) -> tuple[tuple[str, ...], ...]
     return tuple(stages)
 
 
-def chain(subject: LocalModel, modules: Sequence[Sequence[str]]) -> Partition:
-    """Return the stages of a model whose modules are called one after another, each with what the one before gave.
+def sequential_stages(subject: LocalModel, modules: Sequence[Sequence[str]]) -> Partition:
+    """Return stages that call modules in sequence, each with the outputs of the module before.
 
     Args:
-        subject: The model as one rank has it.
+        subject: The model.
         modules: Paths of each stage's modules.
 
     Raises:
-        PlanError: If a call fails, or gives something that is no tensor.
+        PlanError: If a call fails, or returns an object that is no tensor.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
     local = subject.fake_copy(mode)
@@ -78,7 +77,7 @@ def chain(subject: LocalModel, modules: Sequence[Sequence[str]]) -> Partition:
         graph.output(tuple(nodes))
         graphs.append(graph)
         sides.append(given)
-    names = SizeNames(sides[0], {})  # now, as calling the modules may have fixed a size
+    names = SizeNames(sides[0], {})  # only now, as the calls may have fixed a size
     activations = [
         tuple(names.activation(name, tensor, requires_grad=tensor.requires_grad) for name, tensor in side) for side in sides
     ]
@@ -126,7 +125,7 @@ def _inputs(example: tuple[ExampleInput, ...], mode: FakeTensorMode) -> list[tup
 def _call(
     local: nn.Module, path: str, given: list[tuple[str, Tensor]], mode: FakeTensorMode
 ) -> tuple[list[tuple[str, Tensor]], tuple[int, ...], TreeSpec]:
-    """Return what a module gives for some tensors, the places of the tensors in it, and how it is put together."""
+    """Return the output tensors of a module, their places among the leaves of its return value, and its structure."""
     module = local.get_submodule(path)
     try:
         with following(mode), torch.enable_grad():

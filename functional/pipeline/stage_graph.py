@@ -1,4 +1,4 @@
-"""The graph of one stage: its own operations, what it computes again, what it takes and gives."""
+"""Build the graph of a stage: its own operations, and values computed again. The digest of a stage is taken of its text."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from attrs import Factory, define, frozen
 from torch import Tensor, fx, nn
 
 from ...specs.paths import module_of
-from .dataflow import Flow, is_size, module_path
+from ..model.copy import get_tensor
+from .dataflow import DataFlow, is_size, module_path
 from .opaque_calls import FunctionCall, LeafCall, is_opaque, tensors_of
 
 if TYPE_CHECKING:
     from .export import Captured
 
 CONSTANTS, FUNCTIONS = "_constants", "_functions"
-"""Where a stage module keeps what is no module of the model."""
+"""Submodules of a stage for constants and functions, which the model has not."""
+
+_TENSORS_OF = "shardplan.functional.opaque.tensors_of"
+"""Name of ``tensors_of`` in the digests of saved plans, wherever the function is."""
 
 
 class UnknownSizeError(ValueError):
-    """A stage needs a size that nothing shows that it is sent."""
+    """A stage needs a size that none of its inputs shows."""
 
 
 @frozen
 class StageGraph:
-    """One stage in one mode.
+    """The graph of a stage in training, or in evaluation.
 
     Args:
-        graph: It takes the stage's inputs and returns a tuple. Tensors stand under the paths by which the stage's modules
-            name them.
-        kept: Other things that it refers to, by the names under which it does.
-        functions: The user's functions that it calls, by the same.
-        text: All that it computes, in words that are the same in every process.
+        graph: The graph, from the stage's inputs to a tuple. Tensors have the paths by which the stage's modules name them.
+        kept: Constants and regions that the graph refers to, by name.
+        functions: The user's functions that the graph calls, by name.
+        text: The computation as text that is the same in every process.
     """
 
     graph: fx.Graph
@@ -43,18 +46,20 @@ class StageGraph:
     text: str
 
 
-def build(flow: Flow, stage: int, mode: str, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> StageGraph:
+def build_stage_graph(
+    flow: DataFlow, stage: int, mode: str, inputs: Sequence[fx.Node], outputs: Sequence[Any]
+) -> StageGraph:
     """Return the graph of a stage.
 
     Args:
         flow: The whole graph.
-        stage: Which one.
-        mode: Name of the mode that it was captured in.
-        inputs: The values that it takes, in order.
-        outputs: What it gives, in order: values, or what is plain.
+        stage: Number of the stage.
+        mode: Name of the mode in which the graph was captured.
+        inputs: The stage's inputs, in order.
+        outputs: The stage's outputs, in order: nodes, or plain values.
 
     Raises:
-        UnknownSizeError: If it needs a size that it cannot know.
+        UnknownSizeError: If the stage needs a size that its inputs do not show.
     """
     builder = _Builder(flow, stage, mode, list(inputs))
     return builder.build(outputs)
@@ -62,7 +67,7 @@ def build(flow: Flow, stage: int, mode: str, inputs: Sequence[fx.Node], outputs:
 
 @define
 class _Builder:
-    flow: Flow
+    flow: DataFlow
     stage: int
     mode: str
     inputs: list[fx.Node]
@@ -102,7 +107,7 @@ class _Builder:
         return copied
 
     def _call(self, node: fx.Node) -> fx.Node:
-        """Put a call itself in the place of its placeholder."""
+        """Put an opaque call itself in the place of its placeholder."""
         tensors, number = node.args
         call = self.captured.calls[number]  # type: ignore[index]
         values = [self._value(tensor, node) for tensor in tensors]  # type: ignore[union-attr]
@@ -131,7 +136,7 @@ class _Builder:
         path = self.flow.held(node)
         if path is None:
             name = f"{CONSTANTS}.{self.mode}_{str(node.target).replace('.', '_')}"
-            self.kept[name] = _attribute(self.captured.root, str(node.target))
+            self.kept[name] = get_tensor(self.captured.root, str(node.target))
         else:
             name = self._path_here(path, user)
         if name not in self.held:
@@ -142,7 +147,7 @@ class _Builder:
         return self.held[name]
 
     def _path_here(self, path: str, user: fx.Node | None) -> str:
-        """Return the path under which the using module names a tensor that has several."""
+        """Return the path of a tied tensor nearest to the module that uses it."""
         paths = self.flow.tree[path].paths
         if user is None or len(paths) == 1:
             return path
@@ -151,7 +156,7 @@ class _Builder:
         return max(fits, key=lambda p: len(module_of(p)), default=path)
 
     def _size(self, node: fx.Node) -> fx.Node:
-        """Compute a size from what the stage has."""
+        """Find a size on a tensor that the stage has, or compute it from such sizes."""
         value = node.meta["val"]
         if _expression(value) in self.sizes:
             return self.sizes[_expression(value)]
@@ -169,8 +174,8 @@ class _Builder:
         raise UnknownSizeError(msg)
 
 
-def tensors_held(flow: Flow, graph: StageGraph) -> Iterator[str]:
-    """Iterate over the paths of the model's tensors that a stage holds: those of its graph, and of its leaves."""
+def tensors_held(flow: DataFlow, graph: StageGraph) -> Iterator[str]:
+    """Iterate over the paths of the model's tensors in a stage's graph and in its leaves."""
     for node in graph.graph.nodes:
         if node.op == "get_attr" and str(node.target) in flow.tree:
             yield str(node.target)
@@ -179,17 +184,12 @@ def tensors_held(flow: Flow, graph: StageGraph) -> Iterator[str]:
             yield from (path for path in flow.tree.all_paths if path.startswith(prefix))
 
 
-def _attribute(root: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(owner), name)
-
-
 def _expression(size: Any) -> object:
     return size.node.expr if hasattr(size, "node") else size
 
 
 def _lines(graph: fx.Graph, kept: dict[str, Tensor | nn.Module], functions: dict[str, FunctionCall]) -> Iterator[str]:
-    """Write a graph in words that do not hang on names of nodes, symbols, or where the process runs."""
+    """Iterate over the lines of a graph's text, which has no names of nodes or symbols, and nothing of the process."""
     numbers: dict[fx.Node, int] = {}
     for node in graph.nodes:
         numbers[node] = len(numbers)
@@ -208,6 +208,8 @@ def _target(node: fx.Node, kept: dict[str, Tensor | nn.Module], functions: dict[
             return _contents(kept[str(node.target)])
         case "call_module" if str(node.target) in functions:
             return str(functions[str(node.target)])
+        case "call_function" if node.target is tensors_of:
+            return _TENSORS_OF
         case "call_function":
             return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else _name(node.target)  # noqa: SLF001
         case _:

@@ -1,4 +1,4 @@
-"""A stage as a module: the tensors under their paths, and the stage's graphs as its forward."""
+"""A stage as a module: its tensors under their paths in the model, and the stage's graphs as its forward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_unflatten
 
+from ...specs.paths import module_of
 from ...specs.pipeline import holds
 from ..model.callables import find_callable
 from ..model.copy import get_tensor
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from ...specs.pipeline import Activation, Pipeline, VariableSize
-    from ..layout.apply import Local
+    from ..layout.apply import RankContext
     from ..layout.collectives import SyncGroup
     from .partition import StageCode
     from .stage_graph import StageGraph
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 @frozen(eq=False)
 class StageFacts:
-    """What is known of a stage besides its modules and tensors.
+    """The attributes of a stage module besides its submodules and tensors.
 
     Args:
-        number: Which stage it is.
-        pipeline: All stages, in the plan.
-        unused: Paths of the tensors that it holds, and no operation reads in training.
-        returns: For the last stage, how what the model returns is put together; None for others.
+        number: Number of the stage.
+        pipeline: The plan's pipeline.
+        unused: Paths of the tensors of the stage that no operation reads in training.
+        returns: For the last stage, the pytree structure of the model's return value in either mode; else None.
         forwards: Its forward in training (True) and in evaluation (False).
     """
 
@@ -46,20 +47,20 @@ class StageFacts:
 
 
 class StageModule(nn.Module):
-    """One pipeline stage of a model.
+    """A pipeline stage of a model.
 
-    It takes what the stage before gives, as positional arguments in the plan's order; the first stage takes the model's
-    inputs. It returns a tuple in the plan's order; the last stage returns what the model returns. Parameters, buffers and
-    leaves stand under the paths that they have in the model. ``train()`` and ``eval()`` work as they do for the model.
+    Its arguments are the outputs of the stage before, in the plan's order; for the first stage, the model's inputs. It
+    returns a tuple in the plan's order; the last stage returns the return value of the model. Parameters, buffers and leaves
+    have the paths that they have in the model. ``train()`` and ``eval()`` work as they do for the model.
 
     Args:
-        number: Which stage it is.
-        pipeline: All stages, in the plan.
-        code: What it computes.
-        model: Has the stage's tensors, and its leaves.
-        paths: Paths of the tensors that it holds.
-        local: The rank that it is for.
-        device: Where its tensors are.
+        number: Number of the stage.
+        pipeline: The plan's pipeline.
+        code: The graphs of the stage.
+        model: The model with the stage's tensors and leaves.
+        paths: Paths of the stage's tensors.
+        rank: The rank that runs the stage.
+        device: Device of its tensors.
     """
 
     def __init__(
@@ -69,30 +70,30 @@ class StageModule(nn.Module):
         code: StageCode,
         model: nn.Module,
         paths: Sequence[str],
-        local: Local,
+        rank: RankContext,
         *,
         device: torch.device,
     ) -> None:
         super().__init__()
         for path in _leaves(code):
-            _place(self, path, model.get_submodule(path))
+            _put_module(self, path, model.get_submodule(path))
         for path in paths:
             if not any(path.startswith(f"{leaf}.") for leaf in _leaves(code)):
-                _place_tensor(self, path, model)
-        forwards = {training: _compile(self, graph, number, local, device) for training, graph in code.graphs.items()}
+                _put_tensor(self, path, model)
+        forwards = {training: _compile(self, graph, number, rank, device) for training, graph in code.graphs.items()}
         self._shardplan = StageFacts(number, pipeline, tuple(_unused(code, paths, model)), code.returns, forwards)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the stage on what the one before gave, or on the model's inputs."""
+        """Run the stage on the outputs of the stage before, or on the model's inputs."""
         facts = facts_of(self)
         check_inputs(facts.number, facts.pipeline, inputs)
         outputs = facts.forwards[self.training](self, *inputs)
         if facts.returns is not None:
             return tree_unflatten(outputs, facts.returns[self.training])
-        return tuple(output.contiguous() for output in outputs)  # no runtime sends others
+        return tuple(output.contiguous() for output in outputs)  # runtimes send contiguous tensors only
 
     def extra_repr(self) -> str:
-        """Say what it takes and gives."""
+        """Show its inputs and outputs."""
         facts = facts_of(self)
         stage = facts.pipeline.stages[facts.number]
         inputs, outputs = (", ".join(map(str, side)) for side in (stage.inputs, stage.outputs))
@@ -100,17 +101,17 @@ class StageModule(nn.Module):
 
 
 def facts_of(stage: nn.Module) -> StageFacts:
-    """Return what is known of a stage."""
-    facts: Any = stage._shardplan  # noqa: SLF001  the one name that a stage adds to those of the model
+    """Return the attributes of a stage module."""
+    facts: Any = stage._shardplan  # noqa: SLF001  the only name that a stage adds to the model's names
     return facts
 
 
 def check_inputs(number: int, pipeline: Pipeline, inputs: tuple[Tensor, ...]) -> None:
-    """Compare what a stage is called with to what the plan says.
+    """Compare the arguments of a stage with its inputs in the plan.
 
     Raises:
-        TypeError: If they are not as many tensors.
-        ValueError: If a size is another one than the plan's, or sizes of one name differ.
+        TypeError: If the number of tensors differs.
+        ValueError: If a size differs from the plan's, or sizes of the same name differ.
     """
     stage = pipeline.stages[number]
     if len(inputs) != len(stage.inputs):
@@ -174,14 +175,14 @@ def _leaves(code: StageCode) -> list[str]:
     return list(found)
 
 
-def _place(root: nn.Module, path: str, value: nn.Module) -> None:
+def _put_module(root: nn.Module, path: str, value: nn.Module) -> None:
     owner, name = _owner(root, path)
     owner.add_module(name, value)
 
 
-def _place_tensor(root: nn.Module, path: str, model: nn.Module) -> None:
+def _put_tensor(root: nn.Module, path: str, model: nn.Module) -> None:
     owner, name = _owner(root, path)
-    source = model.get_submodule(path.rpartition(".")[0])
+    source = model.get_submodule(module_of(path))
     tensor = get_tensor(model, path)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(name, tensor)
@@ -198,8 +199,10 @@ def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return root, last
 
 
-def _compile(stage: StageModule, graph: StageGraph, number: int, local: Local, device: torch.device) -> Callable[..., Any]:
-    """Return the forward of a graph for one rank: its own place, groups and device in the operators that name one."""
+def _compile(
+    stage: StageModule, graph: StageGraph, number: int, rank: RankContext, device: torch.device
+) -> Callable[..., Any]:
+    """Return the forward of a graph on a rank: its operators get the rank's place, groups and device."""
     for name, kept in graph.kept.items():
         owner, last = _owner(stage, name)
         if isinstance(kept, Tensor):
@@ -207,20 +210,20 @@ def _compile(stage: StageModule, graph: StageGraph, number: int, local: Local, d
         else:
             owner.add_module(last, _moved(kept, device))
     for name, call in graph.functions.items():
-        _place(stage, name, _Function(find_callable(call.name, local.callables), local.groups[call.mesh_axis]))
+        _put_module(stage, name, _Function(find_callable(call.name, rank.callables), rank.groups[call.mesh_axis]))
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     for node in copied.nodes:
         if getattr(node.target, "namespace", "") == "shardplan":
-            _address(node, local.groups)
+            _address(node, rank.groups)
     _move(copied, device)
     compiled = fx.GraphModule(stage, copied, class_name=f"Stage{number}")
     return type(compiled).forward
 
 
 def _moved(kept: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of a region of the graph for a device, and of the regions in it."""
-    assert isinstance(kept, fx.GraphModule), "what a graph keeps besides tensors is a region"
+    """Return a copy of a region of the graph, and of the regions in it, on a device."""
+    assert isinstance(kept, fx.GraphModule), "a graph keeps only tensors and regions"
     moved = fx.GraphModule(kept, fx.Graph())
     moved.graph.output(moved.graph.graph_copy(kept.graph, {}))
     for name, inner in kept.named_children():
@@ -231,7 +234,7 @@ def _moved(kept: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _move(graph: fx.Graph, device: torch.device) -> None:
-    """Exchange the device on which the model was exported, and leave out checks of what the export has assumed."""
+    """Replace the device on which the model was exported, and remove checks of the export's assumptions."""
     for node in list(graph.nodes):
         if is_check(node) and not node.users:
             graph.erase_node(node)
@@ -243,7 +246,7 @@ def _move(graph: fx.Graph, device: torch.device) -> None:
 
 
 def _address(node: fx.Node, groups: Mapping[Any, SyncGroup]) -> None:
-    """Give a collective operator the group and the place of this rank, where the plan has a mesh axis."""
+    """Replace the mesh axis in a collective operator by the group and the place of this rank."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # noqa: SLF001
     values = dict(zip(names, node.args, strict=False)) | node.kwargs
     mesh_axis: Any = values["group"]
@@ -255,7 +258,7 @@ def _address(node: fx.Node, groups: Mapping[Any, SyncGroup]) -> None:
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
-    """Exchange the device on which the model was exported."""
+    """Replace the device on which the model was exported."""
     match value:
         case torch.device(type="cpu"):
             return device

@@ -97,13 +97,14 @@ def _storages(model: nn.Module, tree: SpecTree) -> dict[str, tuple[int, int]]:
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
+    from ..model.read import storage_id
+
     whole = {
         name: torch.empty(spec.orig_shape, dtype=getattr(torch, spec.dtype), device="meta")
         for name, spec in saved_tensors(model, tree)
     }
     turned: dict[str, torch.Tensor] = revert_weight_conversion(model, whole)  # type: ignore[arg-type]  it is a transformer
-    storages = {key: tensor.untyped_storage() for key, tensor in turned.items()}
-    return {key: (storage._cdata, storage.nbytes()) for key, storage in storages.items()}  # noqa: SLF001  its identity
+    return {key: (storage_id(tensor), tensor.untyped_storage().nbytes()) for key, tensor in turned.items()}
 
 
 def _split_into_files(tensors: Iterable[TensorToSave], storages: Mapping[str, tuple[int, int]]) -> Iterator[PlannedFile]:

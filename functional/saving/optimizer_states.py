@@ -159,9 +159,9 @@ def _like(parameter: Tensor, name: str, state: Tensor) -> Tensor:
     """Return a state as the optimizer would make it: for a DTensor parameter, a DTensor split alike."""
     if local_part(parameter) is parameter or name == "step" or state.shape != local_part(parameter).shape:
         return state
-    from ..layout.dtensor_hooks import part_like  # importing torch's DTensor takes a second
+    from ..layout.dtensor import dtensor_like  # importing torch's DTensor takes a second
 
-    return part_like(parameter, state)  # type: ignore[arg-type]  it has a local part
+    return dtensor_like(parameter, state)  # type: ignore[arg-type]  it has a local part
 
 
 def all_states(plan: Plan, local: LocalStates) -> tuple[State, ...]:

@@ -12,8 +12,8 @@ from ...specs.layout_steps import DispatchTokens, MaskPadding, SetAttributes, Vo
 from ...specs.module import ModuleSpec
 from ...specs.paths import join
 from ...specs.shard import Split
-from ..layout.apply import first_argument
 from ..model.linear import linear_of
+from ..model.read import first_argument
 from .selection import module_at, of_kind, or_unmatched, own_tensors, selected_modules, wrong
 from .splits import joined_sizes, split_named, split_tensors, with_local_size
 from .syncs import with_layout, with_syncs

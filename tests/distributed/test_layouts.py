@@ -133,9 +133,9 @@ def grouped(mesh):
 
 def join_padded(x, group):
     """Join the split outputs, padding and all."""
-    from shardplan.functional.layout.collectives import joined
+    from shardplan.functional.layout.collectives import gather_parts
 
-    return joined(x, -1 % x.dim(), group, None) if group.num_ranks > 1 else x
+    return gather_parts(x, -1 % x.dim(), group, None) if group.num_ranks > 1 else x
 
 
 MODELS = {

@@ -137,11 +137,11 @@ def each_operator(rank, num):
         own = whole.narrow(axis, start, stop - start)
         own = pad(own, axis, sizes[0]) if padded else own
         weight = numbers(*whole.shape, seed=rank + 1)
-        made["joined", name] = through(lambda x, a=axis, s=sizes, g=group: sync.joined(x, a, g, s), own, weight)
+        made["joined", name] = through(lambda x, a=axis, s=sizes, g=group: sync.gather_parts(x, a, g, s), own, weight)
         length = min(sizes[0], max(0, sizes[1] - rank * sizes[0]))
         mine = whole.narrow(axis, start, length)
         of_mine = numbers(*mine.shape, seed=rank + 1)
-        made["own_part", name] = through(lambda x, a=axis, s=sizes, g=group: sync.own_part(x, a, g, s), whole, of_mine)
+        made["own_part", name] = through(lambda x, a=axis, s=sizes, g=group: sync.take_part(x, a, g, s), whole, of_mine)
     x, weight = numbers(4, 8, seed=rank), numbers(4, 8, seed=rank + 1)
     for key, step in STEPS.items():
         of_half = weight[:, : 8 // num] if key in {"split", "scattered"} else weight
@@ -239,7 +239,7 @@ def test_gradients_are_adjoint_to_what_goes_forward():
 def test_unequal_parts_without_sizes_are_refused(op):
     group = sync.SyncGroup("", 4, 0)
     with pytest.raises(ValueError, match=r"axis 1 of an activation of shape \[2, 6\] cannot be split into 4 equal parts"):
-        sync.own_part(torch.ones(2, 6), 1, group, None) if op == "own_part" else sync.reduce_scatter(
+        sync.take_part(torch.ones(2, 6), 1, group, None) if op == "own_part" else sync.reduce_scatter(
             torch.ones(2, 6), 1, 4, 0, ""
         )
 

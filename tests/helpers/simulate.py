@@ -11,7 +11,7 @@ from shardplan.functional import execute
 from shardplan.functional.init.evaluate import Job, evaluate
 from shardplan.functional.interpreter.interpret import interpret
 from shardplan.functional.interpreter.torch_effects import TorchEffects, _bytes
-from shardplan.functional.layout.apply import Local
+from shardplan.functional.layout.apply import RankContext
 from shardplan.functional.layout.collectives import SyncGroup
 from shardplan.functional.layout.hooks import group_name
 from shardplan.functional.model.copy import copy_module, get_tensor
@@ -110,7 +110,7 @@ class SimulatedEffects(TorchEffects):
     def _local(self):
         mesh = self.coordinate.mesh
         groups = {m[0]: SyncGroup(m[0], mesh.num(m[0]), self.coordinate.index(m[0])) for m in self.groups if len(m) == 1}
-        return Local(self.coordinate, groups | self.neighbour_groups, self.callables)
+        return RankContext(self.coordinate, groups | self.neighbour_groups, self.callables)
 
     def _meet(self, message):
         """A group is there before it is used, and is the one that the message is for."""

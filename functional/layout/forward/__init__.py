@@ -1,1 +1,1 @@
-"""A split model tried on fake tensors: what is wrong, what is sent, what is kept."""
+"""Try a split model on fake tensors: its problems, its traffic, its saved activations."""

@@ -1,4 +1,4 @@
-"""A forward pass at local shapes, on fake tensors: do the parts fit together?"""
+"""Check that a split model fits together, by a forward pass at local shapes on fake tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_forward(subject: LocalModel) -> list[Problem]:
-    """Return what goes wrong in a forward pass of the first rank: where it stops, gradients that would be partial."""
+    """Return the problems of a forward pass of the first rank: the module where it stops, gradients that stay partial."""
     forward, example_inputs = subject.model.forward, subject.example_inputs
     if not isinstance(example_inputs, Mapping):
         return [Problem("example_inputs", "they are tensors by the names of the model's arguments", "{'input_ids': tensor}")]
@@ -35,14 +35,14 @@ def check_forward(subject: LocalModel) -> list[Problem]:
         fix = f"forward takes {inspect.signature(forward)}"
         return [Problem("example_inputs", f"the model cannot be called with them: {error}", fix)]
     found = _look(subject, once=True)
-    if found is None:  # repeated layers told something: each is looked at, so that all is said
+    if found is None:  # problems in repeated layers: each layer runs, so that all problems are found
         found = _look(subject, once=False)
-    assert found is not None, "without repetitions all has been looked at"
+    assert found is not None, "without repetitions all layers have run"
     return found
 
 
 def _look(subject: LocalModel, *, once: bool) -> list[Problem] | None:
-    """Return what goes wrong; None if repeated layers were looked at once, and there is something to say."""
+    """Return the problems; None if there are any and, with ``once``, repeated layers were skipped."""
     tree, layout, first = subject.tree, subject.layout, subject.mesh.coordinate(0)
     running = OpenModules()
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -525,6 +525,13 @@ def test_a_leaf_runs_as_it_is(paths):
     assert_stages_are_the_model(found, model, len(paths) + 1)
 
 
+def test_the_text_of_a_leaf_that_digests_are_taken_of_stays_wherever_its_function_stands():
+    found = plan(cut("gate", model=Gated()).at["gate"].leaf(), X)
+    text = found.runtime.partition.codes[0].graphs[True].text
+    assert "call_module gate(" in text
+    assert "call_function shardplan.functional.opaque.tensors_of(" in text
+
+
 def test_leaves_of_one_kind_run_each_with_its_own_tensors():
     model = Loop(Gate() for _ in range(4))
     found = plan(cut("layers.0", "layers.2", model=model).at["layers.*"].leaf(), X)

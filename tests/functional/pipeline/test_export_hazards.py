@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shardplan.functional import create_schedule, plan_build, stage_modules
-from shardplan.functional.layout.apply import Local
+from shardplan.functional.layout.apply import RankContext
 from shardplan.functional.pipeline.build_stages import make_stage
 from shardplan.specs import Mesh, PlanError
 from tests.helpers.models import llama
@@ -187,7 +187,7 @@ def test_a_stage_stands_on_its_device_down_to_regions_without_gradients():
     model = llama("meta", use_cache=False)
     sch = create_schedule(model, Mesh(pipe=2)).at["model.layers.0"].cut_pipeline_stage()
     plan = plan_build(sch, example_inputs={"input_ids": torch.zeros(2, 8, dtype=torch.long)})
-    local = Local(plan.mesh.coordinate(0), {}, {})
+    local = RankContext(plan.mesh.coordinate(0), {}, {})
     for number in range(2):
         stage = make_stage(plan, plan.runtime.partition, number, model, local, torch.device("meta"))
         regions = [module for module in stage.modules() if isinstance(module, torch.fx.GraphModule)]
