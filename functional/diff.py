@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..specs.finding import Finding
+    from ..specs.intervals import Interval
     from ..specs.param import ParamSpec
     from ..specs.report import Report
-    from ..specs.shard import Interval
 
 _SHORT = 12  # digits of a hash
 

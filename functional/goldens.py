@@ -9,7 +9,7 @@ from pathlib import Path
 
 from attrs import Factory, define
 
-from ..specs.listing import golden
+from ..specs.listing import listing
 from ..specs.plan import Plan
 from .saving.atomic import write_whole
 
@@ -61,7 +61,8 @@ def assert_plan_matches(plan: Plan, file: str | Path) -> None:
         raise TypeError(msg)
     # relative to the test file, wherever pytest was started
     path = Path(sys._getframe(1).f_code.co_filename).resolve().parent / file  # noqa: SLF001
-    text = f"{golden(plan)}\n"
+    head = f"{plan.mesh}  target={plan.target}" if plan.target else str(plan.mesh)
+    text = "\n".join([head, *listing(plan.mesh, plan.tree, plan.steps, plan.pipeline, plan.silences), ""])
     kept = path.read_text(encoding="utf-8") if path.exists() else None
     if kept == text:
         return

@@ -6,6 +6,7 @@ from .distinct_ranks import Distinct
 from .errors import PlanError, Problem
 from .finding import Finding, Silence, Silenced
 from .index import Index
+from .intervals import Interval
 from .memory import Memory, Share
 from .mesh import MESH_AXES, Coordinate, Groups, Mesh, MeshAxis
 from .microbatch import Microbatch, Saved, SyncCall
@@ -18,7 +19,7 @@ from .proof import Failure, Proof
 from .receipt import Collective, Receipt
 from .report import Report
 from .search import Candidate, Search
-from .shard import Interval, Shard, Split
+from .shard import Shard, Split
 from .source import Call, Loaded, Made, Materialised, ModuleCall, ModuleValues, OwnValues, Source, TensorCall, Uninitialised
 from .steps import Step
 from .stored import Folder, Part, StoredFile, StoredTensor

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
+from .intervals import Interval
 from .mesh import STAGE_AXES, Mesh, MeshAxis, factors, field_for_each, whole_of
-from .shard import Interval
 
 if TYPE_CHECKING:
     from .mesh import Coordinate

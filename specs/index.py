@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from .shard import Interval
+from .intervals import Interval
 
 Index = tuple[tuple[Interval, ...], ...]
 """A part of a tensor: for each axis the intervals of it, in order."""

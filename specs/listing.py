@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .mesh import Mesh
     from .param import ParamSpec
     from .pipeline import Pipeline, VariableSize
-    from .plan import Plan
     from .steps import Step
     from .tree import SpecTree
 
@@ -26,21 +25,11 @@ if TYPE_CHECKING:
 _FEW = 5
 
 
-def listing(plan: Plan) -> str:
-    """Return what ``print(plan)`` shows."""
-    head = f"plan {plan.fingerprint[:12]}  target={plan.target or 'none'} seed={plan.seed}"
-    return "\n".join([head, str(plan.mesh), *_tensors(plan)])
-
-
-def golden(plan: Plan) -> str:
-    """Return what a golden keeps of a listing: all but fingerprint and seed, which change with what no line shows."""
-    head = f"{plan.mesh}  target={plan.target}" if plan.target else str(plan.mesh)
-    return "\n".join([head, *_tensors(plan)])
-
-
-def _tensors(plan: Plan) -> list[str]:
-    """Write the tensors, the stages and the changes of layout."""
-    first = plan.mesh.coordinate(0)
+def listing(
+    mesh: Mesh, tree: SpecTree, steps: Iterable[Step], pipeline: Pipeline | None, silences: Iterable[Silence]
+) -> list[str]:
+    """Return the lines of a plan that a person reads: its tensors, its stages, and the changes of layout."""
+    first, steps = mesh.coordinate(0), tuple(steps)
     rows = [
         (
             spec.path,
@@ -52,13 +41,13 @@ def _tensors(plan: Plan) -> list[str]:
                 *_notes(spec),
             ),
         )
-        for spec in plan.tree.values()
+        for spec in tree.values()
     ]
     lines = table((cells[0], path, *cells[1:]) for path, cells in fold(rows))
-    if plan.pipeline:
-        lines += ["", *_stages(plan.pipeline)]
-        lines += [_tied(plan.tree[step.path]) for step in plan.steps if isinstance(step, SumTied)]
-    return [*lines, *changes(plan.steps), *_silenced(plan.silences)]
+    if pipeline:
+        lines += ["", *_stages(pipeline)]
+        lines += [_tied(tree[step.path]) for step in steps if isinstance(step, SumTied)]
+    return [*lines, *changes(steps), *_silenced(silences)]
 
 
 def declared(

@@ -7,12 +7,12 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from .index import Index, index_shape, whole_index
+from .intervals import common, placed
 from .mesh import STAGE_AXES, unsplit
 
 if TYPE_CHECKING:
     from .mesh import Coordinate, Mesh
     from .param import ParamSpec
-    from .shard import Interval
     from .stored import Box
 
 
@@ -65,7 +65,7 @@ def local_boxes(spec: ParamSpec, coordinate: Coordinate, index: Index) -> Iterat
     >>> list(local_boxes(qkv, last, qkv.index(last)))
     [(((2, 4), (0, 3)), ((0, 2), (0, 3))), (((6, 8), (0, 3)), ((2, 4), (0, 3)))]
     """
-    axes = [list(_placed(own, some)) for own, some in zip(spec.index(coordinate), index, strict=True)]
+    axes = [list(placed(own, some)) for own, some in zip(spec.index(coordinate), index, strict=True)]
     for pairs in product(*axes):
         yield tuple(there for there, _ in pairs), tuple(here for _, here in pairs)
 
@@ -76,18 +76,4 @@ def clip(index: Index, box: Box) -> Index:
     >>> clip((((0, 4), (8, 12)),), ((2, 10),))
     (((2, 4), (8, 10)),)
     """
-    return tuple(
-        tuple((max(start, low), min(stop, high)) for start, stop in intervals if start < high and stop > low)
-        for intervals, (low, high) in zip(index, box, strict=True)
-    )
-
-
-def _placed(own: tuple[Interval, ...], some: tuple[Interval, ...]) -> Iterator[tuple[Interval, Interval]]:
-    """Iterate over intervals that are held, each with its place among all that is held of the axis."""
-    place = 0
-    for first, last in own:
-        for start, stop in some:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                yield (low, high), (place + low - first, place + high - first)
-        place += last - first
+    return tuple(common(intervals, (edges,)) for intervals, edges in zip(index, box, strict=True))

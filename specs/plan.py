@@ -10,10 +10,12 @@ from typing import Any, assert_never, get_args
 from attrs import field, frozen
 from frozendict import deepfreeze, frozendict
 
+from .canonical import canonical_fields, canonical_json
 from .errors import PlanError, Problem
 from .finding import Silence
 from .json_values import check_plain
 from .layout_steps import LayoutStep, Sync, SyncOp
+from .listing import listing
 from .mesh import SPLIT_AXES, Mesh
 from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
@@ -139,21 +141,16 @@ class Plan:
     @cached_property
     def canonical_fields(self) -> Mapping[str, str]:
         """The one JSON text of each field, by name: what the fingerprint is made of."""
-        from .codec import canonical_fields  # the codec needs the record
-
         return canonical_fields(self)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the canonical JSON, in hexadecimal digits: equal plans, equal fingerprints, in every process."""
-        from .codec import canonical_json  # the codec needs the record
-
-        return hashlib.sha256(canonical_json(self).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.canonical_fields).encode()).hexdigest()
 
     def __str__(self) -> str:
-        from .listing import listing  # the listing needs the record
-
-        return listing(self)
+        head = f"plan {self.fingerprint[:12]}  target={self.target or 'none'} seed={self.seed}"
+        return "\n".join([head, str(self.mesh), *listing(self.mesh, self.tree, self.steps, self.pipeline, self.silences)])
 
     def __repr__(self) -> str:
         return f"Plan({self.mesh}, {len(self.tree)} tensors, {len(self.steps)} steps, {self.fingerprint[:12]})"

@@ -11,10 +11,11 @@ from attrs import frozen
 
 from .dtypes import human_bytes, num_bytes
 from .index import Index, index_shape
+from .intervals import Interval, common, without
 from .mesh import STAGE_AXES, Coordinate, Mesh, MeshAxis, unsplit
 from .param import ParamSpec
 from .plan import Plan
-from .shard import Interval, Shard
+from .shard import Shard
 from .text_table import ranges, table
 
 _Tensor = tuple[tuple[int, ...], tuple[Shard, ...], tuple[int, ...], tuple[Shard, ...], tuple[int, ...]]
@@ -136,7 +137,7 @@ def _moves(tensor: _Tensor, before: Mesh, after: Mesh, rank: int) -> tuple[tuple
     for chosen in product(*(_assigned(shard, shape[shard.axis], before, own) for shard in split)):
         index = list(wanted)
         for shard, (_, intervals) in zip(split, chosen, strict=True):
-            index[shard.axis] = _common(index[shard.axis], intervals)
+            index[shard.axis] = common(index[shard.axis], intervals)
         if 0 not in index_shape(tuple(index)):
             at: dict[MeshAxis, int] = {shard.mesh_axis: place for shard, (place, _) in zip(split, chosen, strict=True)}
             found.append((tuple(index), _holder(at, places, before, own, rank)))
@@ -156,7 +157,7 @@ def _assigned(shard: Shard, size: int, mesh: Mesh, own: Coordinate | None) -> li
             continue
         held = shard.held(size, mesh.at(**{shard.mesh_axis: place}))
         first = tuple((part.start, part.stop) for part in held if part.holder == 0)
-        found.append((place, _without(first, kept)))
+        found.append((place, without(first, kept)))
     return [(place, intervals) for place, intervals in found if intervals]
 
 
@@ -190,25 +191,3 @@ def _own(places: tuple[int, ...], before: Mesh, rank: int) -> Coordinate | None:
 def _some(ranks: list[int]) -> str:
     text = ranges(ranks)
     return text if len(text) <= _WIDE else f"{len(ranks)} ranks from {ranks[0]} on"
-
-
-def _common(first: tuple[Interval, ...], second: tuple[Interval, ...]) -> tuple[Interval, ...]:
-    """Return the entries that two sets of intervals share, in order.
-
-    >>> _common(((0, 4), (8, 12)), ((2, 10),))
-    ((2, 4), (8, 10))
-    """
-    pairs = ((max(a, c), min(b, d)) for a, b in first for c, d in second)
-    return tuple(sorted((start, stop) for start, stop in pairs if start < stop))
-
-
-def _without(intervals: tuple[Interval, ...], gone: tuple[Interval, ...]) -> tuple[Interval, ...]:
-    """Return the entries of some intervals that are not in others.
-
-    >>> _without(((0, 8),), ((2, 4), (6, 9)))
-    ((0, 2), (4, 6))
-    """
-    for low, high in gone:
-        cut = [((start, min(stop, low)), (max(start, high), stop)) for start, stop in intervals]
-        intervals = tuple((start, stop) for pair in cut for start, stop in pair if start < stop)
-    return intervals

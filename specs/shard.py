@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from attrs import Attribute, evolve, field, frozen
 from attrs.validators import deep_iterable, ge, in_
 
+from .intervals import Interval
 from .json_values import check_integer
 from .mesh import SPLIT_AXES, MeshAxis
 
 if TYPE_CHECKING:
     from .mesh import Coordinate, Mesh
-
-Interval = tuple[int, int]
-"""Consecutive entries of an axis: the first, and the one after the last."""
 
 _MAX_TRIES = 4096  # of fewer ranks
 _MAX_NAMED = 3

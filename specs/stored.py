@@ -9,8 +9,8 @@ from attrs.validators import deep_iterable, ge, optional
 
 from .dtypes import is_known, num_bytes
 from .index import Index, index_shape
+from .intervals import Interval, common
 from .json_values import check_integer
-from .shard import Interval
 
 Box = tuple[Interval, ...]
 """Consecutive entries of each axis: the first, and the one after the last."""
@@ -103,8 +103,7 @@ class Part:
         """Return what it gives to a part of the tensor, in the tensor's entries; None for nothing."""
         found: list[tuple[Interval, ...]] = []
         for intervals, at, size in zip(index, self.at, self.shape, strict=True):
-            cut = ((max(start, at), min(stop, at + size)) for start, stop in intervals)
-            found.append(tuple((start, stop) for start, stop in cut if start < stop))
+            found.append(common(intervals, ((at, at + size),)))
         return tuple(found) if 0 not in index_shape(tuple(found)) else None
 
 

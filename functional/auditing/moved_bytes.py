@@ -14,13 +14,13 @@ from attrs import frozen
 from ...specs.dtypes import num_bytes
 from ...specs.fold_layers import fold
 from ...specs.index import index_shape
+from ...specs.intervals import overlap
 from ...specs.plan_diff import Move
 
 if TYPE_CHECKING:
     from ...specs.mesh import Mesh
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
-    from ...specs.shard import Interval
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -109,13 +109,8 @@ def _received_elements(old: ParamSpec, new: ParamSpec, before: Mesh, after: Mesh
         key = ranks.rank % periods[0], ranks.rank % periods[1]
         if key not in parts:
             held, needed = old.index(before.coordinate(key[0])), new.index(after.coordinate(key[1]))
-            parts[key] = prod(index_shape(needed)), prod(map(_overlap, held, needed))
+            parts[key] = prod(index_shape(needed)), prod(map(overlap, held, needed))
         num_needed, num_held = parts[key]
         is_kept = ranks.before in places[0]
         received.append((num_needed - num_held * is_kept) * (ranks.after in places[1]))
     return received
-
-
-def _overlap(first: Iterable[Interval], second: Iterable[Interval]) -> int:
-    pairs = ((a, b) for a in first for b in second)
-    return sum(max(0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in pairs)

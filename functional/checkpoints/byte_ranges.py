@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from attrs import evolve, frozen
 
 from ...specs.index import Index, index_shape, row_major
-from ...specs.shard import Interval
+from ...specs.intervals import Interval, between
 from ...specs.source import Loaded
 from ...specs.stored import Part, StoredTensor
 
@@ -121,7 +121,7 @@ class Selection:
 
     def _narrow(self, axis: int, start: int, stop: int) -> Selection:
         """Keep the entries from ``start`` to ``stop``, counted among the selected entries of an axis."""
-        entries = (*self.entries[:axis], _between(self.entries[axis], start, stop), *self.entries[axis + 1 :])
+        entries = (*self.entries[:axis], between(self.entries[axis], start, stop), *self.entries[axis + 1 :])
         at = tuple(place + start if of == axis else place for place, of in zip(self.at, self.axes, strict=True))
         return evolve(self, entries=entries, at=at)
 
@@ -160,14 +160,3 @@ def select_all(parts: Iterable[Part], index: Index) -> list[Selection]:
 def staging_bytes(num_bytes: int) -> int:
     """Return the size of the buffer through which ``num_bytes`` are read."""
     return min(num_bytes, STAGING_BYTES)
-
-
-def _between(intervals: tuple[Interval, ...], first: int, last: int) -> tuple[Interval, ...]:
-    found: list[Interval] = []
-    place = 0
-    for start, stop in intervals:
-        low, high = max(first, place), min(last, place + stop - start)
-        if low < high:
-            found.append((start + low - place, start + high - place))
-        place += stop - start
-    return tuple(found)

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...specs.index import row_major
+from ...specs.intervals import placed
 from ..init.numba_cache import compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from ...specs.index import Index
-    from ...specs.shard import Interval
     from .byte_ranges import Selection
 
 MODULUS = 2**64
@@ -58,7 +56,9 @@ def sum_selected(raw: NDArray[np.uint8], selection: Selection, counted: Index) -
     item = selection.stored.item_bytes
     words = max(1, item // _WORD)
     whole, held = (*selection.stored.shape, words), (*selection.shape, words)
-    axes = [_meeting(*pair) for pair in zip(selection.entries, counted, strict=True)] + [[(0, 0, words)]]
+    met = (placed(*pair) for pair in zip(selection.entries, counted, strict=True))
+    # of each axis the first entry of each interval, its place among the selected entries, and its length
+    axes = [[(low, at, high - low) for (low, high), (at, _) in along] for along in met] + [[(0, 0, words)]]
     if not all(axes):
         return 0
     inner = len(axes) - 1
@@ -74,17 +74,6 @@ def sum_selected(raw: NDArray[np.uint8], selection: Selection, counted: Index) -
     starts, ats, sizes = (np.array(column, np.int64) * unit for column in zip(*axes[inner], strict=True))
     begins, positions = (np.add.outer(*pair).reshape(-1) for pair in ((place, ats), (position, starts)))
     return int(_sum(raw.view(f"u{min(item, _WORD)}"), begins, np.tile(sizes, len(place)), positions))
-
-
-def _meeting(selected: Sequence[Interval], counted: Sequence[Interval]) -> list[tuple[int, int, int]]:
-    """Intersect intervals: first entry of each intersection, its place among the selected entries, and its length."""
-    found: list[tuple[int, int, int]] = []
-    place = 0
-    for start, stop in selected:
-        meets = ((max(start, low), min(stop, high)) for low, high in counted)
-        found += [(low, place + low - start, high - low) for low, high in meets if low < high]
-        place += stop - start
-    return found
 
 
 @compiled

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...specs.index import Index
-    from ...specs.shard import Interval
+    from ...specs.intervals import Interval
 
 _MAX_OUTER = 3
 

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
+    from ...specs.intervals import Interval
     from ...specs.layout_steps import LayoutStep
     from ...specs.mesh import Coordinate, MeshAxis
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
-    from ...specs.shard import Interval
     from ...specs.stored import Folder
     from ..pipeline.partition import Partition
     from . import work

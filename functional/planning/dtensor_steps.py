@@ -12,10 +12,11 @@ from ...specs.mesh import STAGE_AXES, in_mesh_order, whole_of
 from ...specs.steps import Agree, AsDTensors, MakeGroups, MakeOptimizer, Step, Wrap
 
 if TYPE_CHECKING:
+    from ...specs.intervals import Interval
     from ...specs.mesh import Mesh
     from ...specs.param import ParamSpec
     from ...specs.plan import Plan
-    from ...specs.shard import Interval, Shard
+    from ...specs.shard import Shard
 
 _LOCAL = 'execute(plan, layout="local")'
 _AFTER = (MakeOptimizer, Wrap)  # the module is complete before these

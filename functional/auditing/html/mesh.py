@@ -12,9 +12,9 @@ from .memory import memory_rows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ....specs.intervals import Interval
     from ....specs.mesh import Coordinate, Mesh, MeshAxis
     from ....specs.report import Report
-    from ....specs.shard import Interval
 
 _MOST_ROWS = 8
 _MOST_COLUMNS = 16

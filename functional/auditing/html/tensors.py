@@ -16,11 +16,12 @@ from ....specs.listing import source_words
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ....specs.intervals import Interval
     from ....specs.mesh import Coordinate, Mesh
     from ....specs.param import ParamSpec
     from ....specs.plan import Plan
     from ....specs.report import Report
-    from ....specs.shard import Interval, Shard
+    from ....specs.shard import Shard
     from ....specs.tree import SpecTree
 
 _MOST_PLACES = 32
