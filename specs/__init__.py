@@ -1,4 +1,4 @@
-"""What is planned: immutable records and their own laws. No torch, no effects."""
+"""Immutable records of plans, and their laws."""
 
 from .checkpoint import Checkpoint
 from .codec import as_plain, dumps, loads

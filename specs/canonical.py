@@ -1,4 +1,4 @@
-"""Records as plain values, and the one JSON text of a record: what fingerprints are made of."""
+"""Records as plain values, and the canonical JSON of a record, from which fingerprints are computed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def record_converter(*, is_canonical: bool = False) -> cattrs.Converter:
 
     if is_canonical:
         converter.register_unstructure_hook_factory(_has_more_than_equality, equal_part)
-    for union in (What, Call, Source, Step, ExampleInput):  # a union comes before those that contain it
+    for union in (What, Call, Source, Step, ExampleInput):  # a union comes before the unions that contain it
         configure_tagged_union(union, converter, tag_name="is")
     converter.register_structure_hook_func(_is_frozendict, lambda value, _: deepfreeze(_expect(value, dict)))
     converter.register_unstructure_hook_func(_is_frozendict, thawed)
@@ -48,7 +48,7 @@ def record_converter(*, is_canonical: bool = False) -> cattrs.Converter:
 
 
 def canonical_fields(record: Any) -> dict[str, str]:
-    """Return the one JSON text of each field of a record: sorted keys, no spaces, nothing that is outside equality."""
+    """Return the canonical JSON of each field of a record: keys sorted, no spaces, only fields that count for equality."""
     plain = cast("dict[str, Any]", _CANONICAL.unstructure(record))
     return {
         name: json.dumps(_equal_as_one(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -57,7 +57,7 @@ def canonical_fields(record: Any) -> dict[str, str]:
 
 
 def canonical_json(texts: Mapping[str, str]) -> str:
-    """Return the one JSON text of a record, from those of its fields.
+    """Join the canonical JSON of a record's fields.
 
     >>> canonical_json({"data": "1", "pipe": "2"})
     '{"data":1,"pipe":2}'
@@ -74,7 +74,7 @@ def _is_frozendict(cls: Any) -> bool:
 
 
 def _equal_as_one(value: Any) -> Any:
-    """Write numbers that are equal in one way: 1 for 1.0 and True."""
+    """Write equal numbers alike: 1 for 1.0 and True."""
     kind = cast("type[object]", type(value))  # a plan of 5,000 tensors has 100,000 values
     if kind is str or kind is int:
         return value

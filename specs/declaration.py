@@ -1,4 +1,4 @@
-"""What is declared of a model before it is planned: the data of a schedule, to which ``Schedule`` adds the verbs."""
+"""The data of a schedule; ``Schedule`` adds the verbs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Declaration:
         modules: Every module.
         layout: Changes of how modules compute, in order.
         cuts: Modules after which a pipeline stage ends.
-        leaves: Modules that run as they are, as one operation of a stage.
+        leaves: Modules that an export does not look into.
         handed: The modules of each stage, where the user gave them.
         even: The wish for balanced stages, if any.
         silences: Findings of the audit that are known and meant.
@@ -67,4 +67,4 @@ class Declaration:
 
 
 D = TypeVar("D", bound=Declaration)
-"""A declaration, or a schedule: an edit of either gives one of the same kind."""
+"""A declaration or a schedule: an edit returns the kind that it was given."""

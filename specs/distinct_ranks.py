@@ -1,4 +1,4 @@
-"""Which ranks are alike: so that what is computed for a few is known for all."""
+"""Groups of ranks that hold equally large parts, so that an audit computes each group once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Distinct:
     """The places along each mesh axis of a stage, ``data`` in its factors, in runs of places that are alike.
 
     Ranks are alike when they hold parts of the same sizes and both send, or both do not: the first place along an axis is
-    alone, as it sends; the others are alike where all parts have one size. Stages are each their own. A run is the first
-    place, and the one after the last.
+    alone, as it sends; further places are alike where all parts have the same size. No two stages are alike. A run is an
+    interval of places.
 
     Args:
         mesh: The ranks.
@@ -74,7 +74,7 @@ class Distinct:
         return self._at(coordinate.pipe, (_start(self.runs(m), coordinate.index(m)) for m in _FACTORS))
 
     def alike(self, coordinate: Coordinate) -> range:
-        """Return the places along ``data`` of ranks that are like one, where there are no experts; else its own.
+        """Return the places along ``data`` of the ranks that are like a coordinate; with experts, its own place alone.
 
         >>> distinct = Distinct(mesh := Mesh(data=64, tensor=8), ((0, 1), (1, 64)), ((0, 1),), ((0, 1), (1, 8)))
         >>> distinct.alike(mesh.coordinate(8))
@@ -85,7 +85,7 @@ class Distinct:
         return next(range(*run) for run in self.runs("expert_data") if run[0] <= coordinate.data < run[1])
 
     def along(self, coordinate: Coordinate, mesh_axes: Iterable[MeshAxis]) -> Iterator[Coordinate]:
-        """Iterate over coordinates of each kind that differ from one along some mesh axes only.
+        """Iterate over the distinct coordinates that differ from a coordinate only along some mesh axes.
 
         >>> from shardplan.specs import SpecTree
         >>> distinct = Distinct.of(mesh := Mesh(pipe=2, data=4, tensor=8), SpecTree())
@@ -103,7 +103,7 @@ class Distinct:
 
 
 def _runs(mesh: Mesh, mesh_axis: MeshAxis, uneven: Sequence[tuple[int, Shard]]) -> Iterator[Interval]:
-    """Iterate over runs of places that are alike: the first one alone, then those whose parts have the same sizes."""
+    """Iterate over runs of places that are alike: the first place alone, then places whose parts have the same sizes."""
     num = mesh.num(mesh_axis)
     if not uneven:
         yield from [(0, 1), (1, num)] if num > 1 else [(0, 1)]

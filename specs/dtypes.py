@@ -33,7 +33,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]i?b|b)?", flags=re.IGNORECASE | re.
 
 
 def is_known(dtype: str) -> bool:
-    """Tell whether ``dtype`` is one that a plan can hold.
+    """Tell whether plans support ``dtype``.
 
     >>> is_known("bfloat16"), is_known("quint4x2")
     (True, False)
@@ -51,7 +51,7 @@ def short_name(dtype: str) -> str:
 
 
 def num_bytes(dtype: str) -> int:
-    """Return the bytes of one element of ``dtype``.
+    """Return the bytes of an element of ``dtype``.
 
     >>> num_bytes("float32")
     4

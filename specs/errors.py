@@ -1,4 +1,4 @@
-"""What is wrong with a schedule or a plan: all of it, raised once."""
+"""Problems of a schedule or a plan, collected and raised once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HERE = "\0"  # stands for the path, which no path contains
 
 @frozen
 class Problem:
-    """One thing that a user can mend: where, what and how.
+    """A problem that a user can mend: its place, its cause, and the fix.
 
     Args:
         path: Tensor, module or pattern that it is about; ``""`` for the model as a whole.
-        cause: What is wrong, with the sizes that matter.
+        cause: The mistake, with the sizes that matter.
         fix: The nearest thing that would be right.
         type: The tensor in its printed form, e.g. ``f32[50257, 1024]``, if it is about a tensor.
     """
@@ -49,7 +49,7 @@ class PlanError(ValueError):
 
 
 def _lines(problems: Iterable[Problem]) -> Iterator[str]:
-    """Write problems; those that differ only in the number of a layer once."""
+    """Write problems; problems that differ only in the number of a layer are folded."""
     rows = [(p.path, (p.type, _without(p.path, p.cause), _without(p.path, p.fix))) for p in problems]
     for path, (type_, cause, fix) in fold(rows):
         head = "  ".join(part for part in (path or "(model)", type_) if part)

@@ -1,4 +1,4 @@
-"""What ranks read from files while a plan is executed."""
+"""Bytes that ranks read from files while a plan is executed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .mesh import Coordinate
 
 @frozen
 class FileRead:
-    """What ranks of one distinct coordinate read of a file.
+    """Bytes that each rank of a distinct coordinate reads from a file.
 
     Ranks that are alike read as many bytes; of a tensor that is stored in several files, such as experts, the others may
     read theirs from other files than the first.

@@ -1,4 +1,4 @@
-"""What may hurt: said with a code, and silenced by it."""
+"""Findings of an audit, each with a code by which it can be silenced."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CODES = {
     "SP033": "a target that nobody accounts for",
     "SP034": "another version of the runtime",
 }
-"""What a finding can be about."""
+"""Codes of findings, with their short names."""
 
 LOUD = ("SP001", "SP002", "SP003", "SP004", "SP005", "SP007", "SP032", "SP033")
 """Codes that cannot be silenced: laws that do not hold for the plan, a silence itself, and a target that is not counted."""
@@ -68,13 +68,13 @@ def _check_silent(_: Silence, __: Attribute[str], code: str) -> None:
 
 @frozen
 class Finding:
-    """One thing that the audit has to say.
+    """A finding of the audit.
 
     Args:
-        code: Its kind, ``SP`` and three digits; ``docs/findings.md`` says what each means.
+        code: Its kind, ``SP`` and three digits, as explained in ``docs/findings.md``.
         severity: ``error`` keeps the plan from being executed, ``warning`` does not.
         path: Tensor or module that it is about; ``""`` for the plan as a whole.
-        cause: What is so.
+        cause: The fact that was found.
         fix: The nearest mend.
     """
 
@@ -91,7 +91,7 @@ class Finding:
 
 @frozen
 class Silence:
-    """Findings of one kind that are known and meant.
+    """Findings of a kind that the user knows and accepts.
 
     Args:
         code: Their kind.
@@ -112,10 +112,10 @@ class Silence:
     reason: str
 
     def covers(self, finding: Finding, tie: Iterable[str] = ()) -> bool:
-        """Tell whether a finding is meant: the pattern selects its path, or that of a module around it.
+        """Tell whether a finding is silenced: the pattern selects its path or the path of a module around it.
 
         Args:
-            finding: What was found.
+            finding: The finding.
             tie: The other paths of its tensor.
         """
         matches = compile_pattern(self.pattern).fullmatch
@@ -134,12 +134,12 @@ class Silenced:
 def silenced(
     findings: Iterable[Finding], silences: Iterable[Silence], tree: Mapping[str, ParamSpec] | None = None
 ) -> tuple[list[Finding], list[Silenced]]:
-    """Return the findings that nobody silenced, and those that somebody did, each with the first reason.
+    """Return the findings that are not silenced, and the silenced findings, each with the first reason.
 
     Args:
-        findings: What was found.
-        silences: What is meant.
-        tree: The tensors, for the other paths of those that are tied.
+        findings: The findings.
+        silences: The user's silences.
+        tree: The tensors, for the aliases of tied tensors.
     """
     loud: list[Finding] = []
     quiet: list[Silenced] = []
@@ -156,7 +156,7 @@ def silenced(
 
 
 def folded(findings: Iterable[Finding]) -> list[Finding]:
-    """Return findings as they are printed: those that differ in the numbers of repeated layers alone are one.
+    """Return findings as they are printed: findings that differ only in the number of a repeated layer are folded.
 
     >>> [one] = folded(Finding("SP021", "warning", f"layers.{i}.up.weight", f"split layers.{i}.up") for i in range(32))
     >>> print(one)

@@ -32,7 +32,7 @@ def fold(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[s
 
 
 def _ranges(members: list[tuple[int, ...]]) -> list[tuple[str, ...]]:
-    """Name the members by ranges: one name where they are a full product, else one for each run of the first number."""
+    """Name the members by ranges: a single name for a full product, else a name for each run of the first number."""
     columns = [sorted(set(column)) for column in zip(*members, strict=True)]
     if len(members) == 1 or not columns:
         return [tuple(map(str, member)) for member in members]
@@ -58,7 +58,7 @@ def _ranges(members: list[tuple[int, ...]]) -> list[tuple[str, ...]]:
 
 
 def as_pattern(folded: str) -> str:
-    """Return a glob that selects the paths that a folded one stands for, or more.
+    """Return a glob that selects at least the paths that a folded path stands for.
 
     >>> as_pattern("layers.{0..31}.weight")
     'layers.*.weight'

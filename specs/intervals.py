@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 Interval = tuple[int, int]
-"""Consecutive entries of an axis: the first, and the one after the last."""
+"""Consecutive entries of an axis: first entry, and end (exclusive)."""
 
 
 def common(first: Iterable[Interval], second: Sequence[Interval]) -> tuple[Interval, ...]:
@@ -19,7 +19,7 @@ def common(first: Iterable[Interval], second: Sequence[Interval]) -> tuple[Inter
 
 
 def without(intervals: tuple[Interval, ...], gone: Iterable[Interval]) -> tuple[Interval, ...]:
-    """Return the entries of some intervals that are not in others.
+    """Remove entries from intervals.
 
     >>> without(((0, 8),), ((2, 4), (6, 9)))
     ((0, 2), (4, 6))
@@ -53,7 +53,7 @@ def placed(own: Iterable[Interval], some: Sequence[Interval]) -> Iterator[tuple[
 
 
 def between(intervals: Iterable[Interval], first: int, last: int) -> tuple[Interval, ...]:
-    """Return the entries whose numbers, counted among all entries of some intervals, are ``first`` to ``last`` less one.
+    """Return the entries number ``first`` to ``last`` (exclusive) of the intervals, all their entries counted in order.
 
     >>> between(((2, 4), (8, 12)), 1, 4)
     ((3, 4), (8, 10))

@@ -1,4 +1,4 @@
-"""Plain values: what JSON can hold, and so a plan."""
+"""Plain values, which JSON can hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_plain(value: object) -> bool:
 
 
 def not_plain(path: str, value: object) -> Iterator[tuple[str, object]]:
-    """Iterate over what JSON cannot hold in a value, with where it stands.
+    """Iterate over the parts of a value that JSON cannot hold, each with its path.
 
     >>> list(not_plain("config", {"steps": [1, float("inf")]}))
     [('config.steps[1]', inf)]
@@ -46,7 +46,7 @@ def not_plain(path: str, value: object) -> Iterator[tuple[str, object]]:
 
 
 def check_plain(_: object, attribute: Attribute[Any], value: object) -> None:
-    """Raise ValueError if a record is given what is not plain: an attrs validator."""
+    """Validate an attrs field: raise ValueError for a value that is not plain."""
     if not is_plain(value):
         msg = f"{attribute.name}: a plan holds plain, finite JSON values, not {value!r}"
         raise ValueError(msg)
@@ -104,7 +104,7 @@ def from_plain(value: Any) -> Any:
 
 
 def thawed(value: Any) -> Any:
-    """Return a frozen plain value as lists and dictionaries, which code of others expects.
+    """Return a frozen plain value as lists and dictionaries, as other libraries expect.
 
     >>> thawed(frozendict(steps=(1, 2)))
     {'steps': [1, 2]}

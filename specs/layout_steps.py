@@ -1,4 +1,4 @@
-"""The steps of a plan that change how a module computes, not what it holds."""
+"""The steps of a plan that change how a module computes, and leave its tensors alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ When = Literal["forward_pre", "forward_post", "backward_pre", "backward_post"]
 of its output), or after that (the gradient of its input)."""
 
 SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter", "divide"]
-"""What a synchronisation does along its mesh axis; ``divide`` sends nothing, and divides by the number of ranks."""
+"""The operator of a synchronisation along its mesh axis; ``divide`` sends nothing, and divides by the number of ranks."""
 
 
 @frozen
 class _LayoutStep:
-    """A change of how one module computes.
+    """A change of how a module computes.
 
     Args:
         module: Path of the module.
@@ -54,7 +54,7 @@ class _LayoutStep:
 
 @frozen
 class _Along(_LayoutStep):
-    """A change along one mesh axis: it changes nothing where that has one rank."""
+    """A change along a mesh axis: without effect where the axis has a single rank."""
 
     mesh_axis: ClassVar[MeshAxis]
 
@@ -77,7 +77,7 @@ class SetAttributes(_LayoutStep):
 
 @frozen
 class SetToLocalSize(_LayoutStep):
-    """A module's attribute takes the size that an axis of one of its tensors has on this rank."""
+    """A module's attribute takes the local size of a tensor's axis."""
 
     attribute: str
     tensor: str
@@ -89,7 +89,7 @@ class SetToLocalSize(_LayoutStep):
 
 @frozen
 class VocabParallel(_Along):
-    """An embedding whose rows are split looks up its own rows and gives zeros for all others.
+    """An embedding whose rows are split looks up its own rows, and returns zeros for rows of other ranks.
 
     Args:
         module: Path of the embedding.
@@ -122,8 +122,8 @@ class Sync(_Along):
         axis: Axis of the activation that is gathered or scattered.
         mesh_axis: Mesh axis along which it communicates.
         which: Which of the floating-point tensors among the arguments, or of the result, from 0.
-        features: Of a gradient that is summed, these entries of the last axis alone: the first, and the one after the last.
-        sizes: Of what is gathered, or split again, the entries of the first rank and of all; None if all ranks have as many.
+        features: Entries of the last axis of a gradient that are summed, as an interval; None for all.
+        sizes: Entries of the gathered axis on the first rank and in all; None if all ranks have equally many.
     """
 
     when: When
@@ -154,7 +154,7 @@ class SumGradient(_Along):
         axis: Axis of the tensor whose parts are held by different numbers of ranks.
         sharing: For each part of that axis, in order, how many entries it has and how many neighbours hold them; empty if
             all ranks along the mesh axis hold the whole tensor.
-        divide: What the sum is divided by.
+        divide: Divisor of the sum.
     """
 
     name: str
@@ -194,7 +194,7 @@ class DispatchTokens(_Along):
 
 @frozen
 class ForkRng(_Along):
-    """Random numbers drawn within a module differ along ``tensor``; those outside stay the same along it."""
+    """Random numbers drawn within a module differ along ``tensor``; outside it they stay the same along it."""
 
     mesh_axis: ClassVar[MeshAxis] = "tensor"
 
@@ -232,9 +232,9 @@ LayoutStep = (
     | ForkRng
     | MaskPadding
 )
-"""Steps that change how a module computes, not what it holds."""
+"""Steps that change how a module computes, and leave its tensors alone."""
 
 
 def needed_neighbours(steps: Iterable[LayoutStep]) -> tuple[tuple[MeshAxis, int], ...]:
-    """Return the mesh axes, and numbers of neighbours along them, of which some steps need process groups, each once."""
+    """Return the mesh axes, and numbers of neighbours along them, of which steps need process groups, without repeats."""
     return tuple(dict.fromkeys(pair for step in steps for pair in step.neighbours()))

@@ -53,14 +53,14 @@ def listing(
 def declared(
     mesh: Mesh, tree: SpecTree, layout: Iterable[LayoutStep], cuts: Iterable[str], silences: Iterable[Silence]
 ) -> str:
-    """Return what ``print(schedule)`` shows: what was said so far of each tensor and module."""
+    """Return the text of ``print(schedule)``: the declarations so far, by tensor and module."""
     rows = ((spec.path, (spec.type, *_notes(spec))) for spec in tree.values())
     lines = [f"schedule for {mesh}", *table((path, *cells) for path, cells in fold(rows)), *changes(layout)]
     return "\n".join([*lines, *(f"cut after {path}" for path in cuts), *_silenced(silences)])
 
 
 def changes(steps: Iterable[Step]) -> list[str]:
-    """Write how modules compute otherwise than before, a line a module, after an empty one."""
+    """Write the changes of how modules compute, a line a module, after an empty line."""
     rows = fold((module, ("; ".join(words),)) for module, words in layout_words(steps).items())
     return ["", *table((module or "(model)", *cells) for module, cells in rows)] if rows else []
 
@@ -92,7 +92,7 @@ def _silenced(silences: Iterable[Silence]) -> list[str]:
 
 
 def _stages(pipeline: Pipeline) -> Iterator[str]:
-    """Write what each stage runs, takes and gives."""
+    """Write the modules, inputs and outputs of each stage."""
     for number, stage in enumerate(pipeline.stages):
         modules = ", ".join(path for path, _ in fold((path, ()) for path in stage.modules))
         yield f"stage {number}  runs   {modules}"

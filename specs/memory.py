@@ -1,4 +1,4 @@
-"""What one rank holds: while the plan is executed, and while it trains."""
+"""Memory of a rank, while the plan is executed and while it trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .mesh import Coordinate
 
 @frozen
 class Memory:
-    """Bytes on the device of one rank.
+    """Bytes on the device of a rank.
 
     What a runtime keeps for training is told by the plan's target and its config; where these do not say which optimizer
     there is, its states are not counted, and the audit says so. What only exists within one operation is in none of these.
@@ -20,13 +20,13 @@ class Memory:
         gradient_bytes: Gradients, as they stand before a step of the optimizer.
         optimizer_bytes: States of the optimizer.
         master_bytes: Copies of the parameters that the optimizer works on, where the model computes in another dtype.
-        bucket_bytes: What the runtime copies gradients into to send them.
-        boundary_bytes: What crosses between stages, for all micro-batches that are on their way at one time.
+        bucket_bytes: Buffers into which the runtime copies gradients to send them.
+        boundary_bytes: Tensors that cross between stages, for all micro-batches in flight.
         activation_bytes: An estimate: what autograd keeps of all micro-batches that are on their way at one time; None
             where no micro-batch was followed.
         checkpointed_bytes: The same estimate where each block keeps its inputs only, and one block at a time is computed
             again; None where no micro-batch was followed.
-        executing_bytes: Most bytes allocated at one time while the plan is executed: shards, and staging beside them.
+        executing_bytes: Peak of allocated bytes while the plan is executed: shards, and staging beside them.
         host_bytes: Bytes of host memory that hold the values which the model came with, in each process.
         replicated_bytes: Bytes among parameters and buffers that every rank of the stage holds alike.
     """
@@ -61,12 +61,12 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """The most at one time: while executing, or while training with activations, where these are known."""
+        """Peak of executing, or of training with activations where these are known."""
         return max(self.executing_bytes, self.training_bytes + (self.activation_bytes or 0))
 
     @property
     def checkpointed_peak_bytes(self) -> int:
-        """The most at one time where each block is checkpointed."""
+        """Peak where each block is checkpointed."""
         return max(self.executing_bytes, self.training_bytes + (self.checkpointed_bytes or 0))
 
 
@@ -75,12 +75,12 @@ assert all(field.name.endswith("_bytes") for field in fields(Memory))
 
 @frozen
 class Share:
-    """What some ranks hold that are alike: those of one distinct coordinate.
+    """Memory of the ranks of a distinct coordinate, which are alike.
 
     Args:
         coordinate: Where the first of them stands.
         num_ranks: How many they are.
-        memory: What each holds; where ZeRO 2 leaves them different gradients, what the one with the most holds.
+        memory: Memory of each; where ZeRO 2 leaves them different gradients, of the rank with the most.
     """
 
     coordinate: Coordinate

@@ -12,11 +12,11 @@ from .json_values import check_integer
 
 
 def _axis(*, within: str = "", holds_stages: bool = False, carries_batches: bool = False) -> int:
-    """Return a field of :class:`Mesh`: the number of ranks along a mesh axis, and what there is to know of the axis.
+    """Return a field of :class:`Mesh`: the number of ranks along a mesh axis, with facts of the axis.
 
     Args:
         within: The mesh axis that it is a factor of, and along which its ranks are neighbours; empty if it counts ranks.
-        holds_stages: Whether ranks along it hold different pipeline stages; along others they share a stage's tensors.
+        holds_stages: Whether ranks along it hold different pipeline stages; along all else they share a stage's tensors.
         carries_batches: Whether ranks along it see different batches.
     """
     facts = {"within": within, "holds_stages": holds_stages, "carries_batches": carries_batches}
@@ -31,13 +31,13 @@ class Mesh:
     ``data``, which see different batches too: place d is place ``d % expert`` among them, and the ``data / expert`` ranks
     at place ``d // expert`` along ``expert_data`` hold the same experts.
 
-    The fields are the table of mesh axes, outermost first. An axis is added by one line here: all other code asks the
-    constants and functions of this module which axes there are and what they do.
+    The fields are the table of mesh axes, outermost first. An axis is added by a single line here: all code asks the
+    constants and functions of this module for names of axes and their roles.
 
     Args:
         pipe: Number of pipeline stages.
         data: Number of replicas that see different batches.
-        tensor: Number of ranks that share one layer.
+        tensor: Number of ranks that share a layer.
         expert: Number of ranks that share the experts of a layer; it divides ``data``.
 
     Raises:
@@ -97,7 +97,7 @@ class Mesh:
         return Coordinate(**places, mesh=self)
 
     def at(self, **places: int) -> Coordinate:
-        """Return the coordinate at some places along mesh axes, and at place 0 along all others.
+        """Return the coordinate at given places along mesh axes, and at place 0 along the remaining axes.
 
         Args:
             places: The place along each mesh axis that is named; ``data`` may be named by its factors.
@@ -135,7 +135,7 @@ class Mesh:
 
         Raises:
             ValueError: If the axes are none, unknown, or not neighbours in the order of ``MESH_AXES`` with ``data`` as
-                expert_data and expert, in this order; axes of a stage that have one rank may be left out in between.
+                expert_data and expert, in this order; axes of a stage with a single rank may be left out in between.
         """
         first, last = self._span(mesh_axes)
         return Groups(self.num_ranks, size=self.num(*_FINE[first : last + 1]), stride=self.num(*_FINE[last + 1 :]))
@@ -191,7 +191,7 @@ MESH_AXES: tuple[MeshAxis, ...] = tuple(axis.name for axis in fields(Mesh) if ax
 """The mesh axes that count ranks, outermost first, as in DeepSpeed's ``PipeModelDataParallelTopology``."""
 
 STAGE_AXES: tuple[MeshAxis, ...] = tuple(m for m in MESH_AXES if not fields_dict(Mesh)[m].metadata["holds_stages"])
-"""The mesh axes along which the ranks of one stage stand."""
+"""The mesh axes along which the ranks of a stage stand."""
 
 BATCH_AXES: tuple[MeshAxis, ...] = tuple(m for m in MESH_AXES if fields_dict(Mesh)[m].metadata["carries_batches"])
 """The mesh axes whose ranks see different batches: gradients are averaged over them."""
@@ -228,7 +228,7 @@ def unsplit(mesh_axes: Iterable[MeshAxis], split: Iterable[MeshAxis]) -> tuple[M
 
     Args:
         mesh_axes: The mesh axes that are asked for.
-        split: Those that split the tensor.
+        split: The mesh axes that split the tensor.
 
     >>> unsplit(("data", "tensor"), split=("expert",)), unsplit(("data", "tensor"), split=("data",))
     (('expert_data', 'tensor'), ('tensor',))
@@ -262,7 +262,7 @@ def in_mesh_order(mesh_axes: Iterable[MeshAxis]) -> list[int]:
 def field_for_each(
     *mesh_axes: MeshAxis, of: Any, first: bool
 ) -> Callable[[type, list[Attribute[Any]]], list[Attribute[Any]]]:
-    """Return what gives an attrs class a field for each of some mesh axes: its ``field_transformer``.
+    """Return a ``field_transformer`` that gives an attrs class a field for each of some mesh axes.
 
     Args:
         mesh_axes: Names of the fields.
@@ -306,7 +306,7 @@ class Coordinate:
         return self.mesh.rank(self)
 
     def index(self, mesh_axis: MeshAxis) -> int:
-        """Return the place along one mesh axis, 0 to its size less one."""
+        """Return the place along a mesh axis, from 0."""
         _check(mesh_axis)
         if mesh_axis in _QUOTIENTS:
             whole, part = _QUOTIENTS[mesh_axis]
@@ -316,12 +316,12 @@ class Coordinate:
         return getattr(self, mesh_axis)
 
     def group(self, *mesh_axes: MeshAxis) -> range:
-        """Return the ranks that differ from this one only along ``mesh_axes``, this one among them."""
+        """Return the ranks that differ from this coordinate only along ``mesh_axes``, its own rank among them."""
         groups = self.mesh.groups(*mesh_axes)
         return groups.of(self.rank)
 
     def is_first(self, *mesh_axes: MeshAxis) -> bool:
-        """Tell whether this is place 0 along every one of ``mesh_axes``."""
+        """Tell whether this is place 0 along all of ``mesh_axes``."""
         return all(self.index(mesh_axis) == 0 for mesh_axis in mesh_axes)
 
 

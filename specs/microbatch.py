@@ -1,4 +1,4 @@
-"""What one micro-batch sends and leaves behind, as it was followed on fake tensors while planning."""
+"""Messages and saved activations of a micro-batch, as followed on fake tensors while planning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .traffic import Cargo
 
 @frozen
 class SyncCall:
-    """Collectives of one kind that the operators around a module issue for one micro-batch.
+    """Collectives of a kind that the operators around a module issue for a micro-batch.
 
     Args:
         module: Path of the module.
@@ -36,13 +36,13 @@ class SyncCall:
 
 @frozen
 class Saved:
-    """What autograd keeps of one module: of a block (a repeated layer) as a whole, of others without the modules in them.
+    """Bytes that autograd saves in a module: in a block (a repeated layer) as a whole, else without its submodules.
 
     Args:
         module: Its path.
         saved_bytes: Bytes of all that is kept for the backward pass, parameters left out, each storage once.
-        input_bytes: Of a block the bytes of the tensors that it is called with: what a checkpoint of it keeps.
-        is_block: Whether it is one.
+        input_bytes: Bytes of the tensors that a block is called with, which a checkpoint of it keeps.
+        is_block: Whether the module is a block.
     """
 
     module: str
@@ -53,11 +53,11 @@ class Saved:
 
 @frozen
 class Microbatch:
-    """One forward and backward pass of the first rank along ``data`` and ``tensor``, with the example inputs.
+    """A forward and backward pass of the first rank along ``data`` and ``tensor``, with the example inputs.
 
     Args:
-        calls: What the synchronisations send.
-        saved: What autograd keeps.
+        calls: Collectives of the synchronisations.
+        saved: Activations that autograd saves.
         without_gradient: Trained tensors that no gradient reaches, by canonical path.
     """
 

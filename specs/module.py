@@ -7,7 +7,7 @@ from attrs import frozen
 
 @frozen
 class ModuleSpec:
-    """One module of a model.
+    """A module of a model.
 
     Args:
         path: The first path under which ``named_modules`` meets it; ``""`` for the model itself.

@@ -1,4 +1,4 @@
-"""Who holds what of a tensor, each element once: what is read twice, saved twice or summed twice is wrong. No torch."""
+"""Ownership of a tensor's elements: each element has one owner, which alone saves it, sends it or counts it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def holders(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, Index], ...]:
 
 
 def held_first(spec: ParamSpec, coordinate: Coordinate) -> Index | None:
-    """Return what a coordinate holds of a tensor and no coordinate before it does; None for nothing.
+    """Return the part of a tensor that a coordinate holds and no earlier coordinate does; None for nothing.
 
-    Before it are: the place along ``pipe`` of the tensor's stage before those of other stages, place 0 along an axis that
-    does not split the tensor before others, and the first of the neighbours that hold the same granules.
+    Earlier are: the place along ``pipe`` of the tensor's stage before the places of its copies, place 0 along an axis that
+    does not split the tensor before further places, and the first of the neighbours that hold the same granules.
     """
     whole_along = unsplit(STAGE_AXES, spec.mesh_axes(coordinate))
     if coordinate.pipe != spec.places(coordinate.mesh)[0] or not coordinate.is_first(*whole_along):
@@ -52,12 +52,12 @@ def _places(spec: ParamSpec, mesh: Mesh) -> Iterator[Coordinate]:
 
 
 def local_boxes(spec: ParamSpec, coordinate: Coordinate, index: Index) -> Iterator[tuple[Box, Box]]:
-    """Iterate over the boxes of a part that a coordinate holds: where each lies in the tensor, and in what it holds.
+    """Iterate over the boxes of a part that a coordinate holds: the box in the whole tensor, and in the local shard.
 
     Args:
         spec: The tensor.
         coordinate: Who holds it.
-        index: Some of what it holds.
+        index: The part, within the coordinate's shard.
 
     >>> from shardplan.specs import Mesh, ParamSpec, Shard
     >>> qkv = ParamSpec("qkv", (8, 3), "float32", shards=(Shard(0, blocks=(4, 4)),))
@@ -71,7 +71,7 @@ def local_boxes(spec: ParamSpec, coordinate: Coordinate, index: Index) -> Iterat
 
 
 def clip(index: Index, box: Box) -> Index:
-    """Return what of a part lies in a box.
+    """Return the intersection of a part and a box.
 
     >>> clip((((0, 4), (8, 12)),), ((2, 10),))
     (((2, 4), (8, 10)),)

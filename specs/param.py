@@ -1,4 +1,4 @@
-"""What is known of one tensor, and which part of it each coordinate holds."""
+"""The record of a tensor, and the part of it that each coordinate holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .mesh import Coordinate, Mesh
 
 Kind = Literal["parameter", "buffer", "non_persistent_buffer"]
-"""What a tensor is to its module."""
+"""The role of a tensor in its module."""
 
 
 @frozen
@@ -47,7 +47,7 @@ def _freeze_tags(tags: Mapping[str, Any]) -> frozendict[str, Any]:
 
 @frozen
 class ParamSpec:
-    """What is known of one tensor of a model: one storage, under one or several paths.
+    """A tensor of a model: a single storage, under a path and perhaps aliases.
 
     Args:
         path: Canonical path: the first that ``named_parameters`` (or ``named_buffers``) meets.
@@ -57,7 +57,7 @@ class ParamSpec:
         shards: Which axes are split over which mesh axes.
         stage: Pipeline stage that owns it.
         also_on: Other stages that hold a copy.
-        tags: Whatever the user notes: names to plain values.
+        tags: Notes of the user: names to plain values.
         tie: All other paths of the same tensor.
         requires_grad: Whether it is trained.
         source: Where its values come from.
@@ -120,7 +120,7 @@ class ParamSpec:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All paths of the tensor, the canonical one first."""
+        """All paths of the tensor, the canonical path first."""
         return (self.path, *self.tie)
 
     @property
@@ -129,7 +129,7 @@ class ParamSpec:
         return self.path.rpartition(".")[0]
 
     def places(self, mesh: Mesh) -> tuple[int, ...]:
-        """Return the places along ``pipe`` that hold it, that of the owner first.
+        """Return the places along ``pipe`` that hold it, the owner's first.
 
         >>> from shardplan.specs import Mesh
         >>> ParamSpec("head.weight", (4, 4), "float32", stage=0, also_on=(3, 4)).places(Mesh(pipe=2))
@@ -161,7 +161,7 @@ class ParamSpec:
         return tuple(intervals)
 
     def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
-        """Return the shape of what ``coordinate`` holds, padding counted."""
+        """Return the shape of the part that ``coordinate`` holds, padding counted."""
         shape = list(self.orig_shape)
         for shard in self.shards:
             shape[shard.axis] = shard.length(shape[shard.axis], coordinate)
@@ -181,7 +181,7 @@ class ParamSpec:
         return next((shard for shard in self.shards if shard.mesh_axis == mesh_axis), None)
 
     def shard(self, shard: Shard, origin: Origin | None = None) -> ParamSpec:
-        """Return the spec with one more axis split."""
+        """Return the spec with a further axis split."""
         return evolve(self, shards=(*self.shards, shard), origin=origin)
 
     @property

@@ -1,4 +1,4 @@
-"""Paths selected by glob: ``*`` within one name, ``**`` across names, ``[qkv]``, ``{gate,up}``."""
+"""Paths selected by glob: ``*`` within a name, ``**`` across names, ``[qkv]``, ``{gate,up}``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUM_CLOSEST = 3
 def compile_pattern(pattern: str) -> re.Pattern[str]:  # noqa: C901, PLR0912  one case a token
     """Return the regular expression that matches the paths selected by ``pattern``.
 
-    ``**.`` stands for any number of names, none included; ``?`` for one character of a name.
+    ``**.`` stands for any number of names, none included; ``?`` for a character of a name.
 
     Raises:
         ValueError: If a bracket or brace is not closed.

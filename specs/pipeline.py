@@ -1,4 +1,4 @@
-"""How a model is cut along ``pipe``: its stages, and what crosses from one to the next."""
+"""How a model is cut along ``pipe``: its stages, and the tensors that cross between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ By = Literal["parameters", "flops"]
 """Weight by which stages are balanced: elements of parameters, or floating-point operations of a forward pass."""
 
 Size = int | str
-"""A size of a tensor's axis: a number, or the name of one that may differ from batch to batch, or a formula of names."""
+"""A size of a tensor's axis: a number, a name of a size that may differ from batch to batch, or a formula of names."""
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: lambda a, b: a + b,
@@ -42,11 +42,11 @@ _FUNCTIONS: dict[str, Callable[[int, int], int]] = {
     "Mod": lambda a, b: a % b,
     "PythonMod": lambda a, b: a % b,
 }
-"""What torch calls the operators of sizes."""
+"""Names of torch for the operators of sizes."""
 
 
 def size_in(size: Size, sizes: Mapping[str, int]) -> int:
-    """Return a size where the variable ones are known: a number, a name, or a formula of names.
+    """Evaluate a size (a number, a name, or a formula of names), given the variable sizes.
 
     Raises:
         ValueError: If it is no such formula.
@@ -132,9 +132,9 @@ class VariableSize:
     """A size that may differ from batch to batch.
 
     Args:
-        name: What shapes call it.
-        example: What it is in the example inputs.
-        least: The smallest for which the model's code does what was planned.
+        name: Its name in shapes.
+        example: Its value in the example inputs.
+        least: The smallest value for which the model's code does as planned.
         most: The largest; None if there is none.
     """
 
@@ -146,7 +146,7 @@ class VariableSize:
 
 @frozen
 class Activation:
-    """A tensor that a stage takes or gives, for one micro-batch.
+    """An input or output tensor of a stage, for a micro-batch.
 
     Args:
         name: The model's input, or the module that computes it.
@@ -177,12 +177,12 @@ class Activation:
 
 @frozen
 class Stage:
-    """One part of the model along ``pipe``.
+    """A part of the model along ``pipe``.
 
     Args:
         modules: The outermost modules that run in it as a whole.
-        inputs: What it takes: the model's inputs, or what the stage before gives.
-        outputs: What it gives to the next one, in this order; of the last stage the tensors that the model returns.
+        inputs: Its inputs: the model's, or the outputs of the stage before.
+        outputs: Its outputs, in the order in which they are sent; of the last stage the tensors that the model returns.
         digest: SHA-256 over its graphs, in training and in evaluation, in hexadecimal digits.
     """
 
@@ -193,22 +193,22 @@ class Stage:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of what it gives, for one micro-batch of the size of the example inputs."""
+        """Bytes of its outputs, for a micro-batch of the size of the example inputs."""
         return sum(output.num_bytes for output in self.outputs)
 
 
 @frozen
 class Pipeline:
-    """How a model is cut, and what comes of it.
+    """How a model is cut, and the stages that result.
 
     Args:
         stages: The stages, in order. Stage s runs at place s mod ``pipe`` of the mesh axis ``pipe``.
         cuts: The module after which each stage but the last ends.
         chain: The modules of the stages where they were handed over, or the model is a sequence; then nothing is exported.
-        leaves: Modules that run as they are, as one operation.
-        example: What the model was called with while planning.
+        leaves: Modules that the export does not look into.
+        example: The example inputs while planning.
         sizes: The sizes that may differ from batch to batch.
-        conditions: What must hold of them, as the model's code goes another way where it does not.
+        conditions: Conditions on the sizes without which the model's code takes another branch.
     """
 
     stages: tuple[Stage, ...]

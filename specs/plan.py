@@ -56,7 +56,7 @@ SCHEMA_VERSION = 6
 
 @frozen(eq=False, repr=False)
 class Runtime:
-    """What a plan needs to be executed but cannot be saved: the model, the graphs of its stages, callables by name."""
+    """Objects that execution needs and that cannot be saved: the model, the graphs of its stages, callables by name."""
 
     model: Any = None
     partition: Any = None
@@ -65,19 +65,19 @@ class Runtime:
 
 @frozen(repr=False)
 class Plan:
-    """What all ranks will hold and do. Pure data: print it, compare it, save it, audit it, execute it.
+    """A plan for all ranks, as data: print it, compare it, save it, audit it, execute it.
 
     Args:
         mesh: The device mesh.
         tree: Every tensor of the model, with its layout and source.
-        steps: One list of instructions for all ranks.
+        steps: Instructions, in a single list for all ranks.
         target: Name of the runtime that takes the module; None for none.
         config: The target's configuration.
-        seed: What all random numbers derive from.
+        seed: Seed of all random numbers.
         random_scheme: Version of the function from seed, path and element to random values.
         schema_version: Version of the JSON form.
         pipeline: How the model is cut along ``pipe``; None if it is not.
-        microbatch: What one micro-batch sends and leaves behind; None if none was followed.
+        microbatch: Messages and saved activations of a micro-batch; None if none was followed.
         folder: The files that values are read from; None if none are.
         silences: Findings that are known and meant.
         runtime: Model and callables; outside equality, hash, repr and JSON.
@@ -140,7 +140,7 @@ class Plan:
 
     @cached_property
     def canonical_fields(self) -> Mapping[str, str]:
-        """The one JSON text of each field, by name: what the fingerprint is made of."""
+        """The canonical JSON of each field, by name, from which the fingerprint is computed."""
         return canonical_fields(self)
 
     @cached_property
@@ -179,7 +179,7 @@ def misfits(mesh: Mesh, tree: SpecTree, num_stages: int = 0) -> list[Problem]:
 
 
 def _strangers(mesh: Mesh, tree: SpecTree, steps: tuple[Step, ...]) -> list[Problem]:
-    """Return what steps name that is not there: stages, tensors."""
+    """Return problems of steps that name missing stages or tensors."""
     problems: list[Problem] = []
     for step in steps:
         named, places = _named(step)

@@ -1,4 +1,4 @@
-"""What changes from one plan to another: asked by a program, printed for a pull request."""
+"""The difference of two plans: asked by a program, printed for a pull request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEMORY = (*(f.name for f in fields(Memory)), "training_bytes", "peak_bytes")
 
 @frozen
 class Change:
-    """One thing that is said otherwise.
+    """A changed property.
 
     Args:
         path: Field of the plan, tensor or module.
@@ -41,8 +41,8 @@ class RankChange:
     Args:
         coordinate: Where the first of them stands.
         num_ranks: How many they are; all were alike, and all are alike.
-        before: What each held.
-        after: What each holds.
+        before: Memory of each, before.
+        after: Memory of each, after.
     """
 
     coordinate: Coordinate
@@ -53,7 +53,7 @@ class RankChange:
 
 @frozen
 class Spread:
-    """What the ranks hold, all together.
+    """Total memory of the ranks.
 
     Args:
         worst: Bytes of the rank that has the most.
@@ -68,7 +68,7 @@ class Spread:
 
 @frozen
 class SpreadChange:
-    """What the ranks hold, all together, before and after.
+    """Total memory of the ranks, before and after.
 
     Args:
         what: A property of ``Memory``: ``held_bytes``, ``training_bytes``, ``peak_bytes``.
@@ -83,7 +83,7 @@ class SpreadChange:
 
 @frozen
 class Messages:
-    """Messages of one kind.
+    """Messages of a kind.
 
     Args:
         num_calls: How many.
@@ -97,14 +97,14 @@ class Messages:
 
 @frozen
 class TrafficChange:
-    """Messages that are others, on the ranks of a stage that have the most.
+    """Changed messages, on the ranks of a stage that send the most.
 
     Args:
         during: While the plan is executed, or in each training step.
         stage: Place along ``pipe``.
-        kind: Mesh axes, what is sent, and how.
-        before: What was sent.
-        after: What is sent.
+        kind: Mesh axes, cargo and operator.
+        before: The messages before.
+        after: The messages after.
     """
 
     during: Literal["execution", "step"]
@@ -116,7 +116,7 @@ class TrafficChange:
 
 @frozen
 class Move:
-    """What ranks must receive of some tensors to go from one plan to the other.
+    """Bytes of some tensors that ranks receive to go from a plan to another.
 
     Args:
         paths: The tensors, repeated layers folded.
@@ -137,22 +137,22 @@ class Move:
 
 @frozen
 class PlanDiff:
-    """What changes from a plan to another.
+    """The difference of two plans.
 
     Args:
-        before: Fingerprint of the one.
+        before: Fingerprint of the plan before.
         after: Fingerprint of the other.
-        fields: What is said of the plan as a whole: mesh, target, config, seed, stages, kinds of steps.
+        fields: Changes of the plan as a whole: mesh, target, config, seed, stages, kinds of steps.
         tensors: Tensors that came, went, or are said otherwise, one change a row.
         modules: Modules that compute otherwise.
-        ranks: What ranks hold otherwise; empty if the meshes differ.
-        spreads: What all ranks hold together.
-        traffic: Messages that came, went, or are others.
-        came: Findings of the other plan that the one has not.
-        went: Findings of the one plan that the other has not.
-        moves: What must be received to go from the one to the other, family by family.
+        ranks: Changes of memory by rank; empty if the meshes differ.
+        spreads: Changes of total memory.
+        traffic: Messages that came, went, or changed.
+        came: Findings of the plan after alone.
+        went: Findings of the plan before alone.
+        moves: Bytes to receive to go from the plan before to the plan after, by family of tensors.
         worst_rank: The rank that receives most; None if nothing is received.
-        worst_bytes: What it receives.
+        worst_bytes: Bytes that it receives.
     """
 
     before: str
@@ -253,7 +253,7 @@ def _types(move: Move) -> str:
 
 
 def _folded(changes: Iterable[Change]) -> list[str]:
-    """Write changes, those that are alike from layer to layer once; ``+`` came, ``-`` went, ``~`` is otherwise."""
+    """Write changes, folded over repeated layers; ``+`` came, ``-`` went, ``~`` changed."""
     rows: list[tuple[str, tuple[str, ...]]] = []
     for change in changes:
         if change.before is None or change.after is None:

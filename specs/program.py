@@ -118,7 +118,7 @@ class LogNormal:
 
 @frozen
 class Bernoulli:
-    """One with probability ``p``, else zero."""
+    """1 with probability ``p``, else 0."""
 
     p: float = field(converter=float, validator=_probability)
 
@@ -153,7 +153,7 @@ Draw = Normal | Uniform | TruncatedNormal | Exponential | LogNormal | Bernoulli 
 
 @frozen
 class Node:
-    """One operator of those that compute a constant, by its name in ``torch.ops.aten``.
+    """An operator in the computation of a constant, by its name in ``torch.ops.aten``.
 
     Arguments are plain. What is not plain in torch is written as a dictionary with one key: ``{"node": 3}`` is the result
     of the fourth node (``{"node": 3, "item": 1}`` the second of its results), ``{"dtype": "float32"}`` an element type,
@@ -205,7 +205,7 @@ class Constant:
 
 @frozen
 class Fill:
-    """Every element becomes one number."""
+    """Every element becomes a number."""
 
     value: Any = field(converter=to_plain, validator=check_plain)
 
@@ -224,7 +224,7 @@ class Map:
 
     Args:
         op: Its name in ``torch.ops.aten``, e.g. ``mul_.Tensor``.
-        args: Its arguments after the tensor, written as those of a ``Node``; ``{"node": 0}`` is the first constant.
+        args: Its arguments after the tensor, written as in a ``Node``; ``{"node": 0}`` is the first constant.
         kwargs: Its keyword arguments.
         constants: Tensors among the arguments, each in the shape of the part that is written.
     """
@@ -251,7 +251,7 @@ class Map:
 
 @frozen
 class Set:
-    """Every element takes that of a constant, which has the shape of the part that is written."""
+    """Every element takes its value from a constant, which has the shape of the part that is written."""
 
     constant: Constant
 
@@ -264,13 +264,13 @@ What = Draw | Fill | Map | Set
 
 @frozen
 class Operation:
-    """One operation on a tensor, or on a part of it.
+    """An operation on a tensor, or on a part of it.
 
     >>> str(Operation(Fill(0), box=((0, 1, 1), None)))
     'zero row 0'
 
     Args:
-        what: What is done.
+        what: The operation.
         box: To which elements; None for all.
     """
 
@@ -279,7 +279,7 @@ class Operation:
 
     @property
     def overwrites(self) -> bool:
-        """Whether it gives every element a value, whatever it was."""
+        """Whether it gives every element a value that does not depend on the one before."""
         return self.box is None and not isinstance(self.what, Map)
 
     def __str__(self) -> str:
@@ -294,11 +294,11 @@ class Operation:
 
 @frozen
 class InitProgram:
-    """What makes the values of one tensor, in order; each operation is pointwise.
+    """The operations that make the values of a tensor, in order; each is pointwise.
 
     Args:
         operations: The operations.
-        replaces: Whether the schedule asks for it, whatever values the module has.
+        replaces: Whether the schedule asks for it in place of the values that the module has.
 
     >>> program = InitProgram([Operation(Normal(0, 0.02)), Operation(Fill(0), ((0, 1, 1), None))])
     >>> str(program)
@@ -323,7 +323,7 @@ class InitProgram:
         return tuple(found)
 
     def then(self, operation: Operation) -> InitProgram:
-        """Return the program with one more operation; what that overwrites altogether is forgotten.
+        """Return the program with a further operation; operations that it overwrites altogether are dropped.
 
         >>> str(InitProgram([Operation(Normal(0, 1))]).then(Operation(Fill(1))))
         'fill(1)'

@@ -1,4 +1,4 @@
-"""What holds for a plan on all its ranks, or where it does not."""
+"""Proofs of laws for all ranks of a plan, with their failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAWS: dict[Law, str] = {
     "order": "all members of a process group issue the same collectives in the same order",
     "values": "values do not depend on the layout",
 }
-"""What is proven, by name."""
+"""Laws that are proven, by name."""
 
 
 @frozen
@@ -26,7 +26,7 @@ class Failure:
 
     Args:
         path: The tensor; ``""`` for the plan as a whole.
-        cause: What is so, with the coordinate where it is.
+        cause: The fact, with the coordinate where it was found.
     """
 
     path: str

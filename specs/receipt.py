@@ -1,4 +1,4 @@
-"""What one rank really allocated, sent and took."""
+"""Allocations, messages and time of a rank's execution."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .dtypes import human_bytes
 from .mesh import MeshAxis
 
 AGREEMENT_BYTES = 8 * 16
-"""Bytes that each rank tells all others in one agreement: 16 integers of 8 bytes."""
+"""Bytes that each rank contributes to an agreement: 16 integers of 8 bytes."""
 
 
 @frozen
 class Collective:
-    """One collective that a rank took part in.
+    """A collective that a rank took part in.
 
     Args:
         op: ``all_gather``, ``all_reduce``, ``broadcast`` or ``scatter``.
@@ -30,11 +30,11 @@ class Collective:
 
 @frozen
 class Receipt:
-    """What one rank did: predicted by the audit, proven by the interpreter.
+    """The account of a rank's execution: predicted by the audit, kept by the interpreter.
 
     Args:
         rank: The rank.
-        num_tensors: Tensors placed in its module, tied ones once.
+        num_tensors: Tensors placed in its module, aliases not counted.
         held_bytes: Bytes of their storages.
         allocated_bytes: Bytes of all allocations, staging among them.
         peak_bytes: Most bytes that were allocated at one time, less what init code itself allocates, and less what

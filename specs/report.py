@@ -1,4 +1,4 @@
-"""What the audit found out: printed for a person, asked by a program."""
+"""The report of an audit: printed for a person, asked by a program."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ _TOO_LARGE = "SP030"
 
 @frozen
 class Report:
-    """What each rank will hold, send and risk.
+    """Memory, messages and findings of all ranks.
 
     Args:
-        title: The plan in one line.
+        title: The plan in a line.
         mesh: The plan's mesh.
         distinct: Which ranks are alike.
         shares: Memory, for each distinct coordinate in the order of ranks.
         execution: Messages while the plan is executed, for each distinct coordinate.
-        training: Messages of one training step.
-        boundaries: What crosses between pipeline stages for one micro-batch.
+        training: Messages of a training step.
+        boundaries: Tensors that cross between pipeline stages for a micro-batch.
         replicated: Tensors that every rank of their stage holds whole, largest first: path, printed type, bytes.
-        proofs: What holds on all ranks, and where it does not.
-        reads: What is read while the plan is executed, for each distinct coordinate by file.
+        proofs: Proofs of the laws, with their failures.
+        reads: Bytes read while the plan is executed, for each distinct coordinate by file.
         folder: The files; None if the plan reads none.
-        findings: What may hurt, and nobody silenced.
-        silenced: What somebody did silence, and why.
-        num_microbatches: Micro-batches of a training step, on one rank.
+        findings: Findings that are not silenced.
+        silenced: Silenced findings, with reasons.
+        num_microbatches: Micro-batches of a training step, on a rank.
         ranks_per_node: Ranks that share a node and its host memory; None if nobody said.
-        device_memory: Bytes of one device; None if nobody said.
+        device_memory: Bytes of a device; None if nobody said.
     """
 
     title: str
@@ -91,7 +91,7 @@ class Report:
         return any(finding.severity == "error" and finding.code != _TOO_LARGE for finding in self.findings)
 
     def memory(self, rank: int) -> Memory:
-        """Return what a rank holds; where ZeRO 2 leaves ranks that are alike different gradients, what the fullest does.
+        """Return a rank's memory; where ZeRO 2 leaves alike ranks different gradients, the fullest rank's.
 
         Raises:
             IndexError: For a rank outside the mesh.
@@ -110,7 +110,7 @@ class Report:
 
     @property
     def host_peak_bytes(self) -> int | None:
-        """Most bytes of host memory that the processes of one node take for values that the model came with.
+        """Most bytes of host memory that the processes of a node take for values that the model came with.
 
         A model on meta has none. Where tensors go to the CPU, what the ranks hold is on top of it. None if nobody said how
         many ranks share a node.
@@ -144,7 +144,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """What all findings come to, in a few words."""
+        """The verdict of all findings, in a few words."""
         if self.ok:
             return "yes"
         if self.is_refused:
@@ -204,7 +204,7 @@ class Report:
 
 
 def _by_stage(rows: Iterable[tuple[int, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
-    """Write what is alike on several stages once."""
+    """Fold rows that are alike on several stages."""
     stages: dict[tuple[str, ...], list[int]] = {}
     for stage, cells in rows:
         stages.setdefault(cells, []).append(stage)

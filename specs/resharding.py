@@ -1,4 +1,4 @@
-"""From one plan's mesh to another's: which rank sends what to which. Integer arithmetic alone."""
+"""Transfers between ranks to go from a plan's mesh to another's, by integer arithmetic alone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .shard import Shard
 from .text_table import ranges, table
 
 _Tensor = tuple[tuple[int, ...], tuple[Shard, ...], tuple[int, ...], tuple[Shard, ...], tuple[int, ...]]
-"""What decides how a tensor moves: its shape, and of source and target its shards and places along ``pipe``."""
+"""All that decides how a tensor moves: its shape, and of source and target its shards and places along ``pipe``."""
 
 _WIDE = 40
 
 
 @frozen
 class Transfer:
-    """A part of a tensor that goes from one rank to another, or stays where it is.
+    """A part of a tensor that goes from a rank to another, or stays where it is.
 
     Args:
         path: The tensor.
@@ -48,10 +48,10 @@ class Transfer:
 
 @frozen(repr=False)
 class Reshard:
-    """How what one plan's ranks hold becomes what another plan's ranks hold. Pure data, like a plan.
+    """The transfers that turn the shards of a plan into the shards of another. Data, like a plan.
 
-    Every element comes from one rank: from the target rank itself where it has it as a rank of the source; else from one
-    of those that hold it, taken in turn by the number of the target rank, so that replicas share the load.
+    Every element comes from a single rank: the target rank itself where it has it as a rank of the source; else its holders
+    take turns by the number of the target rank, so that replicas share the load.
 
     Args:
         source: The plan that was executed.
@@ -67,19 +67,19 @@ class Reshard:
         return max(self.source.mesh.num_ranks, self.target.mesh.num_ranks)
 
     def receives(self, rank: int) -> tuple[Transfer, ...]:
-        """Return what a rank of the target gets, what it has already too, in the order of the target's tensors."""
+        """Return all parts of a target rank, also those it has already, in the order of the target's tensors."""
         if rank >= self.target.mesh.num_ranks:
             return ()
         return tuple(move for spec in self.target.tree.values() for move in self.of(spec.path, rank))
 
     def sends(self, rank: int) -> tuple[Transfer, ...]:
-        """Return what a rank of the source gives to others; it takes as long as there are ranks in the target."""
+        """Return the parts that a source rank sends; the time is linear in the ranks of the target."""
         targets = range(self.target.mesh.num_ranks)
         moves = (move for spec in self.target.tree.values() for target in targets for move in self.of(spec.path, target))
         return tuple(move for move in moves if move.source == rank != move.target)
 
     def of(self, path: str, rank: int) -> Iterator[Transfer]:
-        """Iterate over what a rank of the target gets of one tensor."""
+        """Iterate over the parts of a tensor that a target rank gets."""
         for index, source in _moves(self._tensor(path), self.source.mesh, self.target.mesh, rank):
             yield Transfer(path, index, source, rank)
 
@@ -162,7 +162,7 @@ def _assigned(shard: Shard, size: int, mesh: Mesh, own: Coordinate | None) -> li
 
 
 def _holder(at: dict[MeshAxis, int], places: tuple[int, ...], mesh: Mesh, own: Coordinate | None, rank: int) -> int:
-    """Return the rank that gives a part: this one if it has it, else one of those that do, in turn."""
+    """Return the rank that gives a part: the target rank if it has the part, else a holder, in turn."""
     if own is not None and all(own.index(mesh_axis) == place for mesh_axis, place in at.items()):
         return own.rank
     turn, pipe = divmod(rank, len(places))
@@ -173,7 +173,7 @@ def _holder(at: dict[MeshAxis, int], places: tuple[int, ...], mesh: Mesh, own: C
 
 
 def _place(tensor: _Tensor, before: Mesh, after: Mesh, rank: int) -> object:
-    """Return what decides what a rank gets of a tensor: where it stands on both meshes, as far as they split it."""
+    """Return a rank's places on both meshes along the axes that split a tensor; ranks at equal places get the same part."""
     _, shards, places, new_shards, new_places = tensor
     here, own = after.coordinate(rank), _own(places, before, rank)
     if here.pipe not in new_places:

@@ -1,4 +1,4 @@
-"""Meshes that were tried: which fit, and what a step costs on each."""
+"""Meshes that were tried: which fit, and the cost of a step on each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .text_table import table
 
 @frozen
 class Candidate:
-    """One mesh that was tried.
+    """A mesh that was tried.
 
     Args:
         mesh: The ranks.
@@ -38,13 +38,13 @@ class Candidate:
 
 @frozen
 class Search:
-    """All meshes of a number of ranks: those that fit first, by cost, then those that are too large, then those refused.
+    """All meshes of a number of ranks: first meshes that fit, by cost, then too large, then refused meshes.
 
     Args:
         num_ranks: Ranks of each mesh.
-        device_memory: Bytes of one device.
+        device_memory: Bytes of a device.
         candidates: The meshes in this order.
-        assumed: What the cost stands on, a sentence a line.
+        assumed: Assumptions of the cost, a sentence a line.
     """
 
     num_ranks: int
@@ -54,7 +54,7 @@ class Search:
 
     @property
     def best(self) -> Candidate | None:
-        """The first one that fits; None if none does."""
+        """The first mesh that fits; None if none does."""
         return next((candidate for candidate in self.candidates if candidate.fits), None)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""One axis of a tensor, split over a mesh axis: which of its entries each coordinate holds. Integer arithmetic alone."""
+"""An axis of a tensor split over a mesh axis: the entries that each coordinate holds, by integer arithmetic alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _check_flag(_: Shard, attribute: Attribute[bool], value: object) -> None:
 
 
 class Split(TypedDict, total=False):
-    """How an axis is split: what ``Shard`` takes besides the axes."""
+    """How an axis is split: arguments of ``Shard`` besides the axes."""
 
     blocks: tuple[int, ...]
     interleaved: int
@@ -48,13 +48,13 @@ class Split(TypedDict, total=False):
 
 @frozen
 class Held:
-    """Consecutive entries of an axis that one coordinate holds.
+    """Consecutive entries of an axis that a coordinate holds.
 
     Args:
         start: The first.
-        stop: The one after the last.
+        stop: The end (exclusive).
         num_holders: How many neighbouring ranks along the mesh axis hold them.
-        holder: Which of these this one is.
+        holder: Number of this coordinate among these ranks.
     """
 
     start: int
@@ -73,7 +73,7 @@ class Misfit:
 
 @frozen
 class Shard:
-    """One axis of a tensor, split along one mesh axis.
+    """An axis of a tensor, split along a mesh axis.
 
     The axis is one block, or several laid one after another, or groups of such blocks; each block is split on its own. Of a
     block of m granules each of n ranks gets m / n, in order: with several blocks (q|k|v, gate|up) a rank holds some of each.
@@ -81,12 +81,12 @@ class Shard:
     Args:
         axis: Axis of the tensor, counted from 0.
         mesh_axis: Mesh axis whose ranks share it: ``data``, ``expert`` or ``tensor``.
-        blocks: Sizes of the blocks, of one group where it is interleaved; empty for one block.
+        blocks: Sizes of the blocks, of a single group where it is interleaved; empty for a single block.
         interleaved: Equal groups that the axis consists of (a head's q, k and v, in GPT-NeoX). Ranks get whole groups; with
-            fewer groups than ranks, those of a group share its blocks.
+            fewer groups than ranks, the ranks of a group share its blocks.
         granule: Entries that stay together, such as those of an attention head.
         replicate: With fewer granules than ranks, each is held by as many neighbouring ranks.
-        uneven: What does not divide is split by the rule of ``torch.chunk``: ceil(m / n) granules each until none is left.
+        uneven: Blocks that do not divide are split as ``torch.chunk`` does: ceil(m / n) granules each until none is left.
         allow_empty: An uneven split may leave ranks without any.
         pad_to_multiple: Zeros after the last entry, up to a multiple of this, where several ranks share the axis; the first
             axis of a tensor alone can be padded.
@@ -127,7 +127,7 @@ class Shard:
             raise ValueError(wrong)
 
     def intervals(self, size: int, coordinate: Coordinate) -> tuple[Interval, ...]:
-        """Return the entries of an axis of ``size`` that ``coordinate`` holds, in order; neighbours are one interval.
+        """Return the entries of an axis of ``size`` that ``coordinate`` holds, in order; adjacent intervals are merged.
 
         Raises:
             ValueError: If they cannot be split so; :meth:`misfit` says why.
@@ -185,7 +185,7 @@ class Shard:
         return Misfit(cause, fix or self._nearest(size, num)) if cause else None
 
     def _why_not(self, size: int, num: int) -> tuple[str, str]:
-        """Return why it cannot be split so, and what to say instead if that is known; nothing if it can."""
+        """Return why it cannot be split so, and the fix if known; empty strings if it can."""
         if self.pad_to_multiple > 1 and num > 1:
             padded, multiple = self._padded(size), lcm(self.pad_to_multiple, num)
             cause = self._cause(f"{size} entries, padded to {padded}", padded, num) if padded % num else ""
@@ -224,7 +224,7 @@ class Shard:
         return cause, ""
 
     def _nearest(self, size: int, num: int) -> str:
-        """Return what can be said, or done, instead."""
+        """Return the nearest splits that can be declared instead."""
         ways: list[tuple[str, Split]] = [
             ("repeat them: replicate=True", {"replicate": True}),
             (f"pad it to {-(-size // num) * num}: pad_to_multiple={num}", {"pad_to_multiple": num}),

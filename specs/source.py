@@ -15,14 +15,14 @@ CodeKind = Literal["init_weights", "_init_weights", "reset_parameters", "_reset_
 
 @frozen
 class ModuleCall:
-    """Run init code on one module: ``code(module)``.
+    """Run init code on a module: ``code(module)``.
 
     Args:
         module: Path of the module that the code is called on.
         kind: Whose code it is.
         code: ``module:qualname`` of the code.
         owner: Path of the module whose method it is; the Hugging Face model for ``_init_weights``.
-        opaque: Whether it could not be followed to its end while planning; what it makes is checked when it runs.
+        opaque: Whether it could not be followed to its end while planning; its results are checked when it runs.
     """
 
     module: str
@@ -37,9 +37,9 @@ class ModuleCall:
 
 @frozen
 class TensorCall:
-    """Run a function of the user's on one whole tensor, which it fills in place: ``function(tensor)``.
+    """Run a function of the user's on a whole tensor, which it fills in place: ``function(tensor)``.
 
-    ``opaque`` is that of ``ModuleCall``.
+    ``opaque`` is as in ``ModuleCall``.
     """
 
     path: str
@@ -55,7 +55,7 @@ Call = ModuleCall | TensorCall
 
 @frozen
 class Made:
-    """Init code makes the values of the whole tensor on one rank: the last of ``calls`` that writes an element wins.
+    """Init code makes the values of the whole tensor on a single rank: the last of ``calls`` that writes an element wins.
 
     Args:
         calls: The code.
@@ -71,7 +71,7 @@ class Made:
 
 @frozen
 class ModuleValues:
-    """The values that the module has when the plan is executed, those of the stage's first rank."""
+    """The values that the module of the stage's first rank has when the plan is executed."""
 
     def __str__(self) -> str:
         return "values of the module"
@@ -90,7 +90,7 @@ class Loaded:
     """Values that lie in files.
 
     Args:
-        parts: What of which stored tensor goes where; together they are the whole tensor. All have one dtype.
+        parts: Parts of stored tensors with their places; together they are the whole tensor. All have the same dtype.
     """
 
     parts: tuple[Part, ...]
@@ -110,7 +110,7 @@ class Materialised:
 
     Args:
         plan: Fingerprint of the plan that they were written for.
-        parts: What they were read from then, if they were.
+        parts: The stored parts that they were read from, if any.
     """
 
     plan: str
@@ -122,7 +122,7 @@ class Materialised:
 
 @frozen
 class Uninitialised:
-    """No values at all: whatever the memory holds."""
+    """No values at all: uninitialised memory."""
 
     def __str__(self) -> str:
         return "uninitialised"
@@ -130,7 +130,7 @@ class Uninitialised:
 
 @frozen
 class Unknown:
-    """Not decided yet: what a schedule says before a plan is made from it."""
+    """Not decided yet, as in a schedule before it is planned."""
 
     def __str__(self) -> str:
         return "not planned"

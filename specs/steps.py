@@ -1,4 +1,4 @@
-"""The instructions of a plan: one list for all ranks.
+"""The instructions of a plan: a single list for all ranks.
 
 A step names stages, mesh axes and paths, never ranks, groups or intervals. What it asks of one rank is computed by
 ``shardplan.functional.interpreter.resolve``. Its ``stage`` is the place along ``pipe`` of the ranks that it is for:
@@ -125,7 +125,7 @@ class LoadOwn:
 
 @frozen
 class CheckLoaded:
-    """All ranks add up the position sums of what they read, and compare them with those that were written down."""
+    """All ranks add up the position sums of the values that they read, and compare them with the recorded sums."""
 
 
 @frozen
@@ -138,7 +138,7 @@ class Allocate:
 
 @frozen
 class Scatter:
-    """The first rank of each group gives every member its own part of whole tensors, in one message each.
+    """The first rank of each group sends every member its own part of whole tensors, in a single message.
 
     ``over`` are the mesh axes that split the tensors; of the other axes of the stage only place 0 takes part.
     """
@@ -150,9 +150,9 @@ class Scatter:
 
 @frozen
 class Broadcast:
-    """The first rank of each group gives every member what it holds, in one message.
+    """The first rank of each group sends every member its tensors, in a single message.
 
-    What travels is the whole tensor where ``over`` holds an axis that splits it, else the part that the group shares.
+    The whole tensor travels where ``over`` holds an axis that splits it, else the part that the group shares.
     """
 
     stage: int
@@ -162,7 +162,7 @@ class Broadcast:
 
 @frozen
 class SendCopy:
-    """The ranks of a stage give what they hold of tensors to the ranks at the same place of another one that holds them.
+    """The ranks of a stage send their parts of tensors to the ranks at the same place of another stage that holds them.
 
     ``stage`` and ``to`` are places along ``pipe``.
     """
@@ -182,7 +182,7 @@ class Slice:
 
 @frozen
 class Place:
-    """What a rank holds becomes the tensors of its module, under their canonical paths."""
+    """A rank's parts become the tensors of its module, under their canonical paths."""
 
     stage: int
     paths: tuple[str, ...]
@@ -212,12 +212,12 @@ class SumTied:
 
 @frozen
 class TakeStages:
-    """Of the whole module each rank keeps the stages that it runs; what other stages hold was never filled."""
+    """Of the whole module each rank keeps the stages that it runs; tensors of further stages were never filled."""
 
 
 @frozen
 class AsDTensors:
-    """All tensors of the module become DTensors of torch; modules still compute with the local ones.
+    """All tensors of the module become DTensors of torch; modules still compute with local tensors.
 
     Args:
         mesh_axes: Dimensions of the device mesh, in mesh order; there is a group along each.

@@ -1,4 +1,4 @@
-"""What lies in files: tensors, where their bytes begin, and how they make up a model's tensors."""
+"""Tensors in files: where their bytes begin, and how they make up a model's tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .intervals import Interval, common
 from .json_values import check_integer
 
 Box = tuple[Interval, ...]
-"""Consecutive entries of each axis: the first, and the one after the last."""
+"""An interval of each axis."""
 
 
 @frozen
@@ -23,7 +23,7 @@ class StoredFile:
     Args:
         name: Its path within the folder.
         num_bytes: Its length.
-        digest: SHA-256 of what describes the tensors in it, in hexadecimal digits; empty where nothing in the file does.
+        digest: SHA-256 of the file's description of its tensors, in hexadecimal digits; empty if it has none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class StoredTensor:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element."""
+        """Bytes of an element."""
         return num_bytes(self.dtype)
 
 
@@ -72,9 +72,9 @@ class Part:
 
     Args:
         stored: The stored tensor.
-        box: What is taken of it.
+        box: The box that is taken of it.
         at: Where it begins in the tensor, for each axis of that.
-        axes: For each axis of the tensor the axis of the stored one; -1 for a new axis, of one entry here.
+        axes: For each axis of the tensor the stored axis; -1 for a new axis, of size 1.
 
     >>> expert = StoredTensor("model.safetensors", "experts.1.w3.weight", 4096, (6, 4), "bfloat16")
     >>> part = Part(expert, ((0, 6), (0, 4)), at=(1, 6, 0), axes=(-1, 0, 1))
@@ -100,7 +100,7 @@ class Part:
         return tuple(sizes[axis] if axis >= 0 else 1 for axis in self.axes)
 
     def within(self, index: Index) -> Index | None:
-        """Return what it gives to a part of the tensor, in the tensor's entries; None for nothing."""
+        """Return its intersection with a part of the tensor, in the tensor's entries; None for nothing."""
         found: list[tuple[Interval, ...]] = []
         for intervals, at, size in zip(index, self.at, self.shape, strict=True):
             found.append(common(intervals, ((at, at + size),)))

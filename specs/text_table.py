@@ -13,7 +13,7 @@ _FEW = 2
 
 
 def table(rows: Iterable[tuple[str, ...]], *, right: bool = False) -> list[str]:
-    """Return rows of one length as lines; with ``right`` columns of numbers and sizes are aligned on the right.
+    """Return rows of equal length as lines; with ``right`` columns of numbers and sizes are aligned on the right.
 
     >>> table([("stage", "bytes"), ("0", "1.5 KiB"), ("1", "12 B")], right=True)
     ['stage    bytes', '    0  1.5 KiB', '    1     12 B']
@@ -27,7 +27,7 @@ def table(rows: Iterable[tuple[str, ...]], *, right: bool = False) -> list[str]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Write numbers with those that follow one another as a range.
+    """Write numbers, with consecutive numbers as a range.
 
     >>> ranges([0, 1, 2, 3, 7, 15, 16])
     '0..3, 7, 15, 16'

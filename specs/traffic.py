@@ -1,4 +1,4 @@
-"""What ranks send: while the plan is executed, and in each step of training."""
+"""Messages of ranks, while the plan is executed and in each step of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ parameters that are gathered, what crosses between stages."""
 
 @frozen
 class Traffic:
-    """Messages of one kind while the plan is executed, as ranks of one distinct coordinate see them.
+    """Messages of a kind while the plan is executed, on the ranks of a distinct coordinate.
 
     Args:
         coordinate: Where the first of these ranks stands.
@@ -34,20 +34,20 @@ class Traffic:
 
 @frozen
 class StepTraffic:
-    """Messages of one kind in one training step, on one rank of a stage; of several ranks the one with the most.
+    """Messages of a kind in a training step, on the rank of a stage that sends the most.
 
     Args:
         stage: Pipeline stage.
         mesh_axis: Mesh axis along which they go.
-        cargo: What is sent.
+        cargo: Kind of the tensors that are sent.
         op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast`` or ``send``.
-        num_calls: Messages in a step; where the runtime cuts them in buckets of its own, one for each tensor or buffer.
+        num_calls: Messages in a step; where the runtime cuts them in buckets of its own, counted by tensors or buffers.
         num_bytes: Bytes of the tensors that are sent: of an all-reduce the tensor, of a gather or a reduce-scatter the
             whole that is gathered or scattered, of a message from rank to rank the message.
         wire_bytes: Bytes that this rank puts on the wire, by the ring algorithms (Patarasu and Yuan 2009): of n ranks an
             all-reduce sends 2 (n - 1) / n of the bytes, a gather or a reduce-scatter (n - 1) / n, a broadcast and a message
             all of them.
-        between_bytes: Bytes of these that leave the node, a mean over the group: 0 where all ranks share one.
+        between_bytes: Bytes of these that leave the node, a mean over the group: 0 where all ranks share a node.
     """
 
     stage: int
@@ -67,10 +67,10 @@ class StepTraffic:
 
 @frozen
 class Boundary:
-    """What crosses from one pipeline stage to the next for one micro-batch of the size of the example inputs.
+    """Tensors that cross from a pipeline stage to the next, for a micro-batch of the size of the example inputs.
 
     Args:
-        stage: The stage that sends; the next one receives.
+        stage: The stage that sends; the next stage receives.
         num_tensors: Tensors.
         num_bytes: Bytes of all of them, on one rank.
         gradient_bytes: Bytes of the gradients that come back.
