@@ -1,6 +1,7 @@
 """The only effect: carry out a plan on this rank.
 
-``execute`` prepares what the steps need, hands them to the interpreter with real effects, and returns what it built.
+``execute`` checks the plan and copies the module, lets the interpreter carry out the steps with real effects, and returns the
+filled module in the runtime's wrapping.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .dialects import find_dialect
 from .interpreter.interpret import interpret
 from .interpreter.torch_effects import TorchEffects
 from .interpreter.world import own_coordinate
-from .model.callables import find_callable
+from .model.callables import missing_callables
 from .model.copy import copy_module, on_meta
 from .model.read import differences
 from .pipeline.build_stages import planned_partition
@@ -138,14 +139,14 @@ def execute(
 
 @define
 class _Ready:
-    """What the steps need on this rank. After an error the rest are stand-ins: the rank still has to join collectives.
+    """The inputs of the steps on this rank; after an error stand-ins, as the rank still has to join collectives.
 
     Args:
         plan: The plan, with the asked-for layout of tensors.
         device: The device of all tensors.
         module: A copy of the user's module, with its tensors on meta.
         partition: The graphs of the pipeline's stages; None without a pipeline.
-        error: What was wrong; the opening agreement tells all ranks.
+        error: The first error; the opening agreement tells all ranks.
     """
 
     plan: Plan
@@ -216,7 +217,7 @@ def _check(plan: Plan, model: object, optimizer: object, loss_fn: object) -> lis
         *_wrong_random_scheme(plan),
         *_wrong_target(plan, loss_fn),
         *_wrong_optimizer(plan, optimizer),
-        *_missing_callables(plan),
+        *missing_callables(plan.callables, plan.runtime.callables),
         *_wrong_model(plan, model),
     ]
     if problems := problems or _not_installed(plan):
@@ -253,14 +254,6 @@ def _wrong_optimizer(plan: Plan, optimizer: object) -> Iterator[Problem]:
     elif optimizer is not None and (plan.config or {}).get("optimizer") is not None:
         cause = "one is given, and config.optimizer names one: another would run than the plan says"
         yield Problem("optimizer", cause, "Leave it out, or plan without config.optimizer")
-
-
-def _missing_callables(plan: Plan) -> Iterator[Problem]:
-    for name in plan.callables:
-        try:
-            find_callable(name, plan.runtime.callables)
-        except PlanError as error:
-            yield from error.problems
 
 
 def _wrong_model(plan: Plan, model: object) -> Iterator[Problem]:

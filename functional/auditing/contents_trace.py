@@ -29,7 +29,7 @@ rank, its own module, no step, or a message."""
 
 @frozen
 class Content:
-    """A part of one tensor, and where the rank has it from."""
+    """A part of one tensor, and its origin on this rank."""
 
     path: str
     index: Index

@@ -1,1 +1,1 @@
-"""The steps of a plan for one rank: what each asks, the loop, and the effects, dry and real."""
+"""The steps of a plan for one rank: the work that each asks, the loop, and the effects, dry and real."""

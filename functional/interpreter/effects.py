@@ -1,4 +1,4 @@
-"""What the interpreter can do to the world: one method for each kind of work, and what messages are made of.
+"""The effects of the interpreter: a method for each kind of work, and the operations that messages are made of.
 
 ``TorchEffects`` fills a module with real tensors; ``DryRun`` only counts bytes; tests have recorders.
 """

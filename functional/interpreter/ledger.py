@@ -1,4 +1,4 @@
-"""Bookkeeping of one rank: what it has allocated, freed, sent and placed."""
+"""Bookkeeping of one rank: allocations, messages, reads and placed tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @define
 class Ledger:
-    """Adds up what the effects of one rank report; gives the receipt."""
+    """Adds up the reports of a rank's effects; gives the receipt."""
 
     live_bytes: int = 0
     peak_bytes: int = 0
@@ -32,12 +32,12 @@ class Ledger:
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def free(self, num_bytes: int) -> None:
-        """Note that an allocation is gone."""
+        """Note that an allocation is freed."""
         self.live_bytes -= num_bytes
         assert self.live_bytes >= 0, "more was freed than allocated"
 
     def place(self, num_bytes: int) -> None:
-        """Note a tensor that is the module's now, by the bytes of its storage."""
+        """Note a placed tensor, by the bytes of its storage."""
         self.num_tensors += 1
         self.held_bytes += num_bytes
 
@@ -46,11 +46,11 @@ class Ledger:
         self.collectives.append(Collective(op, mesh_axes, (group.start, group.stop, group.step), num_bytes))
 
     def read(self, file: str, num_bytes: int) -> None:
-        """Note what was read of a file."""
+        """Note bytes read from a file."""
         self.reads[file] = self.reads.get(file, 0) + num_bytes
 
     def receipt(self, rank: int, seconds: float = 0.0) -> Receipt:
-        """Return the receipt of all that was noted."""
+        """Return the receipt of everything noted so far."""
         return Receipt(
             rank=rank,
             num_tensors=self.num_tensors,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from frozendict import frozendict
@@ -44,6 +44,15 @@ def find_callable(name: str, callables: Mapping[str, Any]) -> Callable[..., Any]
     except (ImportError, AttributeError, ValueError) as error:
         fix = "Put its module on PYTHONPATH, or plan again in this process"
         raise PlanError([Problem(name, f"the plan calls this function, and it cannot be imported: {error}", fix)]) from error
+
+
+def missing_callables(names: Iterable[str], callables: Mapping[str, Any]) -> Iterator[Problem]:
+    """Iterate over the problems of functions that cannot be found by their names."""
+    for name in names:
+        try:
+            find_callable(name, callables)
+        except PlanError as error:
+            yield from error.problems
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -20,7 +20,7 @@ from ..checkpoints.formats.rank_file import RankFile, rank_file_name
 from ..interpreter import work
 from ..interpreter.torch_effects import TorchEffects
 from ..interpreter.work import Piece
-from ..model.callables import find_callable
+from ..model.callables import missing_callables
 from ..model.copy import copy_module, on_meta
 from ..model.read import differences
 from .safetensors import bytes_of, file_layout, sum_of
@@ -120,11 +120,7 @@ def _wrong(plan: Plan, held: Iterable[ParamSpec], model: nn.Module | None) -> It
                 pass
     if model is not None:
         yield from differences(plan, model)
-    for name in plan.callables:
-        try:
-            find_callable(name, plan.runtime.callables)
-        except PlanError as error:
-            yield from error.problems
+    yield from missing_callables(plan.callables, plan.runtime.callables)
 
 
 def _made(plan: Plan, held: Iterable[ParamSpec], here: Coordinate, effects: TorchEffects) -> Iterator[tuple[str, Tensor]]:
