@@ -1,7 +1,7 @@
 """The only effect: carry out a plan on this rank.
 
-``execute`` checks the plan and copies the module, lets the interpreter carry out the steps with real effects, and returns the
-filled module in the runtime's wrapping.
+``execute`` checks the plan and copies the module, lets the interpreter carry out the steps with real effects, and returns
+the filled module as the runtime wraps it.
 """
 
 from __future__ import annotations
