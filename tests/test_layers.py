@@ -50,6 +50,12 @@ OFFENCES = {
 PRINT_HEAVY = "print([name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules])"
 
 
+def test_every_package_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent for room in ("functional", "specs") for path in (ROOT / room).rglob("__init__.py")]
+    assert listed == sorted(".".join(("shardplan", *folder.relative_to(ROOT).parts)) for folder in folders)
+
+
 def test_specs_import_neither_torch_nor_deepspeed_nor_numpy():
     modules = [f"shardplan.specs.{path.stem}" for path in (ROOT / "specs").glob("*.py") if path.stem != "__init__"]
     assert run_python(f"import sys, shardplan.specs, {', '.join(modules)}\n{PRINT_HEAVY}") == "[]\n"
