@@ -13,6 +13,7 @@ import pytest
 from shardplan.functional import Schedule
 from shardplan.specs import PlanError
 from tests.helpers.processes import run_program
+from tests.helpers.ranks import run_script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,26 +30,13 @@ def blocks(language):
     return [text for name, text in BLOCKS if name == language]
 
 
-def torchrun(num_ranks, script, folder, **environment):
-    """Run a script as a user does; return what its ranks print."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_ranks),
-        str(script),
-    ]
-    done = run_program(command, folder=folder, **ENVIRONMENT, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 def test_the_demo_prints_what_the_first_screen_shows():
     shown = blocks("text")[0].split("\n", 1)[1]
     shown_start, shown_losses = shown.split("step  split   alone\n")
-    out = torchrun(2, ROOT / "examples" / "train_llama.py", ROOT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    done = run_program([*torchrun, ROOT / "examples" / "train_llama.py"], folder=ROOT, **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    out = done.stdout
     start, losses = out.split("step  split   alone\n")
     *_, receipt = start.strip().splitlines()
     *shown_lines, shown_receipt = shown_start.strip().splitlines()
@@ -74,13 +62,13 @@ def test_the_example_runs_as_it_stands(tmp_path):
     LlamaConfig(**sizes).save_pretrained(tmp_path / "path" / "to" / "llama")
     script = tmp_path / "train.py"
     script.write_text(blocks("python")[1])
-    out = torchrun(4, script, tmp_path)
+    out = run_script(script, 4, tmp_path)
     assert out.splitlines()[-1] == blocks("text")[1].strip()
 
 
-def test_the_demo_of_a_pipeline_prints_what_is_shown():
+def test_the_demo_of_a_pipeline_prints_what_is_shown(tmp_path):
     shown = [line for line in blocks("text")[3].splitlines()[1:] if line != "..."]
-    out = torchrun(4, ROOT / "examples" / "train_llama.py", ROOT, PIPE="2", TENSOR="2")
+    out = run_script(ROOT / "examples" / "train_llama.py", 4, tmp_path, PIPE="2", TENSOR="2")
     lines = out.splitlines()
     assert [line for line in lines if line in shown] == shown
     rows = [[float(cell) for cell in line.split()] for line in out.split("step  split   alone\n")[1].splitlines()]
@@ -94,7 +82,7 @@ def test_what_the_page_on_pipelines_prints(capsys, tmp_path):
     exec(code, {"__name__": "page"})
     assert capsys.readouterr().out == printed
     (tmp_path / "train.py").write_text(script)
-    assert torchrun(2, tmp_path / "train.py", tmp_path) == result
+    assert run_script(tmp_path / "train.py", 2, tmp_path) == result
 
 
 def test_the_errors_read_as_they_are_shown():

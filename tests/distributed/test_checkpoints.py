@@ -57,7 +57,7 @@ def empty(folder):
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
-def plan_of(folder, name, mesh, **more):
+def plan_of(folder, name, mesh, *_, **more):
     model = empty(folder)
     if name == "llama":
         sch = split_llama(model, mesh)
@@ -74,9 +74,11 @@ def plan_of(folder, name, mesh, **more):
     )
 
 
-def serve(rank, folder, name, text, out):
+def serve(rank, planned, folder, name, mesh, out):
     """What one rank does: load, compute the logits, save."""
-    plan, seen = loads(text), []
+    plan, seen = loads(dumps(planned)), []
+    report = audit(plan)
+    assert report.ok, str(report)
 
     def loss(output, target):
         seen.append(output.logits.detach().clone())
@@ -105,14 +107,12 @@ CASES = [
 @pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
 def test_a_folder_of_transformers_gives_its_logits_and_comes_back_the_same(folders, name, mesh, tmp_path):
     root, wanted = folders
-    plan = plan_of(root / name, name, mesh)
-    report = audit(plan)
-    assert report.ok, str(report)
-    outcomes = run_ranks(serve, mesh.num_ranks, root / name, name, dumps(plan), tmp_path / "again")
-    for found, _ in results(outcomes):
-        if found is not None:
-            torch.testing.assert_close(found, wanted[name], rtol=1e-5, atol=1e-5)
-    assert any(found is not None for found, _ in results(outcomes))
+    arguments = root / name, name, mesh, tmp_path / "again"
+    by_rank = results(run_ranks(serve, mesh.num_ranks, *arguments, shared=plan_of))
+    found = [computed for computed, _ in by_rank if computed is not None]
+    assert found
+    for computed in found:
+        torch.testing.assert_close(computed, wanted[name], rtol=1e-5, atol=1e-5)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
     assert torch.equal(logits(again, name), wanted[name])
     for file in (*Path(root, name).glob("*.safetensors"), *Path(root, name).glob("*.index.json")):

@@ -155,13 +155,17 @@ def plan_of(name, mesh, target, config):
     return plan_build(make(mesh), target=target, config=config, example_inputs=followed), vocab
 
 
-def train(rank, jobs):
+def plans_of(jobs):
+    return [plan_of(*job) for job in jobs]
+
+
+def train(rank, plans, _):
     """What one rank does: for each job its losses and the norms of its gradients."""
-    return [_train(rank, *job) for job in jobs]
+    return [_train(rank, *planned) for planned in plans]
 
 
-def _train(rank, name, mesh, target, config):
-    plan, vocab = plan_of(name, mesh, target, config)
+def _train(rank, plan, vocab):
+    mesh, target = plan.mesh, plan.target
     built = execute(plan, device="cpu", optimizer=adamw)
     assert built.receipt == predict(plan, rank)
     model, optimizer = built
@@ -228,7 +232,7 @@ def zero(stage):
     ],
 )
 def test_training_equals_one_process(num_ranks, jobs):
-    ranks = results(run_ranks(train, num_ranks, jobs))
+    ranks = results(run_ranks(train, num_ranks, jobs, shared=plans_of))
     expected = {name: alone(name) for name in {name for name, *_ in jobs}}
     for number, (name, mesh, target, _) in enumerate(jobs):
         losses, norms = expected[name]

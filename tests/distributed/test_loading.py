@@ -143,8 +143,20 @@ def test_padding_is_zeros_and_repeated_granules_count_once(tmp_path):
         assert receipt.read_bytes == kept
 
 
-def load_stages(rank, text):
-    plan = loads(text)
+def plan_stages(folder):
+    sch = split_llama(llama(tie_word_embeddings=True, use_cache=False), Mesh(pipe=2, tensor=2)).cut_evenly(2)
+    return plan_build(
+        sch,
+        init_weights=Checkpoint(folder),
+        target="torch",
+        config={"num_microbatches": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.0}}},
+        example_inputs={"input_ids": torch.zeros(2, 8, dtype=torch.int64)},
+    )
+
+
+def load_stages(rank, planned, folder):
+    plan = loads(dumps(planned))
+    assert plan.tree["model.embed_tokens.weight"].places(plan.mesh) == (0, 1)
     built = execute(
         plan,
         llama(tie_word_embeddings=True, use_cache=False),
@@ -160,19 +172,10 @@ def test_what_several_stages_hold_counts_once(tmp_path):
     torch.manual_seed(1)
     llama("cpu", tie_word_embeddings=True).save_pretrained(tmp_path, max_shard_size="40KB")
     write_manifest(tmp_path)
-    sch = split_llama(llama(tie_word_embeddings=True, use_cache=False), Mesh(pipe=2, tensor=2)).cut_evenly(2)
-    plan = plan_build(
-        sch,
-        init_weights=Checkpoint(tmp_path),
-        target="torch",
-        config={"num_microbatches": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.0}}},
-        example_inputs={"input_ids": torch.zeros(2, 8, dtype=torch.int64)},
-    )
-    assert plan.tree["model.embed_tokens.weight"].places(plan.mesh) == (0, 1)
-    for receipt in results(run_ranks(load_stages, 4, dumps(plan))):
+    for receipt in results(run_ranks(load_stages, 4, tmp_path, shared=plan_stages)):
         assert "all_reduce" in {call.op for call in receipt.collectives}
     name = flip(tmp_path, "model.embed_tokens.weight", 0)
-    for outcome in run_ranks(load_stages, 4, dumps(plan)):
+    for outcome in run_ranks(load_stages, 4, tmp_path, shared=plan_stages):
         assert "1 problem" in outcome.error
         assert f"model.embed_tokens.weight: what is read of {name} has the sum" in outcome.error
 

@@ -16,7 +16,7 @@ from shardplan.functional.interpreter import work
 from shardplan.specs import Mesh, dumps, loads
 from tests.helpers.models import llama, schedule, split_llama, split_t5, t5
 from tests.helpers.parts import picked
-from tests.helpers.ranks import results, run_ranks
+from tests.helpers.ranks import results, run_each, run_ranks
 from tests.helpers.training import (
     BF16_ADAMW,
     CLIP,
@@ -176,9 +176,15 @@ def train_stages(rank, plan, case):
 
 
 @cache
+def trained_alike(name, tensor):
+    """Return what the ranks of each case of a model ended with; they have one export, and one run serves many tests."""
+    cases = [case for case in CASES if (case.name, case.mesh.tensor) == (name, tensor)]
+    launches = [(case.mesh.num_ranks, (case,)) for case in cases]
+    return dict(zip(cases, run_each(train_stages, launches, shared=Case.plan), strict=True))
+
+
 def trained(case):
-    """Return what each rank ended with; one run serves many tests."""
-    return run_ranks(train_stages, case.mesh.num_ranks, case, shared=Case.plan)
+    return trained_alike(case.name, case.mesh.tensor)[case]
 
 
 @cache
@@ -317,17 +323,24 @@ def make_weights(rank, plans, kind, mesh):
     return found
 
 
+WEIGHTS = [
+    *((kind, mesh) for kind in ("programs", "opaque") for mesh in (Mesh(pipe=2, tensor=2), Mesh(pipe=2, data=2))),
+    ("own", Mesh(pipe=2, tensor=2)),
+]
+
+
 @cache
-def made(kind, mesh):
-    return run_ranks(make_weights, mesh.num_ranks, kind, mesh, shared=plan_weights)
+def made():
+    """Return what the ranks of each of these ended with."""
+    launches = [(mesh.num_ranks, (kind, mesh)) for kind, mesh in WEIGHTS]
+    return dict(zip(WEIGHTS, run_each(make_weights, launches, shared=plan_weights), strict=True))
 
 
-@pytest.mark.parametrize("mesh", [Mesh(pipe=2, tensor=2), Mesh(pipe=2, data=2)], ids=str)
-@pytest.mark.parametrize("kind", ["programs", "opaque"])
+@pytest.mark.parametrize(("kind", "mesh"), WEIGHTS[:-1], ids=str)
 def test_weights_are_those_of_one_process_with_every_strategy(kind, mesh):
     alone = local_state([execute(plan_build(weights_schedule(kind, Mesh())), device="cpu").module])
     tree = weights_schedule(kind, mesh).tree
-    for rank, by_strategy in enumerate(results(made(kind, mesh))):
+    for rank, by_strategy in enumerate(results(made()[kind, mesh])):
         for strategy, local in zip(STRATEGIES, by_strategy, strict=True):
             for path, tensor in local.items():
                 whole = alone[path][index_of(tree[path], mesh.coordinate(rank))]
@@ -337,7 +350,7 @@ def test_weights_are_those_of_one_process_with_every_strategy(kind, mesh):
 @pytest.mark.parametrize("kind", ["opaque", "own"])
 def test_both_stages_of_a_tie_get_the_same_values(kind):
     mesh = Mesh(pipe=2, tensor=2)
-    ranks = results(made(kind, mesh))
+    ranks = results(made()[kind, mesh])
     for number in range(len(STRATEGIES)):
         for tensor in range(mesh.tensor):
             first, last = ranks[tensor][number], ranks[mesh.tensor + tensor][number]
@@ -352,7 +365,7 @@ def test_values_that_models_came_with_are_those_of_the_first_rank_of_each_stage(
     for rank in range(mesh.num_ranks):
         torch.manual_seed(rank)
         whole.append(local_state([tied_llama("cpu", 2)]))
-    for rank, by_strategy in enumerate(results(made("own", mesh))):
+    for rank, by_strategy in enumerate(results(made()["own", mesh])):
         coordinate = mesh.coordinate(rank)
         for local in by_strategy:
             for path, tensor in local.items():
@@ -422,10 +435,13 @@ def test_activations_without_gradient_cross(target):
     assert last == {"down.weight": False, "down.bias": False}
 
 
-def train_half(rank):
+def plan_half():
     config = deepspeed_config(bf16={"enabled": True})
     sch = cut("llama", Mesh(pipe=2), 2, tied_llama().bfloat16())
-    plan = plan_build(sch, target="deepspeed", config=config, example_inputs=example("llama"))
+    return plan_build(sch, target="deepspeed", config=config, example_inputs=example("llama"))
+
+
+def train_half(rank, plan):
     built = execute(plan, device="cpu", optimizer=BF16_ADAMW, loss_fn=loss, progress=False)
     first = local_state(built.modules)["lm_head.weight" if rank else "model.embed_tokens.weight"].detach()
     before = first.clone()
@@ -443,7 +459,7 @@ def steps_in_bf16():
 
 
 def test_bf16_under_zero_1_trains_as_in_one_process_and_tied_weights_stay_equal():
-    (steps, before, first, predicted), (others, _, last, also) = results(run_ranks(train_half, 2))
+    (steps, before, first, predicted), (others, _, last, also) = results(run_ranks(train_half, 2, shared=plan_half))
     assert predicted
     assert also
     assert steps == others
@@ -457,8 +473,12 @@ def test_bf16_under_zero_1_trains_as_in_one_process_and_tied_weights_stay_equal(
     assert expected[-1] < expected[0]
 
 
-def plain_stage(rank, text):
-    plan = loads(text)
+def plan_without_target(*_):
+    return plan_build(cut("llama", Mesh(pipe=2), 2), example_inputs=example("llama"))
+
+
+def plain_stage(rank, planned):
+    plan = loads(dumps(planned))
     built = execute(plan, tied_llama(), device="cpu", optimizer=adamw, progress=False)
     inputs, _ = data("llama", 0, ROWS)
     given = inputs if rank == 0 else tuple(torch.zeros(()) for _ in range(2))
@@ -471,28 +491,30 @@ def plain_stage(rank, text):
     trained = {id(p) for group in built.optimizer.param_groups for p in group["params"]}
     owned = {id(p) for p in built.module.parameters()}
     state = {path: tensor.detach() for path, tensor in local_state(built.modules).items()}
-    return built.module._shardplan.number, same and trained == owned, shapes, state, built.receipt
+    return built.module._shardplan.number, same and trained == owned, shapes, state, built.receipt == predict(plan, rank)
 
 
 def test_without_a_target_a_loaded_plan_gives_the_stage_itself():
-    plan = plan_build(cut("llama", Mesh(pipe=2), 2), example_inputs=example("llama"))
     whole = local_state([made_alone("llama")])
-    for rank, (number, same, shapes, state, receipt) in enumerate(results(run_ranks(plain_stage, 2, dumps(plan)))):
+    for rank, (number, same, shapes, state, predicted) in enumerate(
+        results(run_ranks(plain_stage, 2, shared=plan_without_target))
+    ):
         assert number == rank
         assert same
         assert shapes == ([] if rank else [(ROWS, LENGTH, 64), (ROWS, 1, 1, LENGTH)])
-        assert receipt == predict(plan, rank)
+        assert predicted
         assert all(torch.equal(whole[path], tensor) for path, tensor in state.items())
 
 
-def train_loaded(rank, text):
+def train_loaded(rank, _, text):
     built = execute(loads(text), tied_llama(), device="cpu", optimizer=adamw, loss_fn=loss, progress=False)
     return [train_step(*built, *data("llama", step, MICRO * ROWS), False) for step in range(2)]
 
 
 def test_a_loaded_plan_trains_like_the_planned_one():
     case = Case("llama", Mesh(pipe=2), "torch")
-    for again, one in zip(results(run_ranks(train_loaded, 2, dumps(planned(case)))), results(trained(case)), strict=True):
+    by_rank = results(run_ranks(train_loaded, 2, dumps(planned(case)), shared=plan_without_target))  # exports the model once
+    for again, one in zip(by_rank, results(trained(case)), strict=True):
         assert again == one["steps"][:2]
 
 

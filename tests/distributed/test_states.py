@@ -270,8 +270,12 @@ def predicted(plan, rank):
     }
 
 
-def look(rank, cases):
-    plans = [case.plan() for case in cases]  # all of them before: ZeRO 3 puts another linear function in torch's place
+def plans_of(cases):
+    """Plan all cases before any of them runs: ZeRO 3 puts another linear function in torch's place."""
+    return [case.plan() for case in cases]
+
+
+def look(rank, plans, _):
     return [(predicted(plan, rank), Observer(plan, rank).observe()) for plan in plans]
 
 
@@ -279,7 +283,7 @@ def look(rank, cases):
 def looked(num_ranks):
     """Return for each case what was predicted and found on each rank; one run serves many tests."""
     cases = FOUR if num_ranks > 2 else [*WHOLE, *CUT]
-    by_rank = results(run_ranks(look, num_ranks, cases))
+    by_rank = results(run_ranks(look, num_ranks, cases, shared=plans_of))
     return dict(zip(cases, zip(*by_rank, strict=True), strict=True))
 
 

@@ -231,8 +231,9 @@ def test_a_llama_computes_what_transformers_computes_from_the_same_weights():
 
 def test_a_terminal_shows_a_bar():
     code = (
-        "from tests.helpers.models import schedule; from shardplan.functional import execute, plan_build;"
-        "execute(plan_build(schedule('plain')), device='cpu')"
+        "from torch import nn; from shardplan.functional import create_schedule, execute, plan_build;"
+        "from shardplan.specs import Mesh;"
+        "execute(plan_build(create_schedule(nn.Linear(4, 4, device='meta'), Mesh())), device='cpu')"
     )
     assert "executing the plan" in run_on_terminal([sys.executable, "-c", code])
 

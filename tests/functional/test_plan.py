@@ -24,6 +24,7 @@ from shardplan.specs.steps import (
     Wrap,
 )
 from tests.helpers.models import llama, plain, schedule, split_llama, split_plain
+from tests.helpers.pipelines import ARCHITECTURES
 from tests.helpers.processes import run_python
 
 TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
@@ -43,26 +44,26 @@ def test_planning_twice_gives_the_same_plan():
     assert plans[0].fingerprint != plan_build(schedule("llama", Mesh(data=2, tensor=2))).fingerprint
 
 
-def test_every_process_plans_alike():
-    code = (
-        "from tests.helpers.models import schedule; from shardplan.functional import plan_build;"
-        "from shardplan.specs import Mesh;"
-        "print(plan_build(schedule('plain', Mesh(tensor=2))).fingerprint)"
-    )
-    prints = {run_python(code, PYTHONHASHSEED=seed) for seed in ("1", "2")}
-    assert prints == {plan_build(schedule("plain", Mesh(tensor=2))).fingerprint + "\n"}
+def test_every_process_plans_alike_and_starts_no_process_group_and_no_device():
+    code = """
+import sys, torch
+from shardplan.functional import audit, plan_build
+from shardplan.specs import Mesh
+from tests.helpers.models import schedule
+from tests.helpers.pipelines import ARCHITECTURES
 
-
-def test_planning_starts_no_process_group_and_no_device():
-    code = (
-        "import torch; from tests.helpers.models import schedule; from shardplan.functional import plan_build, audit;"
-        "from shardplan.specs import Mesh; import sys;"
-        "print(audit(plan_build(schedule('plain', Mesh(data=64, tensor=8)), target='deepspeed',"
-        "config={'train_batch_size': 64, 'gradient_clipping': 1.0})).ok);"
-        "assert not torch.distributed.is_initialized(); assert not torch.cuda.is_initialized();"
-        "assert 'deepspeed' not in sys.modules"
-    )
-    assert run_python(code) == "True\n"
+print(plan_build(schedule("plain", Mesh(tensor=2))).fingerprint)
+for name in ("llama", "t5"):
+    print(ARCHITECTURES[name].plan(ARCHITECTURES[name].make("meta")).fingerprint)
+config = {"train_batch_size": 64, "gradient_clipping": 1.0}
+assert audit(plan_build(schedule("plain", Mesh(data=64, tensor=8)), target="deepspeed", config=config)).ok
+assert not torch.distributed.is_initialized()
+assert not torch.cuda.is_initialized()
+assert "deepspeed" not in sys.modules
+"""
+    here = [plan_build(schedule("plain", Mesh(tensor=2)))]
+    here += [ARCHITECTURES[name].plan(ARCHITECTURES[name].make("meta")) for name in ("llama", "t5")]
+    assert run_python(code, PYTHONHASHSEED="77").split() == [plan.fingerprint for plan in here]
 
 
 def test_a_saved_plan_is_the_plan():

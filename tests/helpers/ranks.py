@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
+import sys
 import tempfile
 import traceback
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,33 +31,70 @@ class Outcome:
     trace: str = ""
 
 
-def run_ranks(job, num_ranks, *args, world_size=None, shared=None):
+def run_ranks(job, num_ranks, *args, shared=None):
     """Return the outcome of ``job(rank, *args)`` for each of ``num_ranks`` processes; none is left behind.
 
     They are forked from a process that has imported everything, so that each is fresh and starts at once. What all of them
     would make anew, such as the plan of an exported model, is made once, before they part, by ``shared(*args)``; then the
     job is ``job(rank, shared, *args)``.
     """
+    return run_each(job, [(num_ranks, args)], shared=shared)[0]
+
+
+def run_each(job, launches, *, shared=None):
+    """Run a job for each number of ranks and arguments, one after another, each on fresh ranks; return the outcomes of each.
+
+    The process that forks them exports models that are planned alike once.
+    """
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.preload"])
-    with tempfile.TemporaryDirectory() as folder:
-        family = context.Process(
-            target=_fork, args=(job, num_ranks, world_size or num_ranks, Path(folder), args, shared), daemon=True
-        )
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name, str(number)) for number in range(len(launches))]
+        family = context.Process(target=_fork_each, args=(job, launches, folders, shared), daemon=True)
         family.start()
         try:
-            family.join(TIMEOUT)
-            files = [Path(folder, f"{rank}.pkl") for rank in range(num_ranks)]
-            missing = [rank for rank, file in enumerate(files) if not file.exists()]
-            assert not (missing and family.is_alive()), f"ranks {missing} were still running after {TIMEOUT} s"
-            assert not missing, f"the process that starts the ranks ended with exit code {family.exitcode}"
-            return [pickle.loads(file.read_bytes()) for file in files]
+            family.join(TIMEOUT * len(launches))
+            return [_outcomes(family, folder, num_ranks) for folder, (num_ranks, _) in zip(folders, launches, strict=True)]
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(family.pid, signal.SIGKILL)  # also of what ranks have started
             family.kill()
             family.join()
+
+
+def _outcomes(family, folder, num_ranks):
+    files = [folder / f"{rank}.pkl" for rank in range(num_ranks)]
+    missing = [rank for rank, file in enumerate(files) if not file.exists()]
+    assert not (missing and family.is_alive()), f"ranks {missing} were still running after {TIMEOUT} s"
+    assert not missing, f"the process that starts the ranks ended with exit code {family.exitcode}"
+    return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def run_script(script, num_ranks, folder, **environment):
+    """Run a script on ranks in a folder, as torchrun does; return what they print, in the order in which they do."""
+    printed = Path(folder, "printed.txt")
+    results(run_ranks(_run_script, num_ranks, script, folder, environment, printed, shared=_serve_store))
+    return printed.read_text()
+
+
+def _serve_store(*_):
+    """Serve the ranks' store from the process that they are forked from, as torchrun's own process does; return its port."""
+    import torch.distributed as dist
+
+    _serve_store.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    return _serve_store.store.port
+
+
+def _run_script(rank, port, script, folder, environment, printed):
+    import torch.distributed as dist
+
+    dist.destroy_process_group()  # the script makes its own
+    os.chdir(folder)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", **environment)
+    sys.path[0] = str(Path(script).parent)
+    with printed.open("a", buffering=1) as out, redirect_stdout(out):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def results(outcomes):
@@ -65,22 +104,31 @@ def results(outcomes):
     return [outcome.result for outcome in outcomes]
 
 
-def _fork(job, num_ranks, world_size, folder, args, shared):
+def _fork_each(job, launches, folders, shared):
     import torch
+
+    from tests.helpers.exports import share_exports
 
     os.setpgid(0, 0)  # so that it is ended together with its ranks
     torch.set_num_threads(1)
-    try:
-        args = args if shared is None else (shared(*args), *args)
-    except Exception as error:
-        for rank in range(num_ranks):
-            _write(folder, rank, _failed(error))
-        return
+    share_exports()
+    for folder, (num_ranks, args) in zip(folders, launches, strict=True):
+        folder.mkdir()
+        try:
+            given = args if shared is None else (shared(*args), *args)
+        except Exception as error:
+            for rank in range(num_ranks):
+                _write(folder, rank, _failed(error))
+            continue
+        _fork(job, num_ranks, folder, given)
+
+
+def _fork(job, num_ranks, folder, args):
     children = []
     for rank in range(num_ranks):
         child = os.fork()
         if not child:
-            _enter(job, rank, world_size, folder, args)
+            _enter(job, rank, num_ranks, folder, args)
         children.append(child)
     for rank, child in enumerate(children):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -89,13 +137,13 @@ def _fork(job, num_ranks, world_size, folder, args, shared):
             _write(folder, rank, Outcome(error=text, trace=text))
 
 
-def _enter(job, rank, world_size, folder, args):
+def _enter(job, rank, num_ranks, folder, args):
     try:
         import torch.distributed as dist
 
-        os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world_size))
-        store = dist.FileStore(f"{folder}/store", world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(num_ranks))
+        store = dist.FileStore(f"{folder}/store", num_ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=COLLECTIVE_TIMEOUT)
         try:
             outcome = Outcome(result=job(rank, *args))
         except Exception as error:
