@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.helpers.processes import collect_garbage_less_often
+import gc
 
-
-def pytest_collection_finish():
-    collect_garbage_less_often()
+gc.set_threshold(20_000, 50, 100)  # each search for garbage looks at hundreds of thousands of imported objects

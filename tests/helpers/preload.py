@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import pkgutil
 
@@ -12,7 +14,6 @@ from torch import nn
 import shardplan.functional
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.specs import Mesh
-from tests.helpers.processes import collect_garbage_less_often
 
 for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # with torch's compiler, 1.5 s
@@ -31,4 +32,7 @@ with torch.device("meta"):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 execute(plan_build(create_schedule(model, Mesh())), device="cpu", progress=False)
 plan_build(create_schedule(model, Mesh(pipe=2)).cut_evenly(2), example_inputs={"input": torch.zeros(2, 2)})
-collect_garbage_less_often()
+gc.collect()
+gc.freeze()  # what is imported, hundreds of thousands of objects, is no garbage of the forked processes
+atexit.register(gc.unfreeze)
+gc.set_threshold(20_000, 50, 100)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import signal
 import subprocess
@@ -52,14 +50,6 @@ def run_on_terminal(command, **environment):
             os.close(ours)
             _end(process)
     return shown.decode().replace("\r\n", "\n")
-
-
-def collect_garbage_less_often():
-    """Leave what is imported, hundreds of thousands of objects, out of each search for garbage; and search less often."""
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)
-    gc.set_threshold(20_000, 50, 100)
 
 
 def _end(process):
