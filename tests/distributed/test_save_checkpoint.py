@@ -60,9 +60,12 @@ def schedule(name, mesh):
     return (schedule_from_tp_plan if getattr(model, "_tp_plan", None) else infer_schedule)(model, mesh)
 
 
-def save(rank, name, mesh, folder, message_bytes):
+def plan_of(name, mesh, *_):
+    return plan_build(schedule(name, mesh))
+
+
+def save(rank, plan, name, mesh, folder, message_bytes):
     messages.MESSAGE_BYTES = message_bytes
-    plan = plan_build(schedule(name, mesh))
     built = execute(plan, device="cpu", progress=False)
     save_checkpoint(plan, built.model, folder)
     return {path: tensor.clone() for path, tensor in gather(plan, built.model)}
@@ -88,7 +91,8 @@ def weights(folder):
 def test_each_layout_is_saved_as_save_pretrained_saves_the_whole_model(name, mesh, message_bytes, tmp_path):
     model = whole_model(name)
     model.save_pretrained(tmp_path / "theirs")
-    first, *others = results(run_ranks(save, mesh.num_ranks, name, mesh, tmp_path / "ours", message_bytes))
+    given = name, mesh, tmp_path / "ours", message_bytes
+    first, *others = results(run_ranks(save, mesh.num_ranks, *given, shared=plan_of))
     assert weights(tmp_path / "ours") == weights(tmp_path / "theirs")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     whole = model.state_dict()
@@ -161,8 +165,7 @@ def test_stages_are_saved_as_one_model_saves_what_the_plan_makes(tmp_path):
     assert weights(tmp_path / "ours") == weights(tmp_path / "theirs")
 
 
-def leave(rank, mesh):
-    plan = plan_build(schedule("gpt2", mesh))
+def leave(rank, plan, *_):
     built = execute(plan, device="cpu", progress=False)
     for path, _ in gather(plan, built.model):
         if path.endswith("ln_1.weight"):
@@ -172,7 +175,7 @@ def leave(rank, mesh):
 
 def test_rank_0_may_leave_the_loop_while_others_send_to_its_end():
     num = len(dict(whole_model("gpt2").named_parameters()))
-    assert results(run_ranks(leave, 2, TENSOR_2)) == [num, 0]
+    assert results(run_ranks(leave, 2, "gpt2", TENSOR_2, shared=plan_of)) == [num, 0]
 
 
 LARGE = (5120, 4096)

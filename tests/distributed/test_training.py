@@ -9,7 +9,7 @@ from shardplan.functional import execute, plan_build, predict
 from shardplan.specs import Mesh
 from tests.helpers.models import schedule
 from tests.helpers.ranks import results, run_ranks
-from tests.helpers.training import CLIP, put_together, train_alone, train_ranks
+from tests.helpers.training import CLIP, plan_training, put_together, train_alone, train_ranks
 
 
 def deepspeed_config(stage):
@@ -21,8 +21,8 @@ def deepspeed_config(stage):
 
 
 def check(name, mesh, target=None, config=None, strategy="auto"):
-    plan = plan_build(schedule(name, mesh), target=target, config=config, strategy=strategy)
-    ranks = results(run_ranks(train_ranks, mesh.num_ranks, name, mesh, target, config, strategy))
+    asked = name, mesh, target, config, strategy
+    plan, ranks = plan_training(*asked), results(run_ranks(train_ranks, mesh.num_ranks, *asked, shared=plan_training))
     weights = put_together(plan, [one["weights"] for one in ranks])
     unsplit = execute(plan_build(schedule(name)), device="cpu").module
     alone = {**dict(unsplit.named_parameters()), **dict(unsplit.named_buffers())}

@@ -72,9 +72,12 @@ def put_together(plan, by_rank):
     return whole
 
 
-def train_ranks(rank, name, mesh, target, config, strategy):
-    """What one rank does; returns its first weights, its first logits, its losses and its receipt."""
-    plan = plan_build(schedule(name, mesh), target=target, config=config, strategy=strategy)
+def plan_training(name, mesh, target, config, strategy):
+    return plan_build(schedule(name, mesh), target=target, config=config, strategy=strategy)
+
+
+def train_ranks(rank, plan, name, mesh, target, *_):
+    """Train on one rank; return its first weights, its first logits, its losses and its receipt."""
     built = execute(plan, device="cpu", optimizer=adamw)
     model, optimizer = built
     local = local_tensors(built.module, plan.tree)
