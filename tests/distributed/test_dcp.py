@@ -16,8 +16,8 @@ from shardplan.functional.saving.dcp import _check, write_dcp
 from shardplan.specs import Checkpoint, Mesh, PlanError
 from tests.distributed.test_layouts import experts, repeated
 from tests.helpers.models import llama, schedule, split_llama
-from tests.helpers.parts import picked
 from tests.helpers.ranks import results, run_ranks
+from tests.helpers.tensor_parts import picked
 from tests.helpers.training import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")

@@ -17,8 +17,8 @@ from shardplan.functional.checkpoints.checksum import position_sum
 from shardplan.functional.checkpoints.formats.safetensors import read_header
 from shardplan.specs import Checkpoint, Mesh, PlanError, dumps, loads
 from tests.helpers.models import llama, split_llama
-from tests.helpers.parts import picked, without_padding
 from tests.helpers.ranks import results, run_ranks
+from tests.helpers.tensor_parts import picked, without_padding
 
 MESHES = [
     (Mesh(), False),

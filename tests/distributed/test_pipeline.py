@@ -15,8 +15,8 @@ from shardplan.functional import create_schedule, execute, plan_build, predict, 
 from shardplan.functional.interpreter import work
 from shardplan.specs import Mesh, dumps, loads
 from tests.helpers.models import llama, schedule, split_llama, split_t5, t5
-from tests.helpers.parts import picked
 from tests.helpers.ranks import results, run_each, run_ranks
+from tests.helpers.tensor_parts import picked
 from tests.helpers.training import (
     BF16_ADAMW,
     CLIP,

@@ -19,8 +19,8 @@ from shardplan.specs import Mesh
 from shardplan.specs.steps import SumTied
 from tests.distributed.test_layouts import experts
 from tests.helpers.models import Plain, llama
-from tests.helpers.observed import Messages, crossing, kinds, live
 from tests.helpers.ranks import results, run_ranks
+from tests.helpers.runtime_probe import Messages, crossing, kinds, live
 
 ROWS, LENGTH, MICRO = 2, 6, 4
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}

@@ -13,8 +13,8 @@ from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.functional.layout import collectives as sync
 from shardplan.specs import Mesh
 from shardplan.specs.layout_steps import SumGradient, Sync
-from tests.helpers.parts import picked
 from tests.helpers.ranks import results, run_ranks
+from tests.helpers.tensor_parts import picked
 
 NUM = 2
 WHOLE = torch.arange(24, dtype=torch.float64).view(4, 6) / 7

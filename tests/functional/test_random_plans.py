@@ -16,8 +16,8 @@ from shardplan.functional import audit, create_schedule, plan_build, predict
 from shardplan.functional.model.copy import get_tensor
 from shardplan.functional.planning import value_steps as route
 from shardplan.specs import Mesh, PlanError, dumps, loads
-from tests.helpers.parts import picked, without_padding
 from tests.helpers.simulate import simulate, whole_tensors
+from tests.helpers.tensor_parts import picked, without_padding
 
 WIDTH, VOCAB = 8, 12
 

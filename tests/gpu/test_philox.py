@@ -23,8 +23,8 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
-from tests.helpers.parts import one_interval, picked
-from tests.helpers.programs import make, number_reference, same, whole
+from tests.helpers.init_programs import make, number_reference, same, whole
+from tests.helpers.tensor_parts import one_interval, picked
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 

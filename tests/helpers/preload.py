@@ -1,4 +1,4 @@
-"""What ranks would import and compile, each for itself: done once by the process that they are forked from."""
+"""Import and compile once, in the process that ranks are forked from, all that each rank would import and compile."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from shardplan.functional import execute, plan_build
 from tests.helpers.models import MODELS, schedule
-from tests.helpers.parts import picked, without_padding
+from tests.helpers.tensor_parts import picked, without_padding
 
 NUM_STEPS = 10
 BATCH, LENGTH = 4, 12

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from shardplan.specs import Mesh, ParamSpec, Shard
 from shardplan.specs.index import index_shape
 from shardplan.specs.ownership import clip, held_first, holders, local_boxes
-from tests.helpers.parts import picked
 from tests.helpers.strategies import meshes, param_specs
+from tests.helpers.tensor_parts import picked
 
 
 @st.composite

@@ -40,8 +40,8 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
-from tests.helpers.parts import by_hand, entries, picked
 from tests.helpers.strategies import FINE_AXES, law, meshes, numbers, operations, param_specs, programs
+from tests.helpers.tensor_parts import by_hand, entries, picked
 
 FACTORS = {"data": ("expert_data", "expert")}
 WEIGHT = ParamSpec("up.weight", (8, 4), "float32", shards=(Shard(0),))

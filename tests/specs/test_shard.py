@@ -17,8 +17,8 @@ from torch.distributed.tensor import Shard as DTensorShard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from shardplan.specs import Mesh, Shard
-from tests.helpers.parts import by_hand, entries
 from tests.helpers.strategies import fitting_shards, law, meshes
+from tests.helpers.tensor_parts import by_hand, entries
 
 MESH_AXES = ("data", "expert", "tensor")
 

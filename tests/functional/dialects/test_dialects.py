@@ -17,8 +17,8 @@ from shardplan.functional.execute import _check
 from shardplan.specs import Mesh, PlanError, dumps, loads
 from shardplan.specs.steps import Wrap
 from tests.helpers.models import schedule
-from tests.helpers.observed import Messages
 from tests.helpers.ranks import results, run_ranks
+from tests.helpers.runtime_probe import Messages
 
 ROOT = Path(__file__).parents[3]
 TOY = "tests.functional.dialects.toy_dialect:ToyDialect"

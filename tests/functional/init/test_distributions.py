@@ -16,7 +16,7 @@ from torch import nn
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.specs import InitProgram, Made, Mesh, Operation
 from shardplan.specs.program import Bernoulli, Cauchy, Exponential, Geometric, LogNormal, Normal, TruncatedNormal, Uniform
-from tests.helpers.programs import LIMIT, Coded, ks_two_samples, make, near, plan_and_make, really, tensors
+from tests.helpers.init_programs import LIMIT, Coded, ks_two_samples, make, near, plan_and_make, really, tensors
 
 NUM = 10**6
 

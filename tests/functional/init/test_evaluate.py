@@ -30,10 +30,10 @@ from shardplan.specs.program import (
     TruncatedNormal,
     Uniform,
 )
-from tests.helpers.parts import one_interval, picked
+from tests.helpers.init_programs import make, same, whole
 from tests.helpers.processes import run_python
-from tests.helpers.programs import make, same, whole
 from tests.helpers.strategies import law
+from tests.helpers.tensor_parts import one_interval, picked
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DRAWS = [

@@ -15,10 +15,10 @@ from shardplan.functional.init.distributions import sample
 from shardplan.functional.init.flat_runs import elements, runs_of, stretches
 from shardplan.functional.init.random_bits import _philox, draw_bits, draw_by_torch
 from shardplan.specs.program import Bernoulli, Cauchy, Exponential, Geometric, LogNormal, Normal, TruncatedNormal, Uniform
-from tests.helpers.parts import one_interval, picked
+from tests.helpers.init_programs import make, number_reference, philox_reference
 from tests.helpers.processes import run_python
-from tests.helpers.programs import make, number_reference, philox_reference
 from tests.helpers.strategies import law
+from tests.helpers.tensor_parts import one_interval, picked
 
 VECTORS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

@@ -19,7 +19,7 @@ from torch import nn
 
 from shardplan.functional import create_schedule, execute, plan_build
 from shardplan.specs import InitProgram, Made, Mesh, PlanError
-from tests.helpers.programs import Coded, differences, near, plan_and_make, really, tensors
+from tests.helpers.init_programs import Coded, differences, near, plan_and_make, really, tensors
 
 W = (64, 64)
 ROWS = torch.arange(64.0)

@@ -13,8 +13,8 @@ from shardplan.functional.layout.dtensor import placements
 from shardplan.specs import Mesh, ParamSpec, Plan, PlanError, Shard, SpecTree
 from shardplan.specs.steps import Agree, AsDTensors, MakeGroups, MakeOptimizer, Wrap
 from tests.helpers.models import llama, schedule, split_llama
-from tests.helpers.parts import by_hand
 from tests.helpers.strategies import fitting_shards, law, meshes
+from tests.helpers.tensor_parts import by_hand
 
 
 def plan_of(mesh, *shards, shape=(8, 6)):

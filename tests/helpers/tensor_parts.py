@@ -1,4 +1,4 @@
-"""Parts of tensors: what an index of several intervals an axis picks out of a whole tensor."""
+"""Parts of tensors: the entries that an index, several intervals on each axis, picks out of a whole tensor."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import torch
 
 
 def entries(intervals):
-    """The entries of an axis, in order."""
+    """Return the entries of an axis that intervals cover, in order."""
     return [at for interval in intervals for at in range(*interval)]
 
 
 def picked(index):
-    """What picks a part of a tensor, to read it or to write it: ``tensor[picked(index)]``."""
+    """Return the index tensors that read or write a part of a tensor: ``tensor[picked(index)]``."""
     num = len(index)
     places = [torch.tensor(entries(intervals), dtype=torch.int64) for intervals in index]
     return tuple(at.view([-1 if axis == own else 1 for axis in range(num)]) for own, at in enumerate(places))
 
 
 def one_interval(*bounds):
-    """The index of a part that is one interval of each axis."""
+    """Return the index of a part that is one interval of each axis."""
     return tuple(((start, stop),) if stop > start else () for start, stop in bounds)
 
 
 def without_padding(part, index):
-    """What a rank holds of a tensor, without the zeros after it."""
+    """Return the shard that a rank holds, without its padding, which must be zero."""
     num = len(entries(index[0])) if index else 0
     assert not index or not part[num:].any(), "padding is zero"
     return part[:num] if index else part
 
 
 def by_hand(shard, size, num):
-    """The entries of an axis that each of ``num`` ranks holds, by cutting arrays: slow, and nothing like the code."""
+    """Return the entries of an axis that each of ``num`` ranks holds, by cutting arrays: slow, and nothing like the code."""
     axis = np.arange(size)
     if num == 1:
         return [axis]

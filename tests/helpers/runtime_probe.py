@@ -1,4 +1,4 @@
-"""What a runtime really keeps and sends, seen from outside: live tensors, and the collectives that torch dispatches."""
+"""Measure the tensors that a runtime keeps and the messages that it sends, from outside: live tensors, dispatched collectives."""
 
 from __future__ import annotations
 

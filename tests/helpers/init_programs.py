@@ -1,4 +1,4 @@
-"""What the tests of init programs share: a slow reference of the random scheme, and models that carry their init code."""
+"""A slow reference of the random scheme, models that carry their init code, and comparisons of values with distributions."""
 
 from __future__ import annotations
 
