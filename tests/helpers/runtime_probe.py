@@ -1,4 +1,4 @@
-"""Measure the tensors that a runtime keeps and the messages that it sends, from outside: live tensors, dispatched collectives."""
+"""Measure the tensors that a runtime keeps and the messages that it sends, from outside: live tensors and collectives."""
 
 from __future__ import annotations
 
