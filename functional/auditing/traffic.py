@@ -53,7 +53,8 @@ def step_traffic(plan: Plan, dialect: Dialect, ranks_per_node: int | None) -> It
     sent: dict[int, dict[int, int]] = {}
     for place in range(mesh.pipe):
         here = mesh.at(pipe=place)
-        for row in (*dialect.messages(plan, here), *expert_sums(plan, here, num_micro)):
+        messages = (*dialect.messages(plan, here), *expert_sums(plan, here, num_micro))
+        for row in sorted(messages, key=lambda row: (row.mesh_axis, row.cargo) == ("pipe", "gradients")):  # once a step: last
             add(place, row.mesh_axis, row.cargo, row.op, row.num_calls, row.num_bytes)
             if row.to is not None:
                 sent.setdefault(place, {})[row.to] = row.num_bytes
