@@ -48,9 +48,6 @@ class _LayoutStep:
         """Return the mesh axes, and numbers of neighbours along them, of which it needs process groups."""
         return ()
 
-    def __str__(self) -> str:
-        return self.describe()
-
 
 @frozen
 class _Along(_LayoutStep):
@@ -142,6 +139,9 @@ class Sync(_Along):
         how = f"({', '.join(told)})" if told else ""
         return f"{self.when} {self.op}{how}@{self.mesh_axis}"
 
+    def __str__(self) -> str:
+        return self.describe()
+
 
 @frozen
 class SumGradient(_Along):
@@ -168,6 +168,9 @@ class SumGradient(_Along):
         over = f" ({parts} neighbours)" if parts else ""
         mean = f" / {self.divide}" if self.divide > 1 else ""
         return f"gradient of {self.name} summed@{self.mesh_axis}{over}{mean}"
+
+    def __str__(self) -> str:
+        return self.describe()
 
     def groups(self) -> tuple[tuple[MeshAxis, ...], ...]:
         return () if self.sharing else ((self.mesh_axis,),)

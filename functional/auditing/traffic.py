@@ -54,7 +54,7 @@ def step_traffic(plan: Plan, dialect: Dialect, ranks_per_node: int | None) -> It
     for place in range(mesh.pipe):
         here = mesh.at(pipe=place)
         messages = (*dialect.messages(plan, here), *expert_sums(plan, here, num_micro))
-        for row in sorted(messages, key=lambda row: (row.mesh_axis, row.cargo) == ("pipe", "gradients")):  # once a step: last
+        for row in sorted(messages, key=lambda row: (row.mesh_axis, row.cargo) == ("pipe", "gradients")):  # tied sums last
             add(place, row.mesh_axis, row.cargo, row.op, row.num_calls, row.num_bytes)
             if row.to is not None:
                 sent.setdefault(place, {})[row.to] = row.num_bytes
