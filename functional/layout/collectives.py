@@ -25,7 +25,8 @@ et al. 2022, section 4.2.2).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from attrs import frozen
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ...specs.layout_steps import Sync
 
@@ -94,6 +95,34 @@ def sync_function(sync: Sync) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa:
         case _:
             assert sync.op == "reduce_scatter", "the schedule checks it"
             return lambda x, group: reduce_scatter(x, _axis(x, axis), group.num_ranks, group.index, group.name)
+
+
+RESULTS: Mapping[str, Literal["whole", "summed", "split"]] = {
+    "shardplan::all_reduce": "whole",
+    "shardplan::all_gather": "whole",
+    "shardplan::gather_sum": "summed",
+    "shardplan::reduce_scatter": "split",
+    "shardplan::split": "split",
+}
+"""How ranks share the result of an operator, in the words of ``forward/partial_gradients.py``: ``summed`` is equal on all
+ranks, and its gradient is summed over them. Operators that pass their input through are not listed."""
+
+
+def sent_by(operator: str, args: tuple[Any, ...]) -> tuple[str, int] | None:
+    """Return the collective that the forward code of an operator issues, and the bytes of the whole tensor."""
+    match operator, args:
+        case "shardplan::all_reduce", (x, _):
+            return "all_reduce", x.nbytes
+        case "shardplan::gather_sum", (x, _, num, _, _):
+            return "all_gather", num * x.nbytes
+        case "shardplan::all_gather", (x, axis, num, _, part, _, _):
+            # ranks with fewer entries send zeros in place of the missing entries
+            shape = [part if at == axis else size for at, size in enumerate(x.shape)]
+            return "all_gather", num * prod(shape) * x.element_size()
+        case "shardplan::reduce_scatter", (x, _, _, _, _):
+            return "reduce_scatter", x.nbytes
+        case _:
+            return None
 
 
 def gather_parts(x: Tensor, axis: int, group: SyncGroup, sizes: tuple[int, int] | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ....specs.layout_steps import DispatchTokens, SumGradient, Sync
 from ....specs.microbatch import SyncCall
+from ..collectives import sent_by
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ....specs.layout_steps import LayoutStep
     from ....specs.mesh import MeshAxis
     from ....specs.traffic import Cargo
@@ -51,7 +49,7 @@ class CollectiveCounts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # autograd asks it of each gradient, several times
             return args[0].fake_device
-        if func.namespace == "shardplan" and (sent := _sent(func._schema.name, args)):  # noqa: SLF001  the operator's name
+        if func.namespace == "shardplan" and (sent := sent_by(func._schema.name, args)):  # noqa: SLF001  the operator's name
             op, num_bytes = sent
             step = self._layout[int(args[-1].rpartition("#")[2])]
             assert isinstance(step, (Sync, SumGradient, DispatchTokens)), f"{type(step).__name__} sends nothing"
@@ -66,24 +64,3 @@ class CollectiveCounts(TorchDispatchMode):
         for key, num_calls in self._num_calls.items():
             module, direction, op, mesh_axis, cargo = key
             yield SyncCall(module, direction, op, mesh_axis, num_calls, self._num_bytes[key], cargo)
-
-
-def _sent(operator: str, args: tuple[Any, ...]) -> tuple[str, int] | None:
-    """Return the collective that an operator's own code issues, and the bytes of the whole tensor."""
-    match operator, args:
-        case "shardplan::all_reduce", (x, _):
-            return "all_reduce", _bytes(x)
-        case "shardplan::gather_sum", (x, _, num, _, _):
-            return "all_gather", num * _bytes(x)
-        case "shardplan::all_gather", (x, axis, num, _, part, _, _):
-            # ranks with fewer entries send zeros in place of the missing ones
-            shape = [part if at == axis else size for at, size in enumerate(x.shape)]
-            return "all_gather", num * prod(shape) * x.element_size()
-        case "shardplan::reduce_scatter", (x, _, _, _, _):
-            return "reduce_scatter", _bytes(x)
-        case _:
-            return None
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ....specs.errors import Problem
 from ....specs.paths import module_of
 from ...model.read import storage_id
+from ..collectives import RESULTS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,20 +87,17 @@ class ActivationSharing(TorchDispatchMode):
                 self._set(tensor, outcome)
         return out
 
-    def _outcome(self, operator: str, inputs: list[Sharing]) -> Sharing | None:  # noqa: PLR0911  one case an operator
+    def _outcome(self, operator: str, inputs: list[Sharing]) -> Sharing | None:
         """Return how ranks share the results of an operator."""
         if not inputs:
             return None
         needs_gradient = any(sharing.needs_gradient for sharing in inputs)
         match operator:
-            case "shardplan::all_reduce" | "shardplan::all_gather":
-                return Sharing("whole", needs_gradient) if needs_gradient else None
-            case "shardplan::gather_sum":
-                return Sharing("summed", needs_gradient)
             case "shardplan::sum_gradient" | "shardplan::sum_gradient_of" if inputs[0].kind == "whole":
                 return Sharing("summed", needs_gradient, summed=frozenset(filter(None, [inputs[0].parameter])))
-            case "shardplan::reduce_scatter" | "shardplan::split":
-                return Sharing("split", needs_gradient)
+            case _ if operator in RESULTS:
+                kind = RESULTS[operator]
+                return None if kind == "whole" and not needs_gradient else Sharing(kind, needs_gradient)
             case _ if any(sharing.kind == "split" for sharing in inputs):
                 self._report(sharing for sharing in inputs if sharing.kind == "whole")
                 self.met = self.met.union(*(sharing.summed for sharing in inputs))
