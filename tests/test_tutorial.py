@@ -28,6 +28,7 @@ WIDER = "sed -i.was 's/data=2,tensor=4/tensor=8/' plan.sh && rm plan.sh.was"
 """A change of the plan."""
 
 ENVIRONMENT = {
+    "COLUMNS": "80",
     "OMP_NUM_THREADS": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONDONTWRITEBYTECODE": "1",  # files change within a second

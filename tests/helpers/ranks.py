@@ -31,17 +31,17 @@ class Outcome:
     trace: str = ""
 
 
-def run_ranks(job, num_ranks, *args, shared=None):
+def run_ranks(job, num_ranks, *args, shared=None, grouped=True):
     """Return the outcome of ``job(rank, *args)`` for each of ``num_ranks`` processes; none is left behind.
 
     They are forked from a process that has imported everything, so that each is fresh and starts at once. What all of them
     would make anew, such as the plan of an exported model, is made once, before they part, by ``shared(*args)``; then the
-    job is ``job(rank, shared, *args)``.
+    job is ``job(rank, shared, *args)``. Unless they are to be ``grouped`` the job makes the process group itself.
     """
-    return run_each(job, [(num_ranks, args)], shared=shared)[0]
+    return run_each(job, [(num_ranks, args)], shared=shared, grouped=grouped)[0]
 
 
-def run_each(job, launches, *, shared=None):
+def run_each(job, launches, *, shared=None, grouped=True):
     """Run a job for each number of ranks and arguments, one after another, each on fresh ranks; return the outcomes of each.
 
     The process that forks them exports models that are planned alike once.
@@ -51,7 +51,7 @@ def run_each(job, launches, *, shared=None):
     context.set_forkserver_preload(["tests.helpers.preload"])
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name, str(number)) for number in range(len(launches))]
-        family = context.Process(target=_fork_each, args=(job, launches, folders, shared), daemon=True)
+        family = context.Process(target=_fork_each, args=(job, launches, folders, shared, grouped), daemon=True)
         family.start()
         try:
             family.join(TIMEOUT * len(launches))
@@ -74,7 +74,7 @@ def _outcomes(family, folder, num_ranks):
 def run_script(script, num_ranks, folder, **environment):
     """Run a script on ranks in a folder, as torchrun does; return what they print, in the order in which they do."""
     printed = Path(folder, "printed.txt")
-    results(run_ranks(_run_script, num_ranks, script, folder, environment, printed, shared=_serve_store))
+    results(run_ranks(_run_script, num_ranks, script, folder, environment, printed, shared=_serve_store, grouped=False))
     return printed.read_text()
 
 
@@ -87,9 +87,6 @@ def _serve_store(*_):
 
 
 def _run_script(rank, port, script, folder, environment, printed):
-    import torch.distributed as dist
-
-    dist.destroy_process_group()  # the script makes its own
     os.chdir(folder)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", **environment)
     sys.path[0] = str(Path(script).parent)
@@ -104,7 +101,7 @@ def results(outcomes):
     return [outcome.result for outcome in outcomes]
 
 
-def _fork_each(job, launches, folders, shared):
+def _fork_each(job, launches, folders, shared, grouped):
     import torch
 
     from tests.helpers.exports import share_exports
@@ -120,15 +117,15 @@ def _fork_each(job, launches, folders, shared):
             for rank in range(num_ranks):
                 _write(folder, rank, _failed(error))
             continue
-        _fork(job, num_ranks, folder, given)
+        _fork(job, num_ranks, folder, given, grouped)
 
 
-def _fork(job, num_ranks, folder, args):
+def _fork(job, num_ranks, folder, args, grouped):
     children = []
     for rank in range(num_ranks):
         child = os.fork()
         if not child:
-            _enter(job, rank, num_ranks, folder, args)
+            _enter(job, rank, num_ranks, folder, args, grouped)
         children.append(child)
     for rank, child in enumerate(children):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -137,13 +134,14 @@ def _fork(job, num_ranks, folder, args):
             _write(folder, rank, Outcome(error=text, trace=text))
 
 
-def _enter(job, rank, num_ranks, folder, args):
+def _enter(job, rank, num_ranks, folder, args, grouped):
     try:
         import torch.distributed as dist
 
         os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(num_ranks))
-        store = dist.FileStore(f"{folder}/store", num_ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=COLLECTIVE_TIMEOUT)
+        if grouped:
+            store = dist.FileStore(f"{folder}/store", num_ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=COLLECTIVE_TIMEOUT)
         try:
             outcome = Outcome(result=job(rank, *args))
         except Exception as error:
