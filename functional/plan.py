@@ -19,7 +19,7 @@ from .layout.forward.check import check_forward
 from .layout.forward.microbatch import follow_microbatch
 from .layout.local_model import LocalModel
 from .model.callables import register
-from .pipeline.plan_stages import cut_model, is_cut, tied_across, with_stages, wrong_for_stages, wrong_stages
+from .pipeline.plan_stages import cut_model, is_cut, on_their_stages, tied_across, wrong_for_stages, wrong_stages
 from .planning.arguments import wrong_arguments, wrong_scripted
 from .planning.group_steps import group_steps
 from .planning.layout_steps import layout_steps
@@ -106,7 +106,7 @@ def plan_build(
     partition = cut_model(sch, subject) if is_cut(sch) else None
     pipeline = partition.pipeline if partition else None
     if partition:
-        subject = evolve(subject, tree=with_stages(subject.tree, partition))
+        subject = evolve(subject, tree=on_their_stages(subject.tree, partition))
     if problems := dialect.check_pipeline(sch.mesh, subject.tree, pipeline, config):
         raise PlanError(problems)
 

@@ -17,7 +17,7 @@ from ...specs.text_table import table
 from ..audit import audit
 from ..dialects import dialect_of
 from ..interpreter.dry_run import predict
-from .option_types import BYTES, FILE, read_plan
+from .option_types import BYTES, FILE, load_plan
 from .output import echo, echo_json, write
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Print what each rank will hold, send and risk. No torch, no device, for any number of ranks."""
-    loaded = read_plan(plan)
+    loaded = load_plan(plan)
     if rank is not None and rank >= loaded.mesh.num_ranks:
         cause = f"rank {rank} is not on {loaded.mesh}"
         raise PlanError([Problem("--rank", cause, f"Its ranks are 0 to {loaded.mesh.num_ranks - 1}")])

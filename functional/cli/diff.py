@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..diff import diff
-from .option_types import FILE, read_plan
+from .option_types import FILE, load_plan
 from .output import echo, echo_json
 
 
@@ -29,7 +29,7 @@ Exit codes: 0 compared, 1 they differ and --exit-code is given, 2 there is no su
 @click.pass_context
 def command(ctx: click.Context, before: Path, after: Path, *, exit_code: bool, as_json: bool) -> None:
     """Print what changes from one plan to another."""
-    difference = diff(read_plan(before), read_plan(after))
+    difference = diff(load_plan(before), load_plan(after))
     if as_json:
         echo_json(difference)
     else:

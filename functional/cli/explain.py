@@ -41,7 +41,7 @@ from ...specs.steps import (
 )
 from ...specs.text_table import table
 from ..audit import audit
-from .option_types import FILE, read_plan
+from .option_types import FILE, load_plan
 from .output import echo, echo_json
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ Exit codes: 0 explained, 2 there is no such plan, or no such tensor in it.
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(plan: Path, path: str, *, as_json: bool) -> None:
     """Print why the tensor PATH is where it is: its line in your code, its values, what each rank holds of it."""
-    explanation = explain(read_plan(plan), path)
+    explanation = explain(load_plan(plan), path)
     if as_json:
         echo_json(explanation)
     else:

@@ -11,7 +11,7 @@ from ...specs.errors import PlanError
 _COMMANDS = ("plan", "show", "audit", "explain", "diff", "search", "materialize", "completion")
 
 
-class Failure(click.ClickException):
+class Mistake(click.ClickException):
     """A mistake that the user can mend: its text on stderr, exit code 2."""
 
     exit_code = 2
@@ -41,7 +41,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except PlanError as error:
             msg = f"PlanError: {error}"
-            raise Failure(msg) from error
+            raise Mistake(msg) from error
 
 
 @click.command(

@@ -9,7 +9,7 @@ import click
 
 from ...specs.dtypes import human_bytes
 from ...specs.errors import PlanError, Problem
-from .option_types import FILE, RANKS, read_plan
+from .option_types import FILE, RANKS, load_plan
 from .output import echo_json
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ Exit codes: 0 written, 2 something is wrong with what was given.
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def command(plan: Path, *, ranks: tuple[range, ...], output: Path, factory: str | None, as_json: bool) -> None:
     """Write what single ranks will hold, without a process group."""
-    loaded = read_plan(plan)
+    loaded = load_plan(plan)
     last = max(several.stop - 1 for several in ranks)
     if last >= loaded.mesh.num_ranks:
         cause = f"there is no rank {last}: {loaded.mesh} has {loaded.mesh.num_ranks}"

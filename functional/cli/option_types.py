@@ -89,7 +89,7 @@ BYTES = BytesType()
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-def read_plan(file: Path) -> Plan:
+def load_plan(file: Path) -> Plan:
     """Read a plan from a file.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ...specs.codec import dumps
-from .option_types import FILE, read_plan
+from .option_types import FILE, load_plan
 from .output import echo
 
 
@@ -26,7 +26,7 @@ Exit codes: 0 shown, 2 there is no such plan.
 @click.option("--json", "as_json", is_flag=True, help="Print the plan's JSON, once it has been checked.")
 def command(plan: Path, *, as_json: bool) -> None:
     """Print what every rank will hold: a line a tensor, repeated layers folded."""
-    loaded = read_plan(plan)
+    loaded = load_plan(plan)
     if as_json:
         click.echo(dumps(loaded))
     else:

@@ -17,7 +17,7 @@ from ...specs.json_values import to_argument, to_plain
 from ...specs.program import Constant, Node
 from ..model.read import storage_id, view_id
 from .constants import compute
-from .operators import NotPointwiseError, operator_name
+from .operators import NotPointwiseError, name_and_overload
 
 MAX_CONSTANT_BYTES = 32 * 2**20
 """Most bytes that computing a constant may take; each rank computes it by itself."""
@@ -106,7 +106,7 @@ class ConstantTape:
             named = {name: self._encode(value, needs) for name, value in given.items()}
         except NotPointwiseError:
             return False
-        node = Node(".".join(filter(None, operator_name(func))), (*first, *encoded), named)
+        node = Node(".".join(filter(None, name_and_overload(func))), (*first, *encoded), named)
         read = frozenset(storage_id(tensor) for tensor in inputs if isinstance(tensor, FakeTensor))
         fresh = {storage_id(out): out.untyped_storage().nbytes() for out in outputs if storage_id(out) not in read}
         number = self._add(node, frozenset(needs), read, writes, sum(fresh.values()))

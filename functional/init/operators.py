@@ -56,10 +56,10 @@ class NotPointwiseError(ValueError):
     """Code writes a tensor in a way that no init program expresses; the message says why."""
 
 
-def operator_name(func: Any) -> tuple[str, str]:
+def name_and_overload(func: Any) -> tuple[str, str]:
     """Return the name of an operator, and the name of its overload.
 
-    >>> operator_name(torch.ops.aten.mul_.Tensor)
+    >>> name_and_overload(torch.ops.aten.mul_.Tensor)
     ('mul_', 'Tensor')
     """
     schema = func._schema  # noqa: SLF001  torch has no public name for it
@@ -78,7 +78,7 @@ def is_view(func: Any) -> bool:
 
 def needs_shape_only(func: Any) -> bool:
     """Tell whether an operator uses only the shape and dtype of a tensor: ``zeros_like``, ``new_empty``."""
-    packet, _ = operator_name(func)
+    packet, _ = name_and_overload(func)
     return packet.endswith("_like") or packet.startswith("new_")
 
 
@@ -99,7 +99,7 @@ def arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
 
 def overwrites(func: Any) -> bool:
     """Tell whether an in-place operator ignores the values before it."""
-    packet, overload = operator_name(func)
+    packet, overload = name_and_overload(func)
     return packet in _OVERWRITING or overload.endswith("out")
 
 
@@ -109,7 +109,7 @@ def factory_operations(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     Raises:
         NotPointwiseError: If the operator is no factory of equal or of independent elements.
     """
-    packet, _ = operator_name(func)
+    packet, _ = name_and_overload(func)
     name = packet.removeprefix("new_").removesuffix("_like")
     if kwargs.get("generator") is not None:
         msg = "it draws from a generator of its own"
@@ -147,7 +147,7 @@ def operation_kind(
     Raises:
         NotPointwiseError: If the operator mixes elements, or takes a tensor that is not constant.
     """
-    packet, overload = operator_name(func)
+    packet, overload = name_and_overload(func)
     name = f"{packet}.{overload}" if overload else packet
     if name in _DRAWS:
         if kwargs.get("generator") is not None:
@@ -178,7 +178,7 @@ def pointwise_map(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], constant: Callable[[Tensor], Constant]
 ) -> Map:
     """Return a pointwise operator in its in-place form; the arguments are the same as of ``operation_kind``."""
-    packet, overload = operator_name(func)
+    packet, overload = name_and_overload(func)
     in_place = packet if packet.endswith("_") else f"{packet}_"
     name = f"{in_place}.{overload}" if overload else in_place
     found = getattr(getattr(torch.ops.aten, in_place, None), overload or "default", None)

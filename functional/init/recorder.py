@@ -24,8 +24,8 @@ from .operators import (
     arguments,
     is_random,
     is_view,
+    name_and_overload,
     needs_shape_only,
-    operator_name,
     overwrites,
     truncated_normal_of_torch,
 )
@@ -127,7 +127,10 @@ class Recorder(TorchDispatchMode):
         if asks_for_value(func):
             return self._answer(args[0])
         changed, read = arguments(func, args, kwargs)
-        if any(not isinstance(tensor, FakeTensor) for tensor in changed) or operator_name(func)[0] in ("set_", "resize_"):
+        if any(not isinstance(tensor, FakeTensor) for tensor in changed) or name_and_overload(func)[0] in (
+            "set_",
+            "resize_",
+        ):
             msg = "the code changes a tensor from elsewhere, or what a tensor is made of"
             raise DependsOnValuesError(msg)
         for tensor in (*changed, *read):
@@ -141,7 +144,7 @@ class Recorder(TorchDispatchMode):
         elif not is_view(func) or not isinstance(args[0], FakeTensor):
             self._record_result(func, args, kwargs, read, result)
         elif self._values.get(args[0]).is_constant and not self._values.tape.record(func, args, kwargs, result):
-            cause = f"{operator_name(func)[0]} cannot be computed again"
+            cause = f"{name_and_overload(func)[0]} cannot be computed again"
             self._values.by_storage[storage_id(args[0])] = Value(cause=cause)
         return result
 
@@ -193,7 +196,7 @@ class Recorder(TorchDispatchMode):
                     views.add((int(target.storage_offset()), tuple(target.shape), target.stride()))
             try:
                 is_alone = len(changed) == 1 and target is args[0]
-                check(is_alone, f"{operator_name(func)[0].strip('_')} is not pointwise")
+                check(is_alone, f"{name_and_overload(func)[0].strip('_')} is not pointwise")
                 operations = self._values.after_write(func, args, kwargs, before[storage], path)
                 value = evolve(value, operations=operations)
             except NotPointwiseError as error:

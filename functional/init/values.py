@@ -20,9 +20,9 @@ from .operators import (
     NotPointwiseError,
     factory_operations,
     is_random,
+    name_and_overload,
     needs_shape_only,
     operation_kind,
-    operator_name,
     pointwise_map,
 )
 from .strided_views import box_of, box_shape
@@ -88,7 +88,7 @@ class Values:
             read: The tensors that it reads.
             result: Its result.
         """
-        packet, _ = operator_name(func)
+        packet, _ = name_and_overload(func)
         inputs = [self.get(tensor) for tensor in read]
         drawn = [tensor for tensor, value in zip(read, inputs, strict=True) if not value.is_constant]
         is_lifted = packet in ("lift_fresh", "lift_fresh_copy")  # torch.tensor([1, 2])
@@ -111,7 +111,7 @@ class Values:
 
     def _continued(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> tuple[Operation, ...]:
         """Return the operations of the result of a pointwise operator on a drawn tensor."""
-        before, packet = self.get(args[0]), operator_name(func)[0]
+        before, packet = self.get(args[0]), name_and_overload(func)[0]
         if before.operations is None:
             raise NotPointwiseError(before.cause)
         is_alike = isinstance(result, Tensor) and is_in_order(args[0]) and result.shape == args[0].shape
@@ -139,7 +139,7 @@ class Values:
         if before.operations is None and not _is_whole(target):
             raise NotPointwiseError(before.cause)
         check(len(before.operations or ()) < _MAX_OPERATIONS, f"its code is more than {_MAX_OPERATIONS} operations")
-        if operator_name(func)[0] == "copy_" and not self.get(args[1]).is_constant:
+        if name_and_overload(func)[0] == "copy_" and not self.get(args[1]).is_constant:
             source = self.get(args[1])
             return self.copied(args[1], target, source.of if path is None else frozenset([path]))
         try:

@@ -118,7 +118,7 @@ def export_stages(subject: LocalModel, cuts: Sequence[str]) -> Partition:
     held = [
         {path for h in halves.values() for path in tensors_held(h.flow, h.graphs[stage])} for stage in range(len(stages))
     ]
-    return Partition(pipeline, tuple(codes), holders(subject.tree, held))
+    return Partition(pipeline, tuple(codes), stages_that_hold(subject.tree, held))
 
 
 def _forgotten(subject: LocalModel) -> Iterator[Problem]:
@@ -134,7 +134,7 @@ def _forgotten(subject: LocalModel) -> Iterator[Problem]:
             yield Problem(path, cause, fix)
 
 
-def holders(tree: SpecTree, held: Sequence[set[str]]) -> dict[str, tuple[int, ...]]:
+def stages_that_hold(tree: SpecTree, held: Sequence[set[str]]) -> dict[str, tuple[int, ...]]:
     """Return the stages that hold each tensor; an unused tensor stays with the tensor before it.
 
     Args:

@@ -80,7 +80,7 @@ def cut_model(sch: Declaration, subject: LocalModel) -> Partition:
     return export_stages(subject, cuts)
 
 
-def with_stages(tree: SpecTree, partition: Partition) -> SpecTree:
+def on_their_stages(tree: SpecTree, partition: Partition) -> SpecTree:
     """Return the tensors with the stages that hold them: the first stage owns a tensor, any further stage holds a copy."""
     holders = partition.holders
     return tree.map(lambda spec: evolve(spec, stage=holders[spec.path][0], also_on=holders[spec.path][1:]))

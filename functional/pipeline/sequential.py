@@ -18,7 +18,7 @@ from ...specs.pipeline import ExampleInput, Pipeline, PlainInput, Stage, TensorI
 from ..layout.local_model import LocalModel, following
 from .example_inputs import SizeNames, recorded
 from .opaque_calls import tensors_of
-from .partition import MODES, Partition, StageCode, holders
+from .partition import MODES, Partition, StageCode, stages_that_hold
 from .stage_graph import StageGraph
 
 
@@ -103,7 +103,7 @@ def sequential_stages(subject: LocalModel, modules: Sequence[Sequence[str]]) -> 
         sizes=tuple(names.sizes.values()),
     )
     held = [{p for p in subject.tree.all_paths if p.startswith(tuple(f"{path}." for path in paths))} for paths in modules]
-    return Partition(pipeline, tuple(codes), holders(subject.tree, held))
+    return Partition(pipeline, tuple(codes), stages_that_hold(subject.tree, held))
 
 
 def _inputs(example: tuple[ExampleInput, ...], mode: FakeTensorMode) -> list[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @frozen
-class State:
+class TensorState:
     """An optimizer state of a tensor: of the tensor's shape and split as it is, or a number.
 
     Args:
@@ -164,7 +164,7 @@ def _like(parameter: Tensor, name: str, state: Tensor) -> Tensor:
     return dtensor_like(parameter, state)  # type: ignore[arg-type]  it has a local part
 
 
-def all_states(plan: Plan, local: LocalStates) -> tuple[State, ...]:
+def all_states(plan: Plan, local: LocalStates) -> tuple[TensorState, ...]:
     """Return the states of all ranks, in the same order on every rank; every rank calls it."""
     known: dict[str, list[Any]] = {}
     for text in all_texts(json.dumps(dict(local.types))):
@@ -183,7 +183,7 @@ def all_groups(local: LocalStates) -> tuple[ParamGroup, ...]:
     return tuple(found)
 
 
-def _in_order_of_plan(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[State]:
+def _in_order_of_plan(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[TensorState]:
     by_path: dict[str, list[tuple[str, str, int]]] = {}
     for key, (dtype, num_axes) in known.items():
         name, _, path = key.partition("/")
@@ -191,7 +191,7 @@ def _in_order_of_plan(plan: Plan, known: Mapping[str, list[Any]]) -> Iterator[St
     for spec in plan.tree.values():
         for name, dtype, num_axes in sorted(by_path.get(spec.path, [])):
             like = evolve(spec, dtype=dtype)
-            yield State(name, like if num_axes or not spec.orig_shape else evolve(like, orig_shape=(), shards=()))
+            yield TensorState(name, like if num_axes or not spec.orig_shape else evolve(like, orig_shape=(), shards=()))
 
 
 def _types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:

@@ -23,7 +23,7 @@ from .file_plan import index_of, plan_files
 from .gather import agreed, collect
 from .held_tensors import modules_of
 from .messages import view_box
-from .optimizer_states import LocalStates, State, all_groups, all_states, local_states
+from .optimizer_states import LocalStates, TensorState, all_groups, all_states, local_states
 from .safetensors import file_layout
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _destination(whole: Tensor, part: Part) -> Tensor:
     return place
 
 
-def _files_of_states(local: LocalStates, states: Iterable[State], here: Coordinate) -> list[FileToWrite]:
+def _files_of_states(local: LocalStates, states: Iterable[TensorState], here: Coordinate) -> list[FileToWrite]:
     by_key = {state.key: state.spec for state in states}
     problems = [
         Problem(key, "the optimizer has noted it on other ranks, and not on this one", "Save it when all ranks have trained")

@@ -19,7 +19,7 @@ from ..checkpoints.optimizer_states import settings_for
 from ..dialects import dialect_of
 from .held_tensors import held_tensors
 from .messages import agreement, as_message, messages, receive, view_box
-from .optimizer_states import LocalStates, State, all_groups, all_states, give_states, groups_of, local_states
+from .optimizer_states import LocalStates, TensorState, all_groups, all_states, give_states, groups_of, local_states
 
 if TYPE_CHECKING:
     from ...specs.param import ParamSpec
@@ -145,7 +145,7 @@ def _pass(given: Tensor | None, taker: Tensor | None, move: Transfer) -> None:
 
 
 def _received(
-    resharding: Reshard, known: Iterable[State], states: LocalStates, after: Mapping[str, Tensor]
+    resharding: Reshard, known: Iterable[TensorState], states: LocalStates, after: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Transfer the states; return those of the tensors that this rank holds afterwards, by path and name."""
     found: dict[str, dict[str, Tensor]] = {}

@@ -14,7 +14,7 @@ from ...specs.paths import join
 from ...specs.shard import Split
 from ..model.linear import linear_of
 from ..model.read import first_argument
-from .selection import module_at, of_kind, or_unmatched, own_tensors, selected_modules, wrong
+from .selection import module_at, of_kind, or_unmatched, own_specs, selected_modules, wrong
 from .splits import joined_sizes, split_named, split_tensors, with_local_size
 from .syncs import with_layout, with_syncs
 
@@ -113,7 +113,7 @@ def expert_parallel(sch: D) -> D:
     sch = or_unmatched(sch, modules=True)
     for module in selected_modules(sch):
         num = getattr(module_at(sch, module), "num_experts", None)
-        held = own_tensors(sch, module)
+        held = own_specs(sch, module)
         alike = [spec for spec in held if spec.orig_shape and spec.orig_shape[0] == num]
         if not isinstance(num, int) or not held or len(alike) < len(held):
             cause = f"its num_experts is {num!r}, and it holds {', '.join(map(str, held)) or 'no tensors itself'}"

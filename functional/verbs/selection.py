@@ -61,7 +61,7 @@ def tensors_below(sch: Declaration) -> Iterator[ParamSpec]:
     return (s for s in sch.tree.values() if s.path in chosen or any(p.startswith(prefixes) for p in s.paths if prefixes))
 
 
-def own_tensors(sch: Declaration, module: ModuleSpec) -> tuple[ParamSpec, ...]:
+def own_specs(sch: Declaration, module: ModuleSpec) -> tuple[ParamSpec, ...]:
     """Return the tensors that a module holds itself, under any path."""
     return tuple(s for s in sch.tree.values() if any(module_of(path) == module.path for path in s.paths))
 

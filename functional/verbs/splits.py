@@ -16,7 +16,7 @@ from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
 from ...specs.paths import join, name_of
 from ...specs.shard import Shard, Split
-from .selection import caller, or_unmatched, own_tensors, selected_modules, selected_tensors, wrong
+from .selection import caller, or_unmatched, own_specs, selected_modules, selected_tensors, wrong
 from .syncs import with_layout
 
 _OPTIONS = "Options are blocks=(n, ...), interleaved=n, granule=n, replicate, uneven, allow_empty, pad_to_multiple=n"
@@ -49,7 +49,7 @@ def split_named(
         if (path := join(module.path, name)) in sch.tree:
             specs.append(sch.tree[path])
         else:
-            near = [name_of(spec.path) for spec in own_tensors(sch, module)]
+            near = [name_of(spec.path) for spec in own_specs(sch, module)]
             fix = f"It holds {', '.join(near)}" if near else "It holds no tensors itself; its submodules do"
             sch = wrong(sch, Problem(module.path, f"it has no tensor {name!r}", fix))
     return split_tensors(sch, verb, dict.fromkeys(specs), axis, mesh_axis, **split)

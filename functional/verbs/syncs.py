@@ -15,7 +15,7 @@ from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.module import ModuleSpec
 from ...specs.paths import join, module_of, name_of
 from ..model.callables import register
-from .selection import or_unmatched, own_tensors, selected_modules, selected_tensors, wrong
+from .selection import or_unmatched, own_specs, selected_modules, selected_tensors, wrong
 
 
 def sync(  # noqa: PLR0917  as the verb has them
@@ -89,7 +89,7 @@ def sum_gradient(sch: D, name: str | None, mesh_axis: MeshAxis) -> D:
         cause = f"activations are not split over mesh axis {mesh_axis!r}"
         return wrong(sch, Problem(sch.selected, cause, "They are over data or tensor"))
     for module in modules:
-        owned = {path for spec in own_tensors(sch, module) if spec.requires_grad for path in spec.paths}
+        owned = {path for spec in own_specs(sch, module) if spec.requires_grad for path in spec.paths}
         mine = {path for path in owned if module_of(path) == module.path}
         found = mine if name is None else mine & {join(module.path, name)}
         if not found:

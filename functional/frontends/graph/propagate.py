@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 from ....specs.paths import join, module_of
 from ...model.linear import linear_of, overrides_forward
 from .export import RankGraph, module_path, operator_name, subgraphs
-from .factors import Factor, block, whole
+from .factors import Factor, block, unsplit
 from .operator_rules import Axes, OperatorCall, TensorArgument, apply_rule, linear
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class GraphTensor:
 
 
 @frozen(eq=False)
-class Operation:
+class GraphOperation:
     """An operation of the graph.
 
     Args:
@@ -80,7 +80,7 @@ class ModelAxes:
     model: nn.Module
     tree: SpecTree
     names: Mapping[str, str]
-    operations: list[Operation] = field(factory=list)
+    operations: list[GraphOperation] = field(factory=list)
     tensors: dict[str, GraphTensor] = field(factory=dict)
     returned: list[GraphTensor] = field(factory=list)
 
@@ -108,7 +108,7 @@ def _placeholder(found: ModelAxes, node: fx.Node, traced: RankGraph) -> Any:
         return value
     path = traced.paths.get(node.name, "")
     if not path:
-        return GraphTensor(tuple(whole(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
+        return GraphTensor(tuple(unsplit(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
     spec = found.tree[path]
     is_trained = spec.requires_grad and spec.kind == "parameter"
     if path not in found.tensors:
@@ -151,7 +151,7 @@ def _call(found: ModelAxes, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         is_given=len(inputs) == 1 and inputs[0].is_given,
     )
     outputs = tuple(evolve(common, axes=axes) for axes in made)
-    found.operations.append(Operation(node, call.name, path, inputs, outputs, weight))
+    found.operations.append(GraphOperation(node, call.name, path, inputs, outputs, weight))
     return list(outputs) if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
 
 

@@ -16,7 +16,7 @@ from .factors import Axis, Factor, count, representative, segments, size_of, spe
 if TYPE_CHECKING:
     from ....specs.shard import Split
     from .operator_rules import Axes
-    from .propagate import GraphTensor, ModelAxes, Operation
+    from .propagate import GraphOperation, GraphTensor, ModelAxes
 
 
 @frozen(eq=False)
@@ -40,7 +40,7 @@ class Region:
     rows: Mapping[str, Split]
     tensors: Mapping[str, tuple[int, Split]]
     summed: tuple[str, ...]
-    operations: tuple[Operation, ...] = field(repr=False)
+    operations: tuple[GraphOperation, ...] = field(repr=False)
 
     @property
     def is_attention(self) -> bool:
@@ -105,7 +105,7 @@ def _linear_leaves(found: ModelAxes) -> tuple[dict[Factor, set[str]], dict[Facto
     return made, summed
 
 
-def _weight_axes(found: ModelAxes, op: Operation) -> tuple[Axis, Axis]:
+def _weight_axes(found: ModelAxes, op: GraphOperation) -> tuple[Axis, Axis]:
     kind = linear_of(found.model.get_submodule(op.module))
     assert kind is not None, "its module is a linear one"
     axes = found.tensors[op.weight].axes
@@ -177,7 +177,7 @@ def _num(axes: Axes, leaf: Factor) -> int:
     return sum(abs(count(axis, leaf)) for axis in axes)
 
 
-def _whole_and_trained(found: ModelAxes, op: Operation, leaf: Factor) -> Iterator[GraphTensor]:
+def _whole_and_trained(found: ModelAxes, op: GraphOperation, leaf: Factor) -> Iterator[GraphTensor]:
     """Iterate over trained whole tensors that meet parts of activations: a rank would have a part of their gradients."""
     if not any(_num(tensor.axes, leaf) for tensor in op.inputs):
         return

@@ -23,7 +23,7 @@ from ..verb_calls import VerbCall, apply_all
 from .export import ExportFailure, RankGraph, export_rank
 from .inputs import inferred_inputs, with_no_cache
 from .local_sizes import SizeAttributes, first_difference, kind_to_change, local_shapes, size_attributes
-from .propagate import ModelAxes, Operation, propagate
+from .propagate import GraphOperation, ModelAxes, propagate
 from .reasons import reasons
 from .regions import Outcome, RefusedRegion, Region, find_regions, is_in
 from .vocabularies import Vocabulary, find_vocabularies
@@ -204,7 +204,7 @@ def _forked(found: ModelAxes, regions: Iterable[Region]) -> list[str]:
     return chosen
 
 
-def _probability(op: Operation) -> float:
+def _probability(op: GraphOperation) -> float:
     name = "dropout_p" if op.name == "scaled_dot_product_attention" else "p" if op.name in _DROPOUTS else ""
     values = dict(_arguments(op.node)) if name else {}
     if values.get("train") is False or values.get("training") is False:

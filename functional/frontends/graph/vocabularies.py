@@ -15,7 +15,7 @@ from ...verbs.modules import wrong_embedding
 if TYPE_CHECKING:
     from ....specs.param import ParamSpec
     from ...schedule import Schedule
-    from .propagate import ModelAxes, Operation
+    from .propagate import GraphOperation, ModelAxes
 
 LARGE = 64
 """Rows from which a table is large enough to be shared out."""
@@ -40,7 +40,7 @@ def find_vocabularies(sch: Schedule, found: ModelAxes) -> tuple[list[Vocabulary]
     """Return the tables to split, and for each other table why it stays whole."""
     tables: list[Vocabulary] = []
     reasons: dict[str, str] = {}
-    lookups: dict[str, list[Operation]] = {}
+    lookups: dict[str, list[GraphOperation]] = {}
     for op in found.operations:
         if op.name == "embedding" and (path := op.inputs[0].parameter):
             lookups.setdefault(path, []).append(op)
@@ -54,7 +54,7 @@ def find_vocabularies(sch: Schedule, found: ModelAxes) -> tuple[list[Vocabulary]
     return [_with_untied_heads(found, table, tables) for table in tables], reasons
 
 
-def _why_whole(sch: Schedule, found: ModelAxes, path: str, ops: list[Operation]) -> str:  # noqa: PLR0911  a return for each reason
+def _why_whole(sch: Schedule, found: ModelAxes, path: str, ops: list[GraphOperation]) -> str:  # noqa: PLR0911  a return for each reason
     spec = sch.tree[path]
     num, rows = sch.mesh.tensor, spec.orig_shape[0]
     if not all(op.inputs[1].is_given for op in ops):
