@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attrs import field, frozen
@@ -20,6 +20,9 @@ of its output), or after that (the gradient of its input)."""
 
 SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter", "divide"]
 """The operator of a synchronisation along its mesh axis; ``divide`` sends nothing, and divides by the number of ranks."""
+
+RING_PASSES: Mapping[str, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+"""How often the ring algorithm of a collective sends (n - 1) / n of the bytes along n ranks."""
 
 
 @frozen

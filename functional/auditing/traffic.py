@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ...specs.layout_steps import SumGradient
+from ...specs.layout_steps import RING_PASSES, SumGradient
 from ...specs.mesh import Coordinate, MeshAxis
 from ...specs.paths import join
 from ...specs.traffic import Cargo, StepTraffic, Traffic
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from ...specs.plan import Plan
     from ...specs.receipt import Receipt
     from ..dialects import Dialect
-
-_PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""How often the ring algorithms send (n - 1) / n of the bytes."""
 
 
 def execution_traffic(receipts: Mapping[Coordinate, Receipt]) -> Iterator[Traffic]:
@@ -92,7 +89,7 @@ def wire_bytes(op: str, num_ranks: int, num_bytes: int) -> int:
     >>> wire_bytes("all_reduce", 4, 100), wire_bytes("all_gather", 4, 100), wire_bytes("send", 2, 100)
     (150, 75, 100)
     """
-    return num_bytes * _PASSES[op] * (num_ranks - 1) // num_ranks if op in _PASSES else num_bytes
+    return num_bytes * RING_PASSES[op] * (num_ranks - 1) // num_ranks if op in RING_PASSES else num_bytes
 
 
 def _messages_leaving(mesh: Mesh, place: int, sent: Mapping[int, int], ranks_per_node: int) -> int:

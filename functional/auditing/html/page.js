@@ -1,12 +1,7 @@
-// Draws the report that stands in the page.
+// Draws the report that stands in the page: each section by the function that is named after it.
 
 {
   const data = JSON.parse(document.getElementById("data").textContent);
   drawHead(data);
-  drawFindings(data);
-  drawProofs(data);
-  drawMesh(data);
-  drawMemory(data);
-  drawTraffic(data);
-  drawTensors(data);
+  for (const { id } of document.querySelectorAll("main > section")) window[`draw${id[0].toUpperCase()}${id.slice(1)}`](data);
 }

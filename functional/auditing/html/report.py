@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _SCRIPTS = ("dom", "tip", "head", "verdicts", "mesh", "memory", "traffic", "search", "tensors", "page")
 """The scripts of the page, each after the scripts that it uses."""
 
+_SECTIONS = ("findings", "proofs", "mesh", "memory", "traffic", "tensors")
+"""The sections of the page in their order; a function of a script draws each: ``drawFindings``, ..."""
+
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _ESCAPES = str.maketrans({"<": r"\u003c", ">": r"\u003e", "&": r"\u0026"})
 """Characters that could end a script or begin a comment, as JSON strings may write them; JSON has them in strings alone."""
@@ -62,12 +65,20 @@ def html_report(plan: Plan, report: Report) -> str:
     slots = {
         "title": html.escape(report.title),
         "data": json.dumps(data, separators=(",", ":")).translate(_ESCAPES),
+        "links": "\n".join(f'  <a href="#{name}">{name.title()}</a>' for name in _SECTIONS),
+        "sections": "\n".join(map(_section, _SECTIONS)),
         "style": style,
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
     }
     return _SLOT.sub(lambda slot: slots[slot[1]], _asset("report.html"))
+
+
+def _section(name: str) -> str:
+    """Return the heading of a section, and the element that its script draws into."""
+    heading = f'<h2 id="{name}-title">{name.title()}</h2>'
+    return f'  <section id="{name}" aria-labelledby="{name}-title">{heading}<div class="body"></div></section>'
 
 
 def _head(plan: Plan, report: Report) -> dict[str, Any]:
