@@ -13,6 +13,7 @@ from .dtypes import is_known, num_bytes, short_name
 from .index import Index, whole_index
 from .json_values import check_integer, check_plain
 from .mesh import SPLIT_AXES, MeshAxis, whole_of
+from .paths import module_of
 from .shard import Shard
 from .source import Source, Unknown
 
@@ -126,7 +127,7 @@ class ParamSpec:
     @property
     def module(self) -> str:
         """Path of the module that holds it, by its canonical path."""
-        return self.path.rpartition(".")[0]
+        return module_of(self.path)
 
     def places(self, mesh: Mesh) -> tuple[int, ...]:
         """Return the places along ``pipe`` that hold it, the owner's first.

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...specs.errors import Problem
 from ...specs.mesh import SPLIT_AXES
+from ...specs.paths import module_of, name_of
 from ...specs.pattern import closest, compile_pattern
 from ..model.linear import linear_of
 from ..schedule import create_schedule
@@ -107,7 +108,7 @@ def schedule_from_rules(
 
 def _split(sch: Schedule, path: str, axis: int, mesh_axis: MeshAxis, *, gather: bool) -> Schedule:
     """Split an axis of a tensor, by the verb of its module if it has any."""
-    owner, _, name = path.rpartition(".")
+    owner, name = module_of(path), name_of(path)
     module = sch.runtime.model.get_submodule(owner)
     kind = linear_of(module)
     if mesh_axis == "tensor" and name == "weight" and kind is not None:

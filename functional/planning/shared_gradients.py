@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...specs.layout_steps import SumGradient
 from ...specs.mesh import unsplit, whole_of
+from ...specs.paths import module_of, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ def shared_gradients(mesh: Mesh, tree: SpecTree) -> Iterator[SumGradient]:
                 continue
             held = shard.held(size, first)
             for path in spec.paths:
-                module, _, name = path.rpartition(".")
+                module, name = module_of(path), name_of(path)
                 if (whole := whole_of(shard.mesh_axis)) != shard.mesh_axis:
                     (rest,) = unsplit([whole], [shard.mesh_axis])
                     yield SumGradient(module, name, rest, divide=mesh.num(whole))

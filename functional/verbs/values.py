@@ -14,7 +14,7 @@ from ...specs.json_values import is_plain
 from ...specs.layout_steps import SetAttributes
 from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
-from ...specs.paths import join
+from ...specs.paths import join, module_of, name_of
 from ...specs.pattern import closest
 from ...specs.program import Fill, InitProgram, Operation
 from ...specs.source import Made, TensorCall
@@ -72,7 +72,7 @@ def _wrong_attribute(  # noqa: PLR0911  a return for each mistake
     module: ModuleSpec, found: nn.Module, name: str, value: object, earlier: object
 ) -> Problem | None:
     """Return why an attribute of a module cannot be set to a value, if it cannot."""
-    holder, _, last = name.rpartition(".")
+    holder, last = module_of(name), name_of(name)
     keeper = getattr(found, holder, None) if holder else found
     if "." in holder or keeper is None or not hasattr(keeper, last):
         near = closest(last, (attribute for attribute in vars(keeper or found) if not attribute.startswith("_")))

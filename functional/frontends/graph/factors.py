@@ -93,7 +93,7 @@ def unify(left: Iterable[Factor], right: Iterable[Factor]) -> None:
 def reshape(axes: Iterable[Axis], shape: Sequence[int]) -> list[Axis]:
     """Return the axes after a reshape to ``shape``."""
     if 0 in shape:
-        return [unsplit(size, "it is empty") for size in shape]
+        return [unsplittable(size, "it is empty") for size in shape]
     pool = deque(spell(factor for axis in axes for factor in axis))
     made: list[Axis] = []
     for size in shape:
@@ -110,12 +110,12 @@ def reshape(axes: Iterable[Axis], shape: Sequence[int]) -> list[Axis]:
                 _respell(pool)
             else:
                 block((*taken, *pool), MISALIGNED)
-                return [*made, *(unsplit(left, MISALIGNED) for left in shape[len(made) :])]
+                return [*made, *(unsplittable(left, MISALIGNED) for left in shape[len(made) :])]
         made.append(tuple(taken))
     return made
 
 
-def unsplit(size: int, reason: str) -> Axis:
+def unsplittable(size: int, reason: str) -> Axis:
     """Return an axis that cannot be split."""
     return (Factor(size, reason),) if size != 1 else ()
 
@@ -129,7 +129,7 @@ def part(axis: Axis, start: int, stop: int) -> Axis:
     inner = size_of(rest)
     if start % inner or stop % inner or not _cut(first, {start // inner, stop // inner}):
         block(axis, "a part of it is taken, across what it consists of")
-        return unsplit(stop - start, "it is a part of something whole")
+        return unsplittable(stop - start, "it is a part of something whole")
     starts = accumulate((f.size for f in segments(first)), initial=0)
     taken = [f for at, f in zip(starts, segments(first), strict=False) if start <= at * inner < stop]
     return (*laid_out([(f,) for f in taken]), *rest)

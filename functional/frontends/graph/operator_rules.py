@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
-from .factors import Axis, Factor, block, laid_out, part, reshape, size_of, unify, unsplit
+from .factors import Axis, Factor, block, laid_out, part, reshape, size_of, unify, unsplittable
 
 Axes = tuple[Axis, ...]
 """The axes of a tensor."""
@@ -72,7 +72,7 @@ def apply_rule(call: OperatorCall) -> Sequence[Axes]:
         return made
     for axes in call.tensors():
         _block_all(axes, f"{call.name} works on them")
-    return [tuple(unsplit(size, f"{call.name} makes it whole") for size in shape) for shape in call.shapes]
+    return [tuple(unsplittable(size, f"{call.name} makes it whole") for size in shape) for shape in call.shapes]
 
 
 def broadcast(tensors: Sequence[Axes], rank: int) -> Axes:
@@ -231,7 +231,7 @@ def _repeat_interleave(call: OperatorCall) -> Sequence[Axes]:
     if not isinstance(num, int) or dim is None:
         for axes in call.tensors():
             _block_all(axes, "repeat_interleave works on them")
-        return [tuple(unsplit(size, "repeat_interleave makes it whole") for size in call.shape)]
+        return [tuple(unsplittable(size, "repeat_interleave makes it whole") for size in call.shape)]
     at = call.axis()
     return [tuple((*axis, Factor(num)) if i == at and num > 1 else axis for i, axis in enumerate(call.own))]
 
@@ -248,14 +248,14 @@ def _slice(call: OperatorCall) -> Sequence[Axes]:
     size, start, step = size_of(axes[at]), call.arguments.get("start") or 0, call.arguments.get("step", 1)
     if step != 1:
         block(axes[at], "every so many of them are taken")
-        return [(*axes[:at], unsplit(call.shape[at], "it is a part of something whole"), *axes[at + 1 :])]
+        return [(*axes[:at], unsplittable(call.shape[at], "it is a part of something whole"), *axes[at + 1 :])]
     start = max(0, min(size, start + size if start < 0 else start))
     return [_with_part(axes, at, start, start + call.shape[at])]
 
 
 def _with_part(axes: Axes, at: int, start: int, stop: int) -> Axes:
     if start == stop:
-        return (*axes[:at], unsplit(0, "it is empty"), *axes[at + 1 :])
+        return (*axes[:at], unsplittable(0, "it is empty"), *axes[at + 1 :])
     return (*axes[:at], part(axes[at], start, stop), *axes[at + 1 :])
 
 
@@ -277,7 +277,7 @@ def _cat(call: OperatorCall) -> Sequence[Axes]:
 def _stack(call: OperatorCall) -> Sequence[Axes]:
     at = call.axis(rank=len(call.shape))
     met = list(broadcast(list(call.tensors()), len(call.shape) - 1))
-    return [(*met[:at], unsplit(call.shape[at], "its entries are put together one by one"), *met[at:])]
+    return [(*met[:at], unsplittable(call.shape[at], "its entries are put together one by one"), *met[at:])]
 
 
 def _look_up(call: OperatorCall) -> Sequence[Axes]:
@@ -292,7 +292,7 @@ def _index(call: OperatorCall) -> Sequence[Axes]:
     if len(picking) < len(given):  # an axis before an indexed axis is not indexed
         for met in call.tensors():
             _block_all(met, "they are indexed")
-        return [tuple(unsplit(size, "it is picked by number") for size in call.shape)]
+        return [tuple(unsplittable(size, "it is picked by number") for size in call.shape)]
     for axis in axes[: len(picking)]:
         block(axis, "they are picked by number")
     kept = axes[len(picking) :]
@@ -301,7 +301,7 @@ def _index(call: OperatorCall) -> Sequence[Axes]:
 
 
 def _unknown(shape: Shape) -> Axes:
-    return tuple(unsplit(size, "it is picked by number") for size in shape)
+    return tuple(unsplittable(size, "it is picked by number") for size in shape)
 
 
 def _block_all(axes: Axes, reason: str) -> None:

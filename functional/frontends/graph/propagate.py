@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate
 from ....specs.paths import join, module_of
 from ...model.linear import linear_of, overrides_forward
 from .export import RankGraph, module_path, operator_name, subgraphs
-from .factors import Factor, block, unsplit
+from .factors import Factor, block, unsplittable
 from .operator_rules import Axes, OperatorCall, TensorArgument, apply_rule, linear
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _placeholder(found: ModelAxes, node: fx.Node, traced: RankGraph) -> Any:
         return value
     path = traced.paths.get(node.name, "")
     if not path:
-        return GraphTensor(tuple(unsplit(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
+        return GraphTensor(tuple(unsplittable(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
     spec = found.tree[path]
     is_trained = spec.requires_grad and spec.kind == "parameter"
     if path not in found.tensors:
