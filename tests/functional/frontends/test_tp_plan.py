@@ -214,7 +214,7 @@ def test_key_and_value_heads_are_repeated_on_four_ranks():
     layer = "model.layers.1.self_attn"
     assert sch.tree[f"{layer}.q_proj.weight"].type == "f32[64@tensor, 64]"
     assert sch.tree[f"{layer}.k_proj.weight"].type == "f32[16@tensor(repeated), 64]"
-    assert "num_key_value_groups=2" in steps(sch, layer)[0]  # 4 for each key/value head, 2 of them on each rank
+    assert "num_key_value_groups': 2" in steps(sch, layer)[0]  # 4 for each key/value head, 2 of them on each rank
     plan = plan_build(sch, init_weights=False, example_inputs=TOKENS)
     assert plan.tree[f"{layer}.k_proj.weight"].local_shape(Mesh(tensor=4).coordinate(3)) == (8, 64)
 
