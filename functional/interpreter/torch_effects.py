@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from attrs import Factory, define
 from torch import Tensor, nn
 
 from ...specs.index import index_shape
+from ...specs.intervals import placed
 from ...specs.paths import name_of
 from ...specs.program import InitProgram
 from ...specs.receipt import AGREEMENT_BYTES
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ...specs.intervals import Interval
     from ...specs.layout_steps import LayoutStep
     from ...specs.mesh import Coordinate, MeshAxis
     from ...specs.param import ParamSpec
@@ -290,18 +290,12 @@ def _copy_part(part: Tensor, whole: Tensor, piece: work.Piece) -> Tensor:
     """Copy the intervals of a piece out of a whole tensor into ``part``, and return ``part``."""
     assert whole.numel() == prod(piece.spec.orig_shape), "a part is cut from a whole tensor"
     filled = _without_padding(part, piece)
-    for box in product(*(_with_places(intervals) for intervals in piece.index)):
+    for box in product(*(tuple(placed(intervals, intervals)) for intervals in piece.index)):
         taken, into = whole, filled
-        for axis, (place, start, stop) in enumerate(box):
+        for axis, ((start, stop), (place, _)) in enumerate(box):
             taken, into = taken.narrow(axis, start, stop - start), into.narrow(axis, place, stop - start)
         into.copy_(taken)
     return part
-
-
-def _with_places(intervals: Sequence[Interval]) -> list[tuple[int, int, int]]:
-    """Return each interval of the whole axis after the entry of the part's axis at which it begins."""
-    places = accumulate((stop - start for start, stop in intervals), initial=0)
-    return [(place, *interval) for place, interval in zip(places, intervals, strict=False)]
 
 
 def _without_padding(part: Tensor, piece: work.Piece) -> Tensor:

@@ -162,8 +162,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             pass
 
 
-def differences(plan: Plan, model: nn.Module) -> Iterator[Problem]:
-    """Iterate over the differences of a model from the planned one: paths, shapes, dtypes, kinds, ties, missing values."""
+def differences(plan: Plan, model: nn.Module, *, with_values: bool = True) -> Iterator[Problem]:
+    """Iterate over the differences of a model from the planned one: paths, shapes, dtypes, kinds, ties, missing values.
+
+    Args:
+        plan: The plan.
+        model: The model.
+        with_values: Whether the model must have values where the plan takes them from it, and only there.
+    """
     tree, problems = read_tensors(model)
     yield from problems
     for spec in plan.tree.values():
@@ -175,7 +181,7 @@ def differences(plan: Plan, model: nn.Module) -> Iterator[Problem]:
         if differing:
             words = "; ".join(f"{name} {getattr(found, name)!r} instead of {getattr(spec, name)!r}" for name in differing)
             yield Problem(spec.path, f"the model is not the planned one: {words}", "Plan again", spec.type)
-        if cause := _wrong_values(spec, has_values=isinstance(found.source, ModuleValues)):
+        if with_values and (cause := _wrong_values(spec, has_values=isinstance(found.source, ModuleValues))):
             yield Problem(spec.path, cause, "Plan again with this model", spec.type)
     for path in tree:
         if path not in plan.tree:

@@ -11,7 +11,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.layout_steps import LayoutStep
 from ..layout.apply import RankContext
 from ..layout.local_model import LocalModel
-from ..model.read import named_tensors
+from ..model.read import differences, named_tensors
 from .example_inputs import read_back
 from .partition import Partition, StageCode, export_stages
 from .sequential import sequential_stages
@@ -48,6 +48,8 @@ def stage_modules(plan: Plan, model: nn.Module) -> tuple[StageModule, ...]:
     if plan.pipeline is None or plan.mesh.tensor > 1:
         cause = f"all stages stand in one process only where none is split, and the plan is for {plan.mesh}"
         raise PlanError([Problem("", cause, "Plan for a mesh with pipe > 1 and tensor=1")])
+    if problems := list(differences(plan, model, with_values=False)):
+        raise PlanError(problems)
     rank = RankContext(plan.mesh.coordinate(0), {}, plan.runtime.callables)
     parts = planned_partition(plan, model)
     device = next((tensor.device for _, _, tensor in named_tensors(model) if not tensor.is_meta), torch.device("cpu"))

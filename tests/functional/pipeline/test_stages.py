@@ -184,6 +184,18 @@ def test_a_loaded_plan_makes_the_same_stages(name):
     assert torch.equal(one_after_another(again, *batch.values()).logits, model(**batch).logits)
 
 
+def test_a_model_of_other_tensors_is_refused_with_their_paths():
+    row = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = plan_build(
+        create_schedule(row, Mesh(pipe=2)).at["1"].cut_pipeline_stage(), example_inputs={"input": torch.ones(3, 4)}
+    )
+    other = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2), nn.Linear(2, 2))
+    with pytest.raises(PlanError) as caught:
+        stage_modules(plan, other)
+    assert [problem.path for problem in caught.value.problems] == ["0.weight", "0.bias", "2.weight", "3.weight", "3.bias"]
+    assert "orig_shape (6, 4) instead of (8, 4)" in str(caught.value)
+
+
 def test_other_code_of_the_same_shapes_is_refused_by_the_number_of_its_stage():
     _, plan, _ = cut("llama")
     loaded = loads(dumps(plan))
