@@ -37,9 +37,7 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
     sums = [step for step in steps if isinstance(step, SumGradient)]
     sums += shared_gradients(mesh, tree)
     problems = list(_unequal_gathers(mesh, tree, steps))
-    for path, sync in _summed_outputs(steps).items():
-        if not _adds_bias_to_parts(subject, sync):
-            continue
+    for path, sync in _sums_without_bias(subject, steps).items():
         steps.append(AddBiasAfterSync(path))
         if sync.op == "reduce_scatter" and tree[join(path, "bias")].requires_grad:
             sums.append(SumGradient(path, "bias", sync.mesh_axis))
@@ -53,9 +51,10 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
     return [*(step for step in steps if not isinstance(step, SumGradient)), *dict.fromkeys(sums)], problems
 
 
-def _summed_outputs(steps: Iterable[LayoutStep]) -> dict[str, Sync]:
-    """Return the modules whose outputs are summed over ranks, each with the step that sums."""
-    return {s.module: s for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather"}
+def _sums_without_bias(subject: LocalModel, steps: Iterable[LayoutStep]) -> dict[str, Sync]:
+    """Return the modules whose bias must wait for the sum of their output, each with the step that sums it."""
+    sums = (s for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather")
+    return {sync.module: sync for sync in sums if _adds_bias_to_parts(subject, sync)}
 
 
 def _adds_bias_to_parts(subject: LocalModel, sync: Sync) -> bool:

@@ -80,6 +80,15 @@ def test_colwise_and_rowwise_are_the_verbs_that_they_say(sch):
     assert AddBiasAfterSync("2") in plan_build(short).steps
 
 
+def test_a_bias_waits_for_the_sum_of_its_split_also_where_a_later_sum_is_over_another_axis():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    sch = create_schedule(model, Mesh(data=2, tensor=2)).at["0"].colwise().at["2"].rowwise()
+    for mesh_axis in ("data", "tensor"):
+        later = sch.at["2"].sync("forward_post", "all_reduce", mesh_axis=mesh_axis)
+        assert plan_build(later).steps.count(AddBiasAfterSync("2")) == 1
+
+
 def test_gathered_output_and_vocabulary():
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 6, bias=False))
