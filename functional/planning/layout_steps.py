@@ -37,24 +37,29 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
     sums = [step for step in steps if isinstance(step, SumGradient)]
     sums += shared_gradients(mesh, tree)
     problems = list(_unequal_gathers(mesh, tree, steps))
-    for path, sync in _sums_without_bias(subject, steps).items():
+    for path, found in _sums_without_bias(subject, steps).items():
+        mesh_axis = found[0].mesh_axis
         steps.append(AddBiasAfterSync(path))
-        if sync.op == "reduce_scatter" and tree[join(path, "bias")].requires_grad:
-            sums.append(SumGradient(path, "bias", sync.mesh_axis))
+        if any(sync.op == "reduce_scatter" for sync in found) and tree[join(path, "bias")].requires_grad:
+            sums.append(SumGradient(path, "bias", mesh_axis))
         module = subject.model.get_submodule(path)
         if overrides_forward(module):
             cause = (
                 f"its bias belongs after the sum over ranks, and {type(module).__name__} has a forward of its own,"
-                f" so that it would be added {mesh.num(sync.mesh_axis)} times"
+                f" so that it would be added {mesh.num(mesh_axis)} times"
             )
             problems.append(Problem(path, cause, "Use a plain nn.Linear, or bias=False", tree[join(path, "weight")].type))
     return [*(step for step in steps if not isinstance(step, SumGradient)), *dict.fromkeys(sums)], problems
 
 
-def _sums_without_bias(subject: LocalModel, steps: Iterable[LayoutStep]) -> dict[str, Sync]:
-    """Return the modules whose bias must wait for the sum of their output, each with the step that sums it."""
+def _sums_without_bias(subject: LocalModel, steps: Iterable[LayoutStep]) -> dict[str, list[Sync]]:
+    """Return the modules whose bias must wait for the sum of their output, each with the steps along that axis."""
+    found: dict[str, list[Sync]] = {}
     sums = (s for s in steps if isinstance(s, Sync) and s.when == "forward_post" and s.op != "all_gather")
-    return {sync.module: sync for sync in sums if _adds_bias_to_parts(subject, sync)}
+    for sync in sums:
+        if _adds_bias_to_parts(subject, sync):
+            found.setdefault(sync.module, []).append(sync)
+    return found
 
 
 def _adds_bias_to_parts(subject: LocalModel, sync: Sync) -> bool:

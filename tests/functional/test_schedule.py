@@ -8,7 +8,7 @@ from torch import nn
 
 from shardplan.functional import audit, create_schedule, execute, plan_build
 from shardplan.specs import InitProgram, Made, Mesh, Operation, PlanError, Shard, TensorCall
-from shardplan.specs.layout_steps import AddBiasAfterSync, SetAttributes, Sync, VocabParallel
+from shardplan.specs.layout_steps import AddBiasAfterSync, SetAttributes, SumGradient, Sync, VocabParallel
 from shardplan.specs.program import Fill
 from tests.helpers.models import llama, plain, split_llama
 
@@ -87,6 +87,8 @@ def test_a_bias_waits_for_the_sum_of_its_split_also_where_a_later_sum_is_over_an
     for mesh_axis in ("data", "tensor"):
         later = sch.at["2"].sync("forward_post", "all_reduce", mesh_axis=mesh_axis)
         assert plan_build(later).steps.count(AddBiasAfterSync("2")) == 1
+    scattered = sch.at["2"].sync("forward_post", "reduce_scatter", axis=0).at["2"].sync("forward_post", "divide")
+    assert SumGradient("2", "bias") in plan_build(scattered).steps
 
 
 def test_gathered_output_and_vocabulary():
