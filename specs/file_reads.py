@@ -14,14 +14,14 @@ from .mesh import Coordinate
 class FileRead:
     """Bytes that each rank of a distinct coordinate reads from a file.
 
-    Ranks that are alike read as many bytes; of a tensor that is stored in several files, such as experts, the others may
-    read theirs from other files than the first.
+    Ranks of a distinct coordinate read equally many bytes. Parts of a tensor that is stored in several files, such as
+    experts, may lie in other files for other ranks than for the first.
 
     Args:
-        coordinate: Where the first of these ranks stands.
-        num_ranks: How many they are.
+        coordinate: The first of these ranks.
+        num_ranks: Number of these ranks.
         file: The file's path within the plan's folder.
-        num_bytes: Bytes of tensors that each of them reads; headers come on top.
+        num_bytes: Bytes of tensors that each rank reads; headers come on top.
     """
 
     coordinate: Coordinate

@@ -11,8 +11,8 @@ from .mesh import Coordinate
 class Memory:
     """Bytes on the device of a rank.
 
-    What a runtime keeps for training is told by the plan's target and its config; where these do not say which optimizer
-    there is, its states are not counted, and the audit says so. What only exists within one operation is in none of these.
+    The dialect of the plan's target counts the bytes of training, by its config. If the config names no optimizer, states of
+    an optimizer are not counted, and the audit says so. Temporary tensors within an operation are not counted.
 
     Args:
         parameter_bytes: Parameters as they stay while training: the local shapes, or under ZeRO 3 this rank's part of them.
@@ -22,12 +22,12 @@ class Memory:
         master_bytes: Copies of the parameters that the optimizer works on, where the model computes in another dtype.
         bucket_bytes: Buffers into which the runtime copies gradients to send them.
         boundary_bytes: Tensors that cross between stages, for all micro-batches in flight.
-        activation_bytes: An estimate: what autograd keeps of all micro-batches that are on their way at one time; None
-            where no micro-batch was followed.
-        checkpointed_bytes: The same estimate where each block keeps its inputs only, and one block at a time is computed
-            again; None where no micro-batch was followed.
+        activation_bytes: Estimate of the activations that autograd keeps for all micro-batches in flight; None if no
+            micro-batch was followed.
+        checkpointed_bytes: The same estimate with activation checkpointing: each block keeps only its inputs, and a single
+            block at a time is recomputed; None if no micro-batch was followed.
         executing_bytes: Peak of allocated bytes while the plan is executed: shards, and staging beside them.
-        host_bytes: Bytes of host memory that hold the values which the model came with, in each process.
+        host_bytes: Bytes of host memory, in each process, of the values that the user's model has.
         replicated_bytes: Bytes among parameters and buffers that every rank of the stage holds alike.
     """
 

@@ -23,9 +23,9 @@ class Change:
 
     Args:
         path: Field of the plan, tensor or module.
-        what: Of a tensor or module, what is said: ``type``, ``stage``, ``source`` ...; ``""`` for all of it.
-        before: What was said; None if there was nothing to say it of.
-        after: What is said now; None if there is nothing left to say it of.
+        what: The changed property of a tensor or module: ``type``, ``stage``, ``source`` ...; ``""`` for all properties.
+        before: The old value in words; None if the tensor or module is new.
+        after: The new value in words; None if the tensor or module is gone.
     """
 
     path: str
@@ -36,13 +36,13 @@ class Change:
 
 @frozen
 class RankChange:
-    """Ranks that hold something else, on a mesh that is the same.
+    """Ranks whose memory differs between two plans on the same mesh; they are alike before, and alike after.
 
     Args:
-        coordinate: Where the first of them stands.
-        num_ranks: How many they are; all were alike, and all are alike.
-        before: Memory of each, before.
-        after: Memory of each, after.
+        coordinate: The first of these ranks.
+        num_ranks: Number of these ranks.
+        before: Memory of each rank, before.
+        after: Memory of each rank, after.
     """
 
     coordinate: Coordinate
@@ -86,9 +86,8 @@ class Messages:
     """Messages of a kind.
 
     Args:
-        num_calls: How many.
-        num_bytes: While the plan is executed the bytes that each member of a group gets, in a training step those that a
-            rank puts on the wire.
+        num_calls: Number of messages.
+        num_bytes: During execution: bytes that each member of a group receives. In a training step: bytes that a rank sends.
     """
 
     num_calls: int = 0
@@ -143,11 +142,11 @@ class PlanDiff:
         before: Fingerprint of the plan before.
         after: Fingerprint of the other.
         fields: Changes of the plan as a whole: mesh, target, config, seed, stages, kinds of steps.
-        tensors: Tensors that came, went, or are said otherwise, one change a row.
-        modules: Modules that compute otherwise.
+        tensors: Tensors that are new, gone or declared differently, a change a row.
+        modules: Modules that compute differently.
         ranks: Changes of memory by rank; empty if the meshes differ.
         spreads: Changes of total memory.
-        traffic: Messages that came, went, or changed.
+        traffic: Messages that are new, gone or changed.
         came: Findings of the plan after alone.
         went: Findings of the plan before alone.
         moves: Bytes to receive to go from the plan before to the plan after, by family of tensors.

@@ -1,7 +1,7 @@
 """Init programs: the few operations that give a tensor its values, element by element.
 
-Element i of a tensor needs its own index alone, so that any rank evaluates any part of it, in any layout, and gets what
-every other rank would get. How that is done is said in ``shardplan.functional.init.evaluate``.
+The value of element i depends on the index i alone, so that any rank evaluates any part of a tensor, in any layout, and all
+ranks get the same values. ``shardplan.functional.init.evaluate`` evaluates them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RANDOM_SCHEME = 1
 """Version of the function from (seed, path, element) to random values; a plan of another version is not executed."""
 
 Box = tuple[tuple[int, int, int] | None, ...]
-"""A part of a tensor: for each axis the first index, the one after the last, and the step; None for all of an axis."""
+"""A part of a tensor: for each axis the first index, the end (exclusive) and the step; None for the whole axis."""
 
 
 def _check_finite(_: object, attribute: Attribute[Any], value: float) -> None:
@@ -155,9 +155,9 @@ Draw = Normal | Uniform | TruncatedNormal | Exponential | LogNormal | Bernoulli 
 class Node:
     """An operator in the computation of a constant, by its name in ``torch.ops.aten``.
 
-    Arguments are plain. What is not plain in torch is written as a dictionary with one key: ``{"node": 3}`` is the result
+    Arguments are JSON values. torch's own values are written as dictionaries: ``{"node": 3}`` is the result
     of the fourth node (``{"node": 3, "item": 1}`` the second of its results), ``{"dtype": "float32"}`` an element type,
-    ``{"memory_format": "contiguous_format"}`` a memory format, ``{"float": "-inf"}`` a number that JSON has not,
+    ``{"memory_format": "contiguous_format"}`` a memory format, ``{"float": "-inf"}`` a number that JSON lacks,
     ``{"tensor": [1, 2], "shape": [2], "dtype": "int64"}`` values that were written down in the code.
     """
 
@@ -173,8 +173,8 @@ class Constant:
     Args:
         shape: Its shape.
         dtype: Its dtype.
-        nodes: The operators; the last one's result is the constant.
-        values: What they gave while planning, row-major, if that is little; outside equality and fingerprint, since
+        nodes: The operators; the result of the last operator is the constant.
+        values: The values computed while planning, row-major, if they are few; outside equality and fingerprint, since
             the last digit of a logarithm differs between machines.
         default_dtype: torch's default dtype, which the operators follow where whole numbers become floats.
     """
@@ -279,7 +279,7 @@ class Operation:
 
     @property
     def overwrites(self) -> bool:
-        """Whether it gives every element a value that does not depend on the one before."""
+        """Whether it gives every element a value that does not depend on the element's earlier value."""
         return self.box is None and not isinstance(self.what, Map)
 
     def __str__(self) -> str:

@@ -110,10 +110,10 @@ class Report:
 
     @property
     def host_peak_bytes(self) -> int | None:
-        """Most bytes of host memory that the processes of a node take for values that the model came with.
+        """Most bytes of host memory that the processes of a node take for the values of the user's model.
 
-        A model on meta has none. Where tensors go to the CPU, what the ranks hold is on top of it. None if nobody said how
-        many ranks share a node.
+        A model on meta takes none. If tensors go to the CPU, the shards of the ranks come on top. None without
+        ``ranks_per_node``.
         """
         if self.ranks_per_node is None:
             return None

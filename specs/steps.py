@@ -105,7 +105,7 @@ class LoadShard:
     Args:
         stage: Pipeline stage.
         paths: The tensors.
-        stored_dtype: Their element type in the files; where the tensors have another one, what is read is converted to it.
+        stored_dtype: Their element type in the files; they are converted if the tensors have another.
         over: Of these mesh axes only place 0 reads.
     """
 
@@ -228,7 +228,7 @@ class AsDTensors:
 
 @frozen
 class MakeOptimizer:
-    """The user's function, if there is one, makes an optimizer over the trained parameters."""
+    """The user's function, if given, makes an optimizer over the trained parameters."""
 
 
 @frozen

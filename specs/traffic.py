@@ -9,8 +9,8 @@ from attrs import frozen
 from .mesh import Coordinate, MeshAxis
 
 Cargo = Literal["activations", "gradients", "parameters", "boundary"]
-"""What is sent in a step: parts of activations along ``tensor`` or ``expert``, gradients that are averaged or summed,
-parameters that are gathered, what crosses between stages."""
+"""Tensors that are sent in a training step: activations along ``tensor`` or ``expert``, gradients that are averaged or
+summed, parameters that are gathered, and activations and gradients at the boundary of stages."""
 
 
 @frozen

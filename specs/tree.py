@@ -67,7 +67,7 @@ class SpecTree(Mapping[str, ParamSpec]):
         return self._by_path.keys()
 
     def select(self, pattern: str) -> tuple[ParamSpec, ...]:
-        """Return the tensors of which any path matches a glob, each once, in order.
+        """Return the tensors with a path that matches a glob, each once, in order.
 
         >>> tree = SpecTree(ParamSpec(f"layers.{i}.{n}_proj.weight", (4, 4), "float32") for i in (0, 1) for n in "qo")
         >>> [spec.path for spec in tree.select("layers.*.[qkv]_proj.weight")]

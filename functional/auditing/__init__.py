@@ -1,1 +1,1 @@
-"""What a plan means: proofs, memory, traffic, findings, and the page that shows them. No torch."""
+"""What a plan means: proofs, memory, traffic, findings, and the page that shows them."""

@@ -87,7 +87,7 @@ def sum_gradient(sch: D, name: str | None, mesh_axis: MeshAxis) -> D:
     sch = or_unmatched(sch, modules=name is not None)
     if mesh_axis not in STAGE_AXES:
         cause = f"activations are not split over mesh axis {mesh_axis!r}"
-        return wrong(sch, Problem(sch.selected, cause, "They are over data or tensor"))
+        return wrong(sch, Problem(sch.selected, cause, f"They are over {' or '.join(STAGE_AXES)}"))
     for module in modules:
         owned = {path for spec in own_specs(sch, module) if spec.requires_grad for path in spec.paths}
         mine = {path for path in owned if module_of(path) == module.path}

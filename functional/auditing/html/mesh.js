@@ -1,5 +1,5 @@
-// The mesh: for each stage a table of cells, columns along its last mesh axis, rows along the others of a stage. A cell that is chosen shows, further down,
-// what its ranks hold.
+// The mesh: for each stage a table of cells, columns along its last mesh axis, rows along the others of a stage. A cell
+// that is chosen shows, further down, what its ranks hold.
 
 const FEW_CELLS = 32;
 let chosen = null;
