@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule as Schedule
     from .schedule import create_schedule as create_schedule
     from .search import search as search
+    from .verify import verify as verify
 
 __all__ = [
     "Built",
@@ -71,6 +72,7 @@ __all__ = [
     "stage_modules",
     "to_device_mesh",
     "transfer",
+    "verify",
 ]
 
 _HOMES = {
@@ -103,6 +105,7 @@ _HOMES = {
     "stage_modules": "pipeline.build_stages",
     "to_device_mesh": "layout.device_mesh",
     "transfer": "saving.transfer",
+    "verify": "verify",
 }
 
 

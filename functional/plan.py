@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..specs.param import ParamSpec
     from ..specs.stored import Folder
+    from .pipeline.partition import Partition
     from .planning.group_steps import MeshAxes
 
 
@@ -103,10 +104,8 @@ def plan_build(
         raise PlanError(problems)
 
     # stages
-    partition = cut_model(sch, subject) if is_cut(sch) else None
+    subject, partition = _cut(sch, subject)
     pipeline = partition.pipeline if partition else None
-    if partition:
-        subject = evolve(subject, tree=on_their_stages(subject.tree, partition))
     if problems := dialect.check_pipeline(sch.mesh, subject.tree, pipeline, config):
         raise PlanError(problems)
 
@@ -126,6 +125,35 @@ def plan_build(
         runtime=evolve(sch.runtime, callables=subject.callables, partition=partition),
         microbatch=None if example_inputs is None else follow_microbatch(subject),
     )
+
+
+def plan_unchecked(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> Plan:
+    """Plan a schedule of a model with values, without the checks that would refuse it: ``verify`` measures what they claim.
+
+    Raises:
+        PlanError: If the schedule cannot be laid out at all.
+    """
+    if problems := [*sch.problems, *misfits(sch.mesh, sch.tree)]:
+        raise PlanError(problems)
+    subject, _ = _subject(sch, init_weights=False, example_inputs=example_inputs)
+    layout, _ = layout_steps(subject, sch.layout)
+    subject, partition = _cut(sch, evolve(subject, layout=layout))
+    values = list(value_steps(sch.mesh, subject.tree, (), "local", dedupe=False))
+    return Plan(
+        mesh=sch.mesh,
+        tree=subject.tree,
+        steps=_steps(subject, values, (), None, has_stages=partition is not None),
+        pipeline=partition.pipeline if partition else None,
+        runtime=evolve(sch.runtime, callables=subject.callables, partition=partition),
+    )
+
+
+def _cut(sch: Schedule, subject: LocalModel) -> tuple[LocalModel, Partition | None]:
+    """Return the model with its tensors on their stages, and the graphs of the stages, if it is cut."""
+    if not is_cut(sch):
+        return subject, None
+    partition = cut_model(sch, subject)
+    return evolve(subject, tree=on_their_stages(subject.tree, partition)), partition
 
 
 def _subject(

@@ -96,7 +96,7 @@ def test_importing_the_package_loads_no_torch():
 
 def test_a_function_is_not_hidden_by_the_file_of_its_name():
     names = sorted({path.stem for path in (ROOT / "functional").glob("*.py")} & {*functional.__all__})
-    assert names == ["audit", "build", "diff", "execute", "search"]
+    assert names == ["audit", "build", "diff", "execute", "search", "verify"]
     code = "import sys\nimport shardplan.functional as functional\n" + "".join(
         f"""
 import shardplan.functional.{name}
@@ -219,6 +219,7 @@ EFFECTFUL = {
     "functional/interpreter/torch_effects.py",
     "functional/interpreter/torch_loading.py",
     "functional/interpreter/world.py",
+    "functional/judging/groups.py",
     "functional/layout/collectives.py",
     "functional/layout/device_mesh.py",
     "functional/layout/dtensor.py",
@@ -227,7 +228,8 @@ EFFECTFUL = {
     "functional/saving/messages.py",
     "functional/saving/transfer.py",
 }
-"""The layers that carry a plan out, wrap a module, or save; ``layout`` makes operators, hooks and DTensors, for later."""
+"""The layers that carry a plan out, wrap a module, save, or run ranks as threads; ``layout`` makes operators, hooks and
+DTensors, for later."""
 
 
 def imports_distributed(path):

@@ -1,0 +1,127 @@
+"""Run the whole model: the inputs and the loss of a run, and its steps of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from ..model.copy import copy_module
+from .exact import Exact
+from .observe import Recorder, Run, Step, copied, default_loss, named_buffers, named_parameters, tensors_of
+
+LEARNING_RATE = 0.1
+
+Inputs = Mapping[str, Any]
+Loss = Callable[[Any], Tensor]
+
+
+@frozen
+class Job:
+    """What is run.
+
+    Args:
+        inputs: The inputs of each place along ``data``.
+        loss: From the model's output to the loss.
+        num_steps: Number of steps of SGD.
+        seed: The seed of random masks.
+        draws: Whether the model draws random numbers, which are compared in a forward pass of their own.
+    """
+
+    inputs: tuple[Inputs, ...]
+    loss: Loss = default_loss
+    num_steps: int = 1
+    seed: int = 0
+    draws: bool = False
+
+
+@frozen
+class WholeRuns:
+    """The whole model's runs.
+
+    Args:
+        runs: One for each place along ``data``; each step's gradients are the mean over all.
+        order: Paths of parameters in the order in which their gradients come.
+        not_lifted: Operators that computed in lower precision.
+    """
+
+    runs: tuple[Run, ...]
+    order: tuple[str, ...]
+    not_lifted: tuple[str, ...]
+
+
+def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
+    """Run the whole model on the inputs of each place along ``data``, as training with averaged gradients does.
+
+    Args:
+        model: The model with its values; a copy is trained.
+        job: The inputs, the loss, the number of steps.
+        halves: Whether sums of products are taken in another order.
+    """
+    model = copy_module(model, lambda tensor: tensor.detach().clone(), for_planning=False).train()
+    runs = tuple(Run() for _ in job.inputs)
+    recorder = Recorder([model])
+    parameters, order = named_parameters([model]), dict[str, None]()
+    trained = {path: parameter for path, parameter in parameters.items() if parameter.requires_grad}
+    for path, parameter in trained.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, path=path: order.setdefault(path))
+    buffers = [copied(named_buffers([model])) for _ in runs]
+    not_lifted: dict[str, None] = {}
+    for number in range(job.num_steps):
+        steps = [Step() for _ in runs]
+        for run, step, inputs, held in zip(runs, steps, job.inputs, buffers, strict=True):
+            _put_back(model, held)
+            recorder.run = None if number else run
+            with Exact(recorder.where, halves=halves) as exact:
+                output = model(**fresh(inputs))
+                step.outputs = detached(output)
+                step.loss = job.loss(output)
+                if step.loss.requires_grad:
+                    step.loss.backward()
+            not_lifted |= exact.not_lifted
+            run.draws.extend(exact.draws)
+            held.update(copied(named_buffers([model])))
+            step.buffers = dict(held)
+            run.steps.append(step)
+        for parameter in {id(p): p for p in trained.values()}.values():
+            parameter.grad = None if parameter.grad is None else parameter.grad / len(runs)
+        for step in steps:
+            step.gradients = gradients_of(trained)
+        descend(trained)
+        for step in steps:
+            step.weights = copied(parameters)
+    return WholeRuns(runs, tuple(order), tuple(not_lifted))
+
+
+def fresh(inputs: Inputs) -> dict[str, Any]:
+    """Return copies of inputs, as a model may write into them."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def detached(output: Any) -> list[Tensor]:
+    """Return copies of the tensors of an output."""
+    return [tensor.detach().clone() for tensor in tensors_of(output)]
+
+
+def gradients_of(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """Return copies of gradients by path."""
+    return {path: None if p.grad is None else p.grad.detach().clone() for path, p in trained.items()}
+
+
+def descend(trained: Mapping[str, nn.Parameter]) -> None:
+    """Make a step of SGD, and forget the gradients."""
+    with torch.no_grad():
+        for parameter in {id(p): p for p in trained.values()}.values():
+            if parameter.grad is not None:
+                parameter.sub_(LEARNING_RATE * parameter.grad)
+            parameter.grad = None
+
+
+def _put_back(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for path, buffer in named_buffers([model]).items():
+            if path in held and held[path].shape == buffer.shape:
+                buffer.copy_(held[path])

@@ -1,0 +1,155 @@
+"""``verify``: all ranks of a schedule on this machine, beside the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import evolve
+
+from ..specs.comparison import Comparison
+from ..specs.errors import PlanError, Problem
+from ..specs.source import ModuleValues
+from .judging.compare import compare
+from .judging.exact import LIFTED
+from .judging.inputs import inputs_of_places, made_inputs
+from .judging.observe import default_loss
+from .judging.ranks import run_ranks
+from .judging.values import random_copy
+from .judging.whole import Job, WholeRuns, run_whole
+from .model.rng_state import own_generators
+from .plan import plan_build, plan_unchecked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from ..specs.param import ParamSpec
+    from ..specs.plan import Plan
+    from .schedule import Schedule
+
+TOLERANCE = 1e-7
+"""Relative difference up to which values in double precision are equal; sums in another order differ by some 1e-12."""
+
+_LIMIT = 600.0
+
+
+def verify(
+    sch: Schedule,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    steps: int = 1,
+    seed: int = 0,
+) -> Comparison:
+    """Run all ranks of a schedule as threads of this process, beside the whole model, and compare what they compute.
+
+    Args:
+        sch: The schedule; its model may be on the meta device, and stays as it is.
+        inputs: Tensors and plain values by the names of the model's arguments; the rows of all places along ``data`` lie
+            along axis 0. None to make them, for a model that tells what it is called with.
+        loss: From the model's output to a loss; None for a fixed linear function of all outputs.
+        steps: Number of steps of SGD.
+        seed: Seed of values, inputs and masks.
+
+    Raises:
+        PlanError: If the schedule cannot be laid out, the whole model cannot run on the inputs, or there are no inputs.
+
+    >>> from torch import nn
+    >>> from shardplan.specs import Mesh
+    >>> from shardplan.functional import create_schedule
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.Softmax(-1), nn.Linear(32, 8))
+    >>> sch = create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["2"].rowwise()
+    >>> verify(sch, {"input": torch.randn(3, 8)}).first.path
+    '1'
+    """
+    if sch.problems:
+        raise PlanError(sch.problems)
+    with _on_cpu_in_double(), own_generators(seed):
+        whole = random_copy(sch.runtime.model, seed)
+        given = made_inputs(sch, seed) if inputs is None else inputs
+        job = Job(inputs_of_places(whole, given, sch.mesh, seed), loss or default_loss, steps, seed)
+        plan, refused = _planned(sch, whole, given, job.inputs[0])
+        expected = _whole_runs(whole, job)
+        tolerance, notes = _tolerance(whole, job, expected)
+        draws = any(run.draws for run in expected.runs)
+        ranks = run_ranks(plan, whole, evolve(job, draws=draws), limit=_LIMIT)
+        judged = compare(plan, expected, ranks, tolerance)
+    return Comparison(
+        mesh=sch.mesh,
+        tolerance=tolerance,
+        differences=judged.differences,
+        first=judged.first,
+        refused=tuple(refused),
+        notes=notes,
+        num_tensors=len(plan.tree),
+        num_modules=judged.num_modules,
+    )
+
+
+@contextmanager
+def _on_cpu_in_double() -> Iterator[None]:
+    """Let new tensors be in double precision within the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _planned(
+    sch: Schedule, whole: nn.Module, given: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> tuple[Plan, Sequence[Problem]]:
+    """Return the plan of the schedule for the model with values, and why ``plan_build`` refuses the schedule, if it does."""
+    exact = evolve(sch, tree=sch.tree.map(_taken), runtime=evolve(sch.runtime, model=whole))
+    try:
+        return plan_build(exact, init_weights=False, example_inputs=inputs), ()
+    except PlanError:
+        plan = plan_unchecked(exact, inputs)
+    try:
+        plan_build(sch, init_weights=False, example_inputs=given)
+    except PlanError as error:
+        return plan, error.problems
+    return plan, ()
+
+
+def _taken(spec: ParamSpec) -> ParamSpec:
+    """Return a tensor whose values each rank takes from the whole model."""
+    dtype = LIFTED.get(getattr(torch, spec.dtype), getattr(torch, spec.dtype))
+    return evolve(spec, dtype=str(dtype).removeprefix("torch."), source=ModuleValues())
+
+
+def _whole_runs(whole: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
+    """Run the whole model.
+
+    Raises:
+        PlanError: If it cannot run on the inputs.
+    """
+    try:
+        return run_whole(whole, job, halves=halves)
+    except Exception as error:
+        cause = f"the whole model cannot run on them: {type(error).__name__}: {error}"
+        raise PlanError([Problem("inputs", cause, "Give other inputs, or another loss")]) from error
+
+
+def _tolerance(whole: nn.Module, job: Job, expected: WholeRuns) -> tuple[float, tuple[str, ...]]:
+    """Return the tolerance: that of double precision, or if some operators have less, what another order of sums makes."""
+    if not expected.not_lifted:
+        return TOLERANCE, ()
+    other = _whole_runs(whole, job, halves=True)
+    pairs = zip(_numbers(expected), _numbers(other), strict=True)
+    noise = max((float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs), default=0.0)
+    tolerance = max(TOLERANCE, 100 * noise)
+    told = f"{', '.join(expected.not_lifted[:3])} compute in lower precision"
+    return tolerance, (f"tolerance {tolerance:.0e}: {told}, and sums in another order differ by {noise:.0e}",)
+
+
+def _numbers(runs: WholeRuns) -> Iterator[Tensor]:
+    for run in runs.runs:
+        for step in run.steps:
+            yield from (tensor.double() for tensor in step.outputs or () if tensor.is_floating_point())
+            yield from (gradient.double() for gradient in step.gradients.values() if gradient is not None)
