@@ -12,7 +12,7 @@ from attrs import evolve
 from ..specs.comparison import Comparison
 from ..specs.errors import PlanError, Problem
 from ..specs.source import ModuleValues
-from .judging.compare import compare
+from .judging.compare import Judged, compare
 from .judging.exact import LIFTED
 from .judging.inputs import inputs_of_places, made_inputs
 from .judging.observe import default_loss
@@ -68,30 +68,31 @@ def verify(
     """
     if sch.problems:
         raise PlanError(sch.problems)
-    with _on_cpu_in_double(), own_generators(seed):
+    with _in_double(), own_generators(seed):
         whole = random_copy(sch.runtime.model, seed)
         given = made_inputs(sch, seed) if inputs is None else inputs
         job = Job(inputs_of_places(whole, given, sch.mesh, seed), loss or default_loss, steps, seed)
         plan, refused = _planned(sch, whole, given, job.inputs[0])
         expected = _whole_runs(whole, job)
+        job = evolve(job, draws=any(run.draws for run in expected.runs))
         tolerance, notes = _tolerance(whole, job, expected)
-        draws = any(run.draws for run in expected.runs)
-        ranks = run_ranks(plan, whole, evolve(job, draws=draws), limit=_LIMIT)
-        judged = compare(plan, expected, ranks, tolerance)
+        judged = compare(plan, expected, run_ranks(plan, whole, job, limit=_LIMIT), tolerance)
+        if judged.first is not None and plan.pipeline is not None:
+            judged = _located(judged, sch, whole, job, expected, tolerance)
     return Comparison(
         mesh=sch.mesh,
         tolerance=tolerance,
         differences=judged.differences,
         first=judged.first,
         refused=tuple(refused),
-        notes=notes,
+        notes=(*notes, *judged.notes),
         num_tensors=len(plan.tree),
         num_modules=judged.num_modules,
     )
 
 
 @contextmanager
-def _on_cpu_in_double() -> Iterator[None]:
+def _in_double() -> Iterator[None]:
     """Let new tensors be in double precision within the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -105,7 +106,7 @@ def _planned(
     sch: Schedule, whole: nn.Module, given: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> tuple[Plan, Sequence[Problem]]:
     """Return the plan of the schedule for the model with values, and why ``plan_build`` refuses the schedule, if it does."""
-    exact = evolve(sch, tree=sch.tree.map(_taken), runtime=evolve(sch.runtime, model=whole))
+    exact = _exact(sch, whole)
     try:
         return plan_build(exact, init_weights=False, example_inputs=inputs), ()
     except PlanError:
@@ -115,6 +116,22 @@ def _planned(
     except PlanError as error:
         return plan, error.problems
     return plan, ()
+
+
+def _located(judged: Judged, sch: Schedule, whole: nn.Module, job: Job, expected: WholeRuns, tolerance: float) -> Judged:
+    """Return a comparison of stages, whose graphs have no modules, with where the difference begins without the cuts."""
+    uncut = evolve(_exact(sch, whole), mesh=evolve(sch.mesh, pipe=1), cuts=(), handed=(), even=None)
+    plan = plan_unchecked(uncut, job.inputs[0])
+    alone = compare(plan, expected, run_ranks(plan, whole, job, limit=_LIMIT), tolerance)
+    assert judged.first is not None, "the caller has asked"
+    if alone.first is None:
+        return evolve(judged, first=evolve(judged.first, cause=f"{judged.first.cause}; without the cuts nothing differs"))
+    return evolve(judged, first=alone.first, num_modules=alone.num_modules)
+
+
+def _exact(sch: Schedule, whole: nn.Module) -> Schedule:
+    """Return the schedule for the model with values in double precision."""
+    return evolve(sch, tree=sch.tree.map(_taken), runtime=evolve(sch.runtime, model=whole))
 
 
 def _taken(spec: ParamSpec) -> ParamSpec:

@@ -90,3 +90,14 @@ class Comparison:
                 yield f"    ... {len(found) - _MAX_SHOWN} more"
         yield from (f"  plan_build refuses it: {problem}" for problem in self.refused)
         yield from (f"  {note}" for note in self.notes)
+
+
+def percent(relative_difference: float) -> str:
+    """Return a relative difference in words.
+
+    >>> percent(0.1234), percent(3e-5), percent(float("inf"))
+    ('12 %', '0.003 %', 'more than everything')
+    """
+    if relative_difference == float("inf"):
+        return "more than everything"
+    return f"{100 * relative_difference:.2g} %"

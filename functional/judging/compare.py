@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from ...specs.comparison import Difference
+from ...specs.comparison import Difference, percent
 from ...specs.index import index_shape
 from ...specs.mesh import Coordinate
 from ...specs.param import ParamSpec
-from ...specs.paths import module_of
 from ...specs.plan import Plan
-from .layouts import disagreement, groups_of_model, known_splits, relative
-from .observe import Seen, Step
+from .first_module import first_module
+from .layouts import relative
+from .masks import different_masks
+from .observe import Step
 from .ranks import RankRun
-from .threads import MismatchError
+from .stopped import stopped
 from .whole import WholeRuns
 
 _ALIKE = 1e-6
@@ -35,11 +35,13 @@ class Judged:
         differences: Everything that differs.
         first: Where it begins.
         num_modules: Number of modules whose outputs could be compared.
+        notes: What could not be compared.
     """
 
     differences: tuple[Difference, ...]
     first: Difference | None
     num_modules: int
+    notes: tuple[str, ...] = ()
 
 
 def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: float) -> Judged:
@@ -51,8 +53,8 @@ def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: f
         ranks: The ranks' runs, in order.
         tolerance: The relative difference up to which values are equal.
     """
-    differences = [*_stopped(ranks)]
-    module, num_modules = _first_module(plan, whole, ranks, tolerance)
+    differences, notes = [*stopped(ranks)], list[str]()
+    module, num_modules = first_module(plan, whole, ranks, tolerance)
     if not differences:
         for number, step in enumerate(whole.runs[0].steps):
             found = [
@@ -64,8 +66,8 @@ def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: f
             differences += [_at_step(difference, number) for difference in found]
             if found:
                 break
-        differences += _masks(plan, whole, ranks)
-    return Judged(tuple(differences), _first(differences, module), num_modules)
+        differences += different_masks(plan, whole, ranks, notes)
+    return Judged(tuple(dict.fromkeys(differences)), _first(differences, module), num_modules, tuple(dict.fromkeys(notes)))
 
 
 def _first(differences: Sequence[Difference], module: Difference | None) -> Difference | None:
@@ -81,24 +83,6 @@ def _first(differences: Sequence[Difference], module: Difference | None) -> Diff
 
 def _at_step(difference: Difference, number: int) -> Difference:
     return evolve(difference, cause=f"{difference.cause} (step {number + 1})") if number else difference
-
-
-def _stopped(ranks: Sequence[RankRun]) -> Iterator[Difference]:
-    """Iterate over ranks that did not come to their end."""
-    for rank, run in enumerate(ranks):
-        error = run.ended.error
-        if isinstance(error, MismatchError):
-            yield Difference("collective", run.where, f"ranks issue different collectives: {error}", None, (rank,))
-        elif error is not None:
-            text = str(error).strip().partition("\n")[0]
-            yield Difference("error", run.where, f"rank {rank} raises {type(error).__name__}: {text}", None, (rank,))
-        elif run.ended.is_late:
-            yield Difference("hang", run.where, f"rank {rank} was still running when the time was up", None, (rank,))
-    if any(run.ended.error is not None for run in ranks):
-        return  # the ranks that wait, wait for these
-    for rank, run in enumerate(ranks):
-        if run.ended.waiting:
-            yield Difference("hang", run.where, f"rank {rank} waits for ever in {run.ended.waiting}", None, (rank,))
 
 
 def _outputs(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], number: int, tolerance: float) -> Iterator[Difference]:
@@ -207,83 +191,6 @@ def _tensors(
             yield Difference(kind, spec.path, cause, *_worst(wrong))
 
 
-def _masks(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun]) -> Iterator[Difference]:
-    """Iterate over modules whose random masks are equal where ranks hold other parts, or differ where they hold the same."""
-    for group in groups_of_model(plan.mesh):
-        if len(group) == 1:
-            continue
-        draws = whole.runs[group[0].index("data")].draws
-        drawn = [ranks[here.rank].run.masks for here in group]
-        if len({len(masks) for masks in drawn}) > 1:
-            cause = f"ranks {_list([here.rank for here in group])} draw random numbers a different number of times"
-            yield Difference("dropout", "", cause, None, tuple(here.rank for here in group))
-            continue
-        num_steps = len(whole.runs[0].steps)
-        per_step = draws[: len(draws) // num_steps]
-        if len(per_step) != len(drawn[0]):
-            continue
-        for place, masks in enumerate(zip(*drawn, strict=True)):
-            expected = per_step[place]
-            values = [mask.values for mask in masks]
-            if any(value is None for value in values):
-                continue
-            is_whole = all(mask.shape == expected.shape for mask in masks)
-            first: Any = values[0]
-            equal = [value is not None and value.shape == first.shape and torch.equal(value, first) for value in values[1:]]
-            if is_whole and not all(equal):
-                cause = "ranks draw different random numbers for the same values"
-            elif not is_whole and any(equal) and first.numel() > 1 and first.unique().numel() > 1:
-                cause = "ranks draw the same random numbers for different parts of an activation: fork_rng() it"
-            else:
-                continue
-            yield Difference("dropout", expected.module, f"{cause} ({expected.op})", None, tuple(h.rank for h in group))
-
-
-def _first_module(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: float) -> tuple[Difference | None, int]:
-    """Return the first module whose output differs though its inputs agree, and how many modules could be compared."""
-    splits = known_splits(plan.tree)
-    compared: set[str] = set()
-    best: Difference | None = None
-    for group in groups_of_model(plan.mesh):
-        seen = [_by_call(ranks[here.rank].run.seen) for here in group]
-        errors: dict[tuple[str, int], float] = {}
-        inner = ""
-        for call in whole.runs[group[0].index("data")].seen:
-            held = [one.get((call.path, call.call, call.side)) for one in seen]
-            error = _disagreement(call, held, group, splits)
-            if error is None:
-                continue
-            if call.side == "input":
-                errors[call.path, call.call] = error
-                if error > tolerance and not inner:
-                    inner = f"inside it, the input of {call.path!r} is the first to differ"
-                continue
-            compared.add(call.path)
-            if error > tolerance and errors.get((call.path, call.call), 0.0) <= tolerance:
-                has_inputs = (call.path, call.call) in errors
-                cause = f"its output differs by {percent(error)}{'; its inputs agree' if has_inputs else ''}"
-                inside = inner and (not call.path or f"'{call.path}." in inner)
-                difference = Difference("output", call.path, f"{cause}; {inner}" if inside else cause, error)
-                best = best or difference
-                break
-    return best, len(compared)
-
-
-def _by_call(seen: Iterable[Seen]) -> dict[tuple[str, int, str], Seen]:
-    return {(one.path, one.call, one.side): one for one in seen}
-
-
-def _disagreement(call: Seen, held: Sequence[Seen | None], group: Sequence[Coordinate], splits: Any) -> float | None:
-    """Return the largest disagreement of the tensors of a call; None if none can be compared."""
-    found: list[float] = []
-    for place, tensor in enumerate(call.tensors):
-        mine = [one.tensors[place] for one in held if one is not None and place < len(one.tensors)]
-        if len(mine) == len(held):
-            error = disagreement(tensor, mine, group, splits)
-            found += [] if error is None else [error]
-    return max(found, default=None)
-
-
 def _steps(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], number: int) -> Iterator[tuple[int, Step, Step]]:
     """Iterate over the ranks with their step, and the step of the whole model on their inputs."""
     for rank, run in enumerate(ranks):
@@ -334,19 +241,3 @@ def _on(found: Sequence[tuple[float, int]]) -> str:
 
 def _list(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
-
-
-def percent(relative_difference: float) -> str:
-    """Return a relative difference in words.
-
-    >>> percent(0.1234), percent(3e-5), percent(float("inf"))
-    ('12 %', '0.003 %', 'more than everything')
-    """
-    if relative_difference == float("inf"):
-        return "more than everything"
-    return f"{100 * relative_difference:.2g} %"
-
-
-def module_of_difference(difference: Difference) -> str:
-    """Return the path of the module that a difference is about."""
-    return module_of(difference.path) if difference.kind in ("gradient", "weight", "buffer") else difference.path

@@ -73,7 +73,8 @@ class Exact(TorchDispatchMode):
             return _lifted(func(*args, **kwargs))
         if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
             args, kwargs = tree_map(_lift, args), {name: _lift(value) for name, value in kwargs.items()}
-        if torch.Tag.nondeterministic_seeded in func.tags and _name(func) in _RANDOM:
+        is_random = torch.Tag.nondeterministic_seeded in func.tags and _name(func) in _RANDOM
+        if is_random and kwargs.get("generator") is None:  # code with a generator of its own draws the same everywhere
             return self._draw(func, args, kwargs)
         if self._halves and func in _PRODUCTS:
             return _in_halves(func, args, kwargs)

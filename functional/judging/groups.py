@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attrs import Factory, define
+from attrs import frozen
 from torch import Tensor
 from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
 
@@ -32,17 +32,19 @@ def threads_as_ranks() -> Iterator[None]:
         _c10d._world = before  # noqa: SLF001
 
 
-@define(eq=False)
-class Calls:
-    """The collectives that a rank issues, and a function that names the module that it runs.
+@frozen
+class Call:
+    """A collective that a rank has issued.
 
     Args:
-        where: Returns the path of the running module.
-        issued: Each collective in words, with the path of the module that issued it.
+        module: Path of the module that ran.
+        name: The operator and its tensors in words.
+        ranks: The ranks of the group.
     """
 
-    where: Callable[[], str] = lambda: ""
-    issued: list[str] = Factory(list)
+    module: str
+    name: str
+    ranks: tuple[int, ...]
 
 
 _ProcessGroup: Any = dist.ProcessGroup  # its stubs name arguments that torch passes by position
@@ -56,12 +58,22 @@ class ThreadGroup(_ProcessGroup):
         ranks: The ranks of the group, in order.
         rank: This rank.
         name: The name of the group.
-        calls: The collectives that this rank issues.
+        where: Returns the path of the module that runs on this rank.
+        issued: Takes the collectives that this rank issues.
     """
 
-    def __init__(self, threads: RankThreads, ranks: Sequence[int], rank: int, name: str, calls: Calls) -> None:
+    def __init__(
+        self,
+        threads: RankThreads,
+        ranks: Sequence[int],
+        rank: int,
+        name: str,
+        where: Callable[[], str],
+        issued: list[Call],
+    ) -> None:
         super().__init__(list(ranks).index(rank), len(ranks))
-        self._threads, self._ranks, self._name, self._calls = threads, tuple(ranks), name, calls
+        self._threads, self._ranks, self._name = threads, tuple(ranks), name
+        self._where, self._issued = where, issued
 
     def join(self) -> None:
         """Make it the default group of this thread."""
@@ -71,7 +83,9 @@ class ThreadGroup(_ProcessGroup):
     def new_group(self, ranks: Sequence[int], group_name: str, **_: Any) -> ThreadGroup | None:
         """Return the group of some ranks; None for a rank that is not among them. ``dist.new_group`` calls it."""
         rank = self._threads.rank
-        return ThreadGroup(self._threads, ranks, rank, group_name, self._calls) if rank in ranks else None
+        if rank not in ranks:
+            return None
+        return ThreadGroup(self._threads, ranks, rank, group_name, self._where, self._issued)
 
     @property
     def group_name(self) -> str:
@@ -197,15 +211,16 @@ class ThreadGroup(_ProcessGroup):
     def _meet(
         self, op: str, shown: Sequence[Tensor], brings: Any, together: Callable[[dict[int, Any]], None], how: str = ""
     ) -> Any:
-        signature = f"{op}{how}({', '.join(map(_typed, shown))}) over ranks {', '.join(map(str, self._ranks))}"
-        self._calls.issued.append(f"{self._calls.where()}: {signature}")
-        self._threads.meet(self._name, self._ranks, signature, brings, together)
+        name = f"{op}{how}({', '.join(map(_typed, shown))})"
+        self._issued.append(Call(self._where(), name, self._ranks))
+        over = f"{name} over ranks {', '.join(map(str, self._ranks))}"
+        self._threads.meet(self._name, self._ranks, over, brings, together)
         return _done()
 
 
-def world_group(threads: RankThreads, calls: Calls) -> ThreadGroup:
+def world_group(threads: RankThreads, where: Callable[[], str], issued: list[Call]) -> ThreadGroup:
     """Return the group of all ranks, as the running thread has it."""
-    return ThreadGroup(threads, range(threads.num_ranks), threads.rank, "world", calls)
+    return ThreadGroup(threads, range(threads.num_ranks), threads.rank, "world", where, issued)
 
 
 def _register(group: ThreadGroup, name: str, ranks: Sequence[int]) -> None:

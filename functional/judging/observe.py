@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..model.open_modules import OpenModules
 from ..model.rng_state import derive_seed
 from .exact import Draw
+from .groups import Call
 
 Side = Literal["input", "output"]
 
@@ -61,16 +62,16 @@ class Run:
     Args:
         steps: Its steps.
         seen: Activations of the first step, in the order of execution.
-        draws: Random numbers that modules draw in training, without their values.
-        masks: The same with their values, from a forward pass of their own; empty if none are drawn.
-        issued: The collectives that it issued, in words.
+        draws: Random numbers that the whole model draws in its first step, without their values.
+        masks: Random numbers that a rank draws in a forward pass of its own.
+        issued: The collectives that it issued.
     """
 
     steps: list[Step] = Factory(list)
     seen: list[Seen] = Factory(list)
     draws: list[Draw] = Factory(list)
     masks: list[Draw] = Factory(list)
-    issued: list[str] = Factory(list)
+    issued: list[Call] = Factory(list)
 
 
 class Recorder:

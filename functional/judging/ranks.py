@@ -16,10 +16,13 @@ from ..model.rng_state import derive_seed
 from ..pipeline.stage_module import facts_of
 from .exact import Exact
 from .filling import filled
-from .groups import Calls, threads_as_ranks, world_group
+from .groups import threads_as_ranks, world_group
 from .observe import Recorder, Run, Step, copied, named_buffers, named_parameters
 from .threads import Ended, RankThreads
 from .whole import Job, descend, detached, fresh, gradients_of
+
+EXCHANGE = "the exchange of gradients"
+"""What ranks meet for after a backward pass, where the runtime would sum and average gradients."""
 
 
 @define(eq=False)
@@ -91,7 +94,7 @@ class _Rank:
         return self.recorder.where() if self.recorder else ""
 
     def live(self) -> None:
-        world_group(self.threads, Calls(self.where, self.run.issued)).join()
+        world_group(self.threads, self.where, self.run.issued).join()
         effects = filled(self.plan, self.coordinate, self.model)
         self.modules = effects.modules
         for module in self.modules:
@@ -110,13 +113,10 @@ class _Rank:
         step = Step()
         parameters = named_parameters(self.modules)
         trained = {path: parameter for path, parameter in parameters.items() if parameter.requires_grad}
-        with Exact(self.where) as exact:
+        with Exact(self.where):
             self.backward(self.forward(step), step)
-        self.run.draws.extend(exact.draws)
         brings = _Brings(self.coordinate, trained, tied)
-        self.threads.meet(
-            "gradients", range(self.threads.num_ranks), "the exchange of gradients", brings, self.sum_and_average
-        )
+        self.threads.meet("gradients", range(self.threads.num_ranks), EXCHANGE, brings, self.sum_and_average)
         step.gradients = gradients_of(trained)
         descend(trained)
         step.weights = copied(parameters)

@@ -82,7 +82,7 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
                 if step.loss.requires_grad:
                     step.loss.backward()
             not_lifted |= exact.not_lifted
-            run.draws.extend(exact.draws)
+            run.draws.extend(() if number else exact.draws)
             held.update(copied(named_buffers([model])))
             step.buffers = dict(held)
             run.steps.append(step)
