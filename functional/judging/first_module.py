@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from ...specs.comparison import Difference, percent
 from ...specs.mesh import Coordinate
@@ -35,7 +36,8 @@ def first_module(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], toleran
             compared.add(call.path)
             if error > tolerance and errors.get((call.path, call.call), 0.0) <= tolerance:
                 has_inputs = (call.path, call.call) in errors
-                cause = f"its output differs by {percent(error)}{'; its inputs agree' if has_inputs else ''}"
+                how = f"differs by {percent(error)}" if isfinite(error) else "is larger than that of the whole model"
+                cause = f"its output {how}{'; its inputs agree' if has_inputs else ''}"
                 inside = inner and (not call.path or f"'{call.path}." in inner)
                 difference = Difference("output", call.path, f"{cause}; {inner}" if inside else cause, error)
                 best = best or difference

@@ -45,10 +45,13 @@ def disagreement(
         splits: The ways in which axes are split.
 
     Returns:
-        The norm of the difference over that of the whole; None if the sizes fit no known way.
+        The norm of the difference over that of the whole, infinite if ranks hold more than the whole; None if the sizes
+        fit no known way.
     """
     if any(tensor.dim() != whole.dim() for tensor in held):
         return None
+    if any(mine > all_ for tensor in held for mine, all_ in zip(tensor.shape, whole.shape, strict=True)):
+        return float("inf")
     if all(tensor.shape == whole.shape for tensor in held):
         return min(max(relative(tensor, whole) for tensor in held), relative(torch.stack(list(held)).sum(0), whole))
     axes = {

@@ -73,9 +73,7 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
             else:
                 _hook_before(module, hook.before)
         case SumGradient():
-            summing = SumGradientHook(step, rank.groups)
-            _hook_before(module, summing.before)
-            _hook_after(module, summing.after, also_after_errors=True)
+            _sum_gradient(module, step, rank)
         case DispatchTokens():
             dispatch = DispatchTokensHook(step, rank.groups[step.mesh_axis])
             if hasattr(module, "_is_expert_parallel"):  # transformers' mark of a module with part of the experts
@@ -91,6 +89,17 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
             _hook_after(module, MaskPaddingHook(part, size, rank.groups[step.mesh_axis]).after)
         case _:
             assert_never(step)
+
+
+def _sum_gradient(module: nn.Module, step: SumGradient, rank: RankContext) -> None:
+    """Sum the gradient of a tensor, after the sums that it has already."""
+    hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())  # noqa: SLF001
+    summing = next((hook for hook in hooks if isinstance(hook, SumGradientHook) and hook.name == step.name), None)
+    if summing is None:
+        summing = SumGradientHook(step.name)
+        _hook_before(module, summing.before)
+        _hook_after(module, summing.after, also_after_errors=True)
+    summing.sums.append((step, rank.groups))
 
 
 _LAYOUT_HOOKS = (SyncHook, SumGradientHook, DispatchTokensHook, MaskPaddingHook, ForkRngHook)

@@ -78,43 +78,44 @@ class SyncHook:
         return f"its floating-point {side} {self.which}" if self.which else f"its {side}"
 
 
-@frozen
+@define
 class SumGradientHook:
     """Sum the gradient of a module's tensor over ranks: the module computes with the result of an operator on it.
 
     Args:
-        step: The tensor, and how its gradient is summed.
-        groups: This rank's groups by name.
+        name: The tensor's name.
+        sums: How its gradient is summed, each with this rank's groups by name; several sums follow each other.
     """
 
-    step: SumGradient
-    groups: Mapping[str, SyncGroup]
+    name: str
+    sums: list[tuple[SumGradient, Mapping[str, SyncGroup]]] = Factory(list)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the operator's result under the tensor's name."""
-        tensor = module._parameters[self.step.name]  # noqa: SLF001  getattr may find the result of an outer call
+        tensor = module._parameters[self.name]  # noqa: SLF001  getattr may find the result of an outer call
         if tensor is not None:
-            module.__dict__[self.step.name] = self._with_summed_gradient(tensor)
+            for step, groups in self.sums:
+                tensor = _with_summed_gradient(tensor, step, groups)
+            module.__dict__[self.name] = tensor
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Put the tensor back, also after an error."""
-        module.__dict__.pop(self.step.name, None)
+        module.__dict__.pop(self.name, None)
 
-    def _with_summed_gradient(self, tensor: Tensor) -> Tensor:
-        step = self.step
-        if not step.sharing:
-            return self._summed(tensor, self.groups[step.mesh_axis])
-        if len(step.sharing) == 1:
-            return self._summed(tensor, self.groups[group_name(step.mesh_axis, step.sharing[0][1])])
-        parts = tensor.split([size for size, _ in step.sharing], dim=step.axis)
-        named = [(part, num, group_name(step.mesh_axis, num)) for part, (_, num) in zip(parts, step.sharing, strict=True)]
-        passed = [self._summed(part, self.groups[name]) if num > 1 else part for part, num, name in named]
-        return torch.cat(passed, dim=step.axis)
 
-    def _summed(self, tensor: Tensor, group: SyncGroup) -> Tensor:
-        if self.step.divide > 1:
-            return average_gradient(tensor, self.step.divide, group.name)
-        return sum_gradient(tensor, group.name)
+def _with_summed_gradient(tensor: Tensor, step: SumGradient, groups: Mapping[str, SyncGroup]) -> Tensor:
+    if not step.sharing:
+        return _summed(tensor, groups[step.mesh_axis], step.divide)
+    if len(step.sharing) == 1:
+        return _summed(tensor, groups[group_name(step.mesh_axis, step.sharing[0][1])], step.divide)
+    parts = tensor.split([size for size, _ in step.sharing], dim=step.axis)
+    named = [(part, num, group_name(step.mesh_axis, num)) for part, (_, num) in zip(parts, step.sharing, strict=True)]
+    passed = [_summed(part, groups[name], step.divide) if num > 1 else part for part, num, name in named]
+    return torch.cat(passed, dim=step.axis)
+
+
+def _summed(tensor: Tensor, group: SyncGroup, divide: int) -> Tensor:
+    return average_gradient(tensor, divide, group.name) if divide > 1 else sum_gradient(tensor, group.name)
 
 
 @frozen
