@@ -94,8 +94,7 @@ def _outputs(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], number: int
         shapes = [list(tensor.shape) for tensor in step.outputs]
         wanted = [list(tensor.shape) for tensor in expected.outputs]
         if shapes != wanted:
-            ours = "the whole model's have" if len(wanted) > 1 else "the whole model's has"
-            cause = f"its outputs have the shapes {shapes} on rank {rank}, and {ours} {wanted}"
+            cause = f"its outputs have the shapes {_listed(shapes)} on rank {rank}, and {_listed(wanted)} in the whole model"
             yield Difference("shape", "", cause, None, (rank,))
             return
         for place, (held, tensor) in enumerate(zip(step.outputs, expected.outputs, strict=True)):
@@ -233,6 +232,10 @@ def _typical(step: Step) -> float:
 
 def _worst(found: Sequence[tuple[float, int]]) -> tuple[float, tuple[int, ...]]:
     return max(found)[0], tuple(sorted(rank for _, rank in found))
+
+
+def _listed(shapes: Sequence[list[int]]) -> str:
+    return ", ".join(map(str, shapes)) or "of no tensor"
 
 
 def _on(found: Sequence[tuple[float, int]]) -> str:

@@ -56,13 +56,17 @@ class Exact(TorchDispatchMode):
         where: Returns the path of the running module.
         is_random: Whether random operators draw numbers; else they give constants.
         halves: Whether sums of products are taken in two halves: the difference is that of another order of sums.
+
+    Attributes:
+        draws: The random numbers that were drawn.
+        not_lifted: Operators that gave a lower precision all the same, with its relative spacing.
     """
 
     def __init__(self, where: Callable[[], str] = lambda: "", *, is_random: bool = False, halves: bool = False) -> None:
         super().__init__()
         self._where, self._is_random, self._halves = where, is_random, halves
         self.draws: list[Draw] = []
-        self.not_lifted: dict[str, None] = {}
+        self.not_lifted: dict[str, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out an operator."""
@@ -80,11 +84,15 @@ class Exact(TorchDispatchMode):
             return _in_halves(func, args, kwargs)
         if func is _aten._grouped_mm.default and args[0].dtype == torch.float64:  # noqa: SLF001  its kernel takes no doubles
             return _grouped_mm(*args, **kwargs)
-        result = func(*args, **kwargs)
-        for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.dtype in LIFTED:
-                self.not_lifted.setdefault(f"{func} in {self._where() or 'the model'}")
-        return result
+        return self._checked(func, func(*args, **kwargs))
+
+    def _checked(self, func: Any, result: Any) -> Any:
+        """Return a result in double precision, and keep the operator if it has computed with less."""
+        low = [value.dtype for value in tree_iter(result) if isinstance(value, Tensor) and value.dtype in LIFTED]
+        if not low:
+            return result
+        self.not_lifted[f"{func} in {self._where() or 'the model'}"] = max(torch.finfo(dtype).eps for dtype in low)
+        return tree_map(_lifted, result)
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, where = _name(func), self._where()

@@ -45,12 +45,12 @@ class WholeRuns:
     Args:
         runs: One for each place along ``data``; each step's gradients are the mean over all.
         order: Paths of parameters in the order in which their gradients come.
-        not_lifted: Operators that computed in lower precision.
+        not_lifted: Operators that computed in lower precision, with its relative spacing.
     """
 
     runs: tuple[Run, ...]
     order: tuple[str, ...]
-    not_lifted: tuple[str, ...]
+    not_lifted: dict[str, float]
 
 
 def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
@@ -69,7 +69,7 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
     for path, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(lambda _, path=path: order.setdefault(path))
     buffers = [copied(named_buffers([model])) for _ in runs]
-    not_lifted: dict[str, None] = {}
+    not_lifted: dict[str, float] = {}
     for number in range(job.num_steps):
         steps = [Step() for _ in runs]
         for run, step, inputs, held in zip(runs, steps, job.inputs, buffers, strict=True):
@@ -93,7 +93,7 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
         descend(trained)
         for step in steps:
             step.weights = copied(parameters)
-    return WholeRuns(runs, tuple(order), tuple(not_lifted))
+    return WholeRuns(runs, tuple(order), not_lifted)
 
 
 def fresh(inputs: Inputs) -> dict[str, Any]:
