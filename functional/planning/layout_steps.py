@@ -17,7 +17,7 @@ from ..model.linear import linear_of, overrides_forward
 from .shared_gradients import shared_gradients
 
 if TYPE_CHECKING:
-    from ...specs.mesh import Mesh
+    from ...specs.mesh import Mesh, MeshAxis
     from ...specs.tree import SpecTree
     from ..layout.local_model import LocalModel
 
@@ -40,7 +40,7 @@ def layout_steps(subject: LocalModel, declared: Iterable[LayoutStep]) -> tuple[l
     for path, found in _sums_without_bias(subject, steps).items():
         mesh_axis = found[0].mesh_axis
         steps.append(AddBiasAfterSync(path))
-        if any(sync.op == "reduce_scatter" for sync in found) and tree[join(path, "bias")].requires_grad:
+        if _is_left_split(path, mesh_axis, steps) and tree[join(path, "bias")].requires_grad:
             sums.append(SumGradient(path, "bias", mesh_axis))
         module = subject.model.get_submodule(path)
         if overrides_forward(module):
@@ -60,6 +60,14 @@ def _sums_without_bias(subject: LocalModel, steps: Iterable[LayoutStep]) -> dict
         if _adds_bias_to_parts(subject, sync):
             found.setdefault(sync.module, []).append(sync)
     return found
+
+
+def _is_left_split(path: str, mesh_axis: MeshAxis, steps: Iterable[LayoutStep]) -> bool:
+    """Tell whether the output of a module is scattered along a mesh axis, and not gathered again by the module itself."""
+    here = (s for s in steps if isinstance(s, Sync) and s.when == "forward_post")
+    ops = [s.op for s in here if s.module == path and s.mesh_axis == mesh_axis]
+    moves = [op for op in ops if op in {"all_gather", "reduce_scatter"}]
+    return moves[-1:] == ["reduce_scatter"]
 
 
 def _adds_bias_to_parts(subject: LocalModel, sync: Sync) -> bool:

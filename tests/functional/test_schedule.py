@@ -89,6 +89,8 @@ def test_a_bias_waits_for_the_sum_of_its_split_also_where_a_later_sum_is_over_an
         assert plan_build(later).steps.count(AddBiasAfterSync("2")) == 1
     scattered = sch.at["2"].sync("forward_post", "reduce_scatter", axis=0).at["2"].sync("forward_post", "divide")
     assert SumGradient("2", "bias") in plan_build(scattered).steps
+    gathered = scattered.at["2"].sync("forward_post", "all_gather", axis=0)
+    assert SumGradient("2", "bias") not in plan_build(gathered).steps  # it is added to the whole output
 
 
 def test_gathered_output_and_vocabulary():
