@@ -1,0 +1,81 @@
+"""Judge all entries of the exam, and print the table, or write it: ``python -m tests.exam --write docs/exam.md``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .judge import all_entries, judge
+
+
+def main():
+    """Judge the entries; exit with 1 if ``verify`` is wrong on one."""
+    parser = argparse.ArgumentParser(prog="python -m tests.exam", description=__doc__)
+    parser.add_argument("--write", type=Path, help="file that the table is written to, such as docs/exam.md")
+    parser.add_argument("--only", default="", help="part of the names of the entries that are judged")
+    arguments = parser.parse_args()
+    judgements = []
+    entries = [entry for entry in all_entries() if arguments.only in entry.name]
+    for _number, entry in enumerate(entries, 1):
+        judgements.append(judge(entry))
+    if arguments.write:
+        arguments.write.write_text(page(judgements))
+    else:
+        pass
+    return 0 if all(judgement.is_judged_right for judgement in judgements) else 1
+
+
+def page(judgements):
+    """Return the page: figures, and a table of the wrong and one of the right entries."""
+    wrong = [judgement for judgement in judgements if not judgement.entry.is_right]
+    right = [judgement for judgement in judgements if judgement.entry.is_right]
+    return "\n".join([_INTRODUCTION.format(**_figures(wrong, right)), *_table(wrong), "\n## Right\n", *_table(right), ""])
+
+
+_INTRODUCTION = """# The exam
+
+{num_wrong} layouts that compute something else than the whole model, and {num_right} near misses that compute the same.
+`plan_build` accepts {accepted} of the wrong ones, with `example_inputs` {accepted_with_inputs}; of {audited_ok} of their
+plans the audit says that they are ok. `verify` finds {found} of them, and names the place of the fault for {named}.
+Of the right ones `plan_build` refuses {refused}, with `example_inputs` {refused_with_inputs}, and `verify` finds a
+difference in {flagged}. Each is a schedule of a small model in [tests/exam](../tests/exam);
+`python -m tests.exam --write docs/exam.md` judges them, and writes this page.
+
+A pipeline is not planned without `example_inputs`. *Audit* is what the audit says of the plan: the codes of
+[its findings](findings.md), if there are any. *Verify* is where the difference begins, and how large it is there: the norm
+of the difference over the norm of the tensor.
+
+## Wrong
+"""
+
+
+def _figures(wrong, right):
+    return {
+        "num_wrong": len(wrong),
+        "num_right": len(right),
+        "accepted": sum(j.planned == "accepted" for j in wrong),
+        "accepted_with_inputs": sum(j.planned_with_inputs == "accepted" for j in wrong),
+        "audited_ok": sum(j.audited != "-" and not j.audited.startswith("not ok") for j in wrong),
+        "found": _all_or(sum(j.is_found for j in wrong), len(wrong)),
+        "named": sum(j.is_named for j in wrong),
+        "refused": sum(j.planned != "accepted" for j in right),
+        "refused_with_inputs": sum(j.planned_with_inputs != "accepted" for j in right),
+        "flagged": sum(j.is_found for j in right) or "none",
+    }
+
+
+def _all_or(number, of):
+    return "all" if number == of else number
+
+
+def _table(judgements):
+    yield "| entry | report | plan_build | with example_inputs | audit | verify |"
+    yield "|---|---|---|---|---|---|"
+    for j in judgements:
+        cells = j.entry.name, j.entry.report, j.planned, j.planned_with_inputs, j.audited, j.verified
+        yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

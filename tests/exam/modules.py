@@ -1,0 +1,127 @@
+"""Small modules that the entries are made of, and schedules that split them over two ranks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from shardplan.functional import create_schedule
+from shardplan.specs import Mesh
+
+WIDTH, WIDE, HEADS, HEAD_DIM, VOCAB = 12, 24, 4, 6, 20
+"""Sizes of activations: outside and between split layers, where four heads of six features are side by side."""
+
+TENSOR = Mesh(tensor=2)
+
+
+class Do(nn.Module):
+    """Call a function of activations."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+class Between(nn.Module):
+    """A middle module between a layer whose outputs are split and one whose inputs are split."""
+
+    def __init__(self, middle, wide_out=WIDE):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, WIDE)
+        self.middle = middle if isinstance(middle, nn.Module) else Do(middle)
+        self.down = nn.Linear(wide_out, WIDTH)
+
+    def forward(self, x):
+        return self.down(self.middle(self.up(self.first(x))))
+
+
+class Attention(nn.Module):
+    """Causal attention whose keys and values may have fewer heads than its queries."""
+
+    def __init__(self, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.q = nn.Linear(WIDTH, num_heads * head_dim)
+        self.k = nn.Linear(WIDTH, num_kv_heads * head_dim)
+        self.v = nn.Linear(WIDTH, num_kv_heads * head_dim)
+        self.o = nn.Linear(num_heads * head_dim, WIDTH)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = (y.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for y in (self.k(x), self.v(x)))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+class Behind(nn.Module):
+    """A linear layer and a module behind it, so that the module's input has a gradient that someone needs."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self.first(x))
+
+
+class Language(nn.Module):
+    """An embedding, a body, and a head that may be tied to the embedding."""
+
+    def __init__(self, body, *, vocab=VOCAB, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, WIDTH)
+        self.body = body
+        self.head = nn.Linear(WIDTH, vocab, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.body(self.embed(ids)))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH))
+
+
+def scheduled(make, mesh=TENSOR):
+    """Return a schedule without declarations for a model that is built on the meta device."""
+    with torch.device("meta"):
+        model = make()
+    return create_schedule(model, mesh)
+
+
+def split_between(middle, **sizes):
+    """Return the schedule and inputs of a middle module between a column split and a row split."""
+    sch = scheduled(lambda: Between(middle() if isinstance(middle, type) else middle, **sizes))
+    return sch.at["up"].colwise().at["down"].rowwise(), x()
+
+
+def split_mlp(sch, path=""):
+    return sch.at[f"{path}0"].colwise().at[f"{path}2"].rowwise()
+
+
+@cache
+def _normal(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def x(batch=3, tokens=5, width=WIDTH):
+    """Activations that an entry's model is called with."""
+    return {"x": _normal((batch, tokens, width)).clone()}
+
+
+def ids(batch=3, tokens=5, vocab=VOCAB):
+    """Tokens that an entry's model is called with; all of the vocabulary's ends are among them."""
+    numbers = torch.randint(vocab, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    numbers[0, 0], numbers[-1, -1] = 0, vocab - 1
+    return {"ids": numbers}

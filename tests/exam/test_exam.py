@@ -1,0 +1,30 @@
+"""``verify`` is right on every entry of the exam, and its page tells what is."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from tests.exam.__main__ import page
+from tests.exam.judge import all_entries, judge
+
+PAGE = Path(__file__).parents[2] / "docs" / "exam.md"
+
+
+@cache
+def judgements():
+    return [judge(entry) for entry in all_entries()]
+
+
+def test_verify_tells_wrong_entries_from_right_ones():
+    misjudged = [f"{j.entry.name}: {j.verified}" for j in judgements() if not j.is_judged_right]
+    assert not misjudged
+
+
+def test_the_page_is_that_of_the_entries():
+    assert PAGE.read_text() == page(judgements()), "write it anew: python -m tests.exam --write docs/exam.md"
+
+
+def test_wrong_entries_name_a_place_and_right_ones_do_not():
+    assert all((entry.where is None) == entry.is_right for entry in all_entries())
+    assert min(sum(entry.is_right for entry in all_entries()), sum(not entry.is_right for entry in all_entries())) >= 80
