@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .blocks import HEAD_DIM, HEADS, WIDE, Between, scheduled, split_between, x
 from .entry import right, wrong
-from .modules import HEAD_DIM, HEADS, WIDE, Between, scheduled, split_between, x
 
 
 def _per_head(function):

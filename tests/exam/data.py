@@ -7,8 +7,8 @@ from torch import nn
 
 from shardplan.specs import Mesh
 
+from .blocks import WIDE, WIDTH, Behind, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
-from .modules import WIDE, WIDTH, Behind, mlp, scheduled, split_mlp, x
 
 BOTH, DATA = Mesh(data=2, tensor=2), Mesh(data=2)
 

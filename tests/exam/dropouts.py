@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import functional
 
+from .blocks import HEADS, WIDE, WIDTH, Attention, Behind, Between, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
-from .modules import HEADS, WIDE, WIDTH, Attention, Behind, Between, mlp, scheduled, split_mlp, x
 
 
 def _features(dropout):

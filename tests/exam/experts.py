@@ -10,8 +10,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.specs import Mesh
 
+from .blocks import TENSOR, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, split_mlp, x
 from .entry import right, wrong
-from .modules import TENSOR, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, split_mlp, x
 
 NUM = 4
 EXPERT, BOTH = Mesh(data=2, expert=2), Mesh(data=2, expert=2, tensor=2)

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from .blocks import HEAD_DIM, HEADS, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, x
 from .entry import right, wrong
-from .modules import HEAD_DIM, HEADS, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, x
 
 
 class _Gated(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
+from .blocks import WIDE, WIDTH, Behind, mlp, scheduled, x
 from .entry import right, wrong
-from .modules import WIDE, WIDTH, Behind, mlp, scheduled, x
 
 
 def _gathered(when, path, axis=-1, **split):

@@ -9,8 +9,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from shardplan.specs import Mesh
 
+from .blocks import HEAD_DIM, HEADS, TENSOR, VOCAB, WIDE, WIDTH, Attention, Behind, ids, scheduled, x
 from .entry import right, wrong
-from .modules import HEAD_DIM, HEADS, TENSOR, VOCAB, WIDE, WIDTH, Attention, Behind, ids, scheduled, x
 
 
 def _attention(body=Attention, mesh=TENSOR, **split):

@@ -13,8 +13,6 @@ from shardplan.specs import PlanError
 
 from .entry import ENTRIES, Entry
 
-_APART = ("__main__", "entry", "judge", "modules")
-
 
 @frozen
 class Judgement:
@@ -47,7 +45,7 @@ class Judgement:
 def all_entries():
     """Return the entries of all modules of this package, in the order of their names."""
     for module in sorted(found.name for found in pkgutil.iter_modules(tests.exam.__path__)):
-        if module not in _APART and not module.startswith("test_"):
+        if module != "__main__" and not module.startswith("test_"):
             importlib.import_module(f"tests.exam.{module}")
     return list(ENTRIES.values())
 

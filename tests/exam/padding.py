@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .blocks import WIDTH, Do, Language, ids, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
-from .modules import WIDTH, Do, Language, ids, mlp, scheduled, split_mlp, x
 
 VOCAB = 21
 

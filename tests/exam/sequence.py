@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .blocks import VOCAB, WIDE, WIDTH, Do, ids, scheduled, x
 from .entry import right, wrong
-from .modules import VOCAB, WIDE, WIDTH, Do, ids, scheduled, x
 
 TOKENS = 6
 

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from shardplan.specs import Mesh
 
+from .blocks import HEADS, TENSOR, VOCAB, WIDE, WIDTH, Attention, Language, ids, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
-from .modules import HEADS, TENSOR, VOCAB, WIDE, WIDTH, Attention, Language, ids, mlp, scheduled, split_mlp, x
 
 PIPE, BOTH = Mesh(pipe=2), Mesh(pipe=2, tensor=2)
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .blocks import WIDE, WIDTH, Behind, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
-from .modules import WIDE, WIDTH, Behind, mlp, scheduled, split_mlp, x
 
 
 def _columns(sch, path="body.0"):

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 
 from shardplan.functional import create_schedule
 
+from .blocks import TENSOR, WIDE, WIDTH, scheduled, x
 from .entry import right, wrong
-from .modules import TENSOR, WIDE, WIDTH, scheduled, x
 
 
 class _Changed(nn.Module):
