@@ -132,11 +132,15 @@ class _Sloped(Attention):
 class _SlopesKept(_Sloped):
     def __init__(self, *, trained=False):
         super().__init__()
-        slopes = 2.0 ** -torch.arange(1.0, HEADS + 1)
+        slopes = torch.empty(HEADS)
         if trained:
             self.slopes = nn.Parameter(slopes)
         else:
             self.register_buffer("slopes", slopes)
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.slopes.copy_(2.0 ** -torch.arange(1.0, HEADS + 1))
 
     def _slopes(self):
         return self.slopes[: self.num_heads]
