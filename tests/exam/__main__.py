@@ -35,16 +35,19 @@ def page(judgements):
 
 _INTRODUCTION = """# The exam
 
-{num_wrong} layouts that compute something else than the whole model, and {num_right} near misses that compute the same.
-`plan_build` accepts {accepted} of the wrong ones, with `example_inputs` {accepted_with_inputs}; of {audited_ok} of their
-plans the audit says that they are ok. `verify` finds {found} of them, and names the place of the fault for {named}.
-Of the right ones `plan_build` refuses {refused}, with `example_inputs` {refused_with_inputs}, and `verify` finds a
-difference in {flagged}. Each is a schedule of a small model in [tests/exam](../tests/exam);
-`python -m tests.exam --write docs/exam.md` judges them, and writes this page.
+Written by `python -m tests.exam --write docs/exam.md`.
 
-A pipeline is not planned without `example_inputs`. *Audit* is what the audit says of the plan: the codes of
-[its findings](findings.md), if there are any. *Verify* is where the difference begins, and how large it is there: the norm
-of the difference over the norm of the tensor.
+{num_wrong} layouts compute something else than the whole model, and {num_right} near misses compute the same.
+Each is a schedule of a small model in [tests/exam](../tests/exam).
+
+- Of the wrong ones `plan_build` accepts {accepted}, and with `example_inputs` {accepted_with_inputs}; the audit calls
+  {audited_ok} of the plans ok. `verify` finds {found}, and names the place of the fault for {named}.
+- Of the right ones `plan_build` refuses {refused}, and with `example_inputs` {refused_with_inputs}; the audit calls
+  {audited_not_ok} of the plans not ok. `verify` finds a difference in {flagged}.
+
+A model that is cut into stages is not planned without `example_inputs`. *Audit*: `ok` or `not ok`, with the codes of
+[its findings](findings.md). *Verify*: the kind of the first difference, where it is, and the norm of the difference over the
+norm of the whole model's tensor.
 
 ## Wrong
 """
@@ -56,13 +59,18 @@ def _figures(wrong, right):
         "num_right": len(right),
         "accepted": sum(j.planned == "accepted" for j in wrong),
         "accepted_with_inputs": sum(j.planned_with_inputs == "accepted" for j in wrong),
-        "audited_ok": sum(j.audited != "-" and not j.audited.startswith("not ok") for j in wrong),
+        "audited_ok": sum(j.audited.startswith("ok") for j in wrong),
         "found": _all_or(sum(j.is_found for j in wrong), len(wrong)),
         "named": sum(j.is_named for j in wrong),
-        "refused": sum(j.planned != "accepted" for j in right),
-        "refused_with_inputs": sum(j.planned_with_inputs != "accepted" for j in right),
-        "flagged": sum(j.is_found for j in right) or "none",
+        "refused": _or_none(sum(j.planned.startswith("refused") for j in right)),
+        "refused_with_inputs": _or_none(sum(j.planned_with_inputs != "accepted" for j in right)),
+        "audited_not_ok": _or_none(sum(j.audited.startswith("not ok") for j in right)),
+        "flagged": _or_none(sum(j.is_found for j in right)),
     }
+
+
+def _or_none(number):
+    return number or "none"
 
 
 def _all_or(number, of):

@@ -228,7 +228,7 @@ def groups_made_one():
     return _convolved(HEADS, HEAD_DIM, groups=1)
 
 
-@wrong("norms of split heads in a Qwen3, their gradients not summed", where="model.layers.0.self_attn.q_norm")
+@wrong("norms of split heads in a Qwen3, their gradients not summed", where="model.layers.0.self_attn")
 def head_norms_not_summed():
     return _qwen3(), {"input_ids": ids()["ids"], "use_cache": False}
 

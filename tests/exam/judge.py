@@ -20,7 +20,7 @@ class Judgement:
 
     Args:
         entry: The entry.
-        planned: What ``plan_build`` says without inputs: ``accepted``, or where it refuses.
+        planned: What ``plan_build`` says without inputs: ``accepted``, or where it refuses; ``-`` for stages.
         planned_with_inputs: What it says with inputs.
         audited: What the audit says of the plan; ``-`` without a plan.
         verified: What ``verify`` says.
@@ -53,7 +53,8 @@ def all_entries():
 def judge(entry):
     """Return what is said of an entry."""
     sch, inputs = entry.make()
-    plan, planned = _plan(sch)
+    is_cut = bool(sch.cuts or sch.handed or sch.even)
+    plan, planned = (None, "-") if is_cut else _plan(sch)
     comparison = verify(sch, inputs)
     refused = comparison.refused
     if plan is None and not refused:
@@ -81,7 +82,7 @@ def _plan(sch, **options):
 def _audited(plan):
     report = audit(plan)
     codes = sorted({finding.code for finding in report.findings})
-    return " ".join([*codes] if report.ok else ["not ok:", *codes]) or "ok"
+    return " ".join(["ok" if report.ok else "not ok", *codes])
 
 
 def _told(difference):
