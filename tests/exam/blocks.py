@@ -89,8 +89,9 @@ class Language(nn.Module):
         return self.head(self.body(self.embed(ids)))
 
 
-def mlp():
-    return nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH))
+def mlp(*, bias=True):
+    """Return a feed-forward block; ``bias`` tells whether its last layer has one."""
+    return nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH, bias=bias))
 
 
 def scheduled(make, mesh=TENSOR):

@@ -14,9 +14,7 @@ BOTH, DATA = Mesh(data=2, tensor=2), Mesh(data=2)
 
 
 def _plain(mesh=BOTH):
-    return scheduled(
-        lambda: Behind(nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH, bias=False))), mesh
-    )
+    return scheduled(lambda: Behind(mlp(bias=False)), mesh)
 
 
 @right("data ranks and whole tensors")

@@ -10,7 +10,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.specs import Mesh
 
-from .blocks import TENSOR, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, split_mlp, x
+from .blocks import TENSOR, VOCAB, WIDE, WIDTH, Behind, ids, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
 
 NUM = 4
@@ -44,9 +44,8 @@ class _Mixture(nn.Module):
 
     def __init__(self, *, shared=False, bias=False):
         super().__init__()
-        shared_expert = [nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH, bias=False)]
         self.router, self.experts = nn.Linear(WIDTH, NUM, bias=False), _Experts(bias=bias)
-        self.shared = nn.Sequential(*shared_expert) if shared else None
+        self.shared = mlp(bias=False) if shared else None
         self.gate = nn.Linear(WIDTH, 1) if shared else None
 
     def forward(self, x):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from .blocks import HEAD_DIM, HEADS, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, x
+from .blocks import HEAD_DIM, HEADS, VOCAB, WIDE, WIDTH, Behind, ids, mlp, scheduled, x
 from .entry import right, wrong
 
 
@@ -69,7 +69,7 @@ def interleaved_gate_up_by_other_blocks():
 
 @wrong("row split by blocks behind a column split without", where="body.2")
 def rows_by_other_blocks():
-    sch = scheduled(lambda: Behind(nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH))))
+    sch = scheduled(lambda: Behind(mlp()))
     return sch.at["body.0"].colwise().at["body.2"].rowwise(blocks=(WIDE // 2, WIDE // 2)), x()
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import nn
 
-from .blocks import WIDE, WIDTH, Behind, mlp, scheduled, x
+from .blocks import WIDE, Behind, mlp, scheduled, x
 from .entry import right, wrong
 
 
@@ -67,8 +66,8 @@ def never_gathered():
 
 def _split_without_a_sum():
     """Both layers are split, and nothing sums the outputs of the second."""
-    body = [nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH, bias=False)]
-    return scheduled(lambda: Behind(nn.Sequential(*body))).at["body.0"].colwise().at["body.2"].shard("weight", axis=1)
+    sch = scheduled(lambda: Behind(mlp(bias=False))).at["body.0"].colwise()
+    return sch.at["body.2"].shard("weight", axis=1).set(in_features=WIDE // 2)
 
 
 def _sum(tensor, group):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from shardplan.specs import Mesh
 
-from .blocks import HEADS, TENSOR, VOCAB, WIDE, WIDTH, Attention, Language, ids, mlp, scheduled, split_mlp, x
+from .blocks import HEADS, TENSOR, VOCAB, WIDE, Attention, Language, ids, mlp, scheduled, split_mlp, x
 from .entry import right, wrong
 
 PIPE, BOTH = Mesh(pipe=2), Mesh(pipe=2, tensor=2)
@@ -47,8 +47,7 @@ def stages_and_tensor():
 
 @wrong("a sum forgotten at the end of a stage", where="act")
 def forgotten_at_the_boundary():
-    body = [nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH, bias=False)]
-    sch = split_mlp(_layers(BOTH, lambda: nn.Sequential(*body)), "b.").at["a.0"].colwise()
+    sch = split_mlp(_layers(BOTH, lambda: mlp(bias=False)), "b.").at["a.0"].colwise()
     return sch.at["a.2"].shard("weight", axis=1).set(in_features=WIDE // 2).at["a"].cut_pipeline_stage(), x()
 
 

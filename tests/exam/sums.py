@@ -147,7 +147,7 @@ class _Residual(nn.Module):
 
 @wrong("a sum behind the residual instead of before it", where="body")
 def residual_summed():
-    sch = scheduled(lambda: Behind(_Residual(_without_bias()))).at["body.inner.0"].colwise()
+    sch = scheduled(lambda: Behind(_Residual(mlp(bias=False)))).at["body.inner.0"].colwise()
     return _rows(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()
 
 
@@ -161,14 +161,10 @@ class _Parallel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.left, self.right = _without_bias(), _without_bias()
+        self.left, self.right = mlp(bias=False), mlp(bias=False)
 
     def forward(self, x):
         return self.left(x) + self.right(x)
-
-
-def _without_bias():
-    return nn.Sequential(nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH, bias=False))
 
 
 @right("two blocks side by side, summed once")
@@ -333,7 +329,7 @@ class _Factor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gate, self.inner = nn.Linear(WIDTH, WIDTH), _without_bias()
+        self.gate, self.inner = nn.Linear(WIDTH, WIDTH), mlp(bias=False)
 
     def forward(self, x):
         return self.gate(x).sigmoid() * self.inner(x)

@@ -63,7 +63,7 @@ def _look(subject: LocalModel, *, once: bool) -> list[Problem] | None:
     met = sharing.met.union(*(layers.repeats_of(path) for path in sharing.met))
     changing = {step.module for step in layout if not isinstance(step, (SetAttributes, SetToLocalSize))}
     silent = changing - running.num_calls.keys()
-    summed = {join(step.module, step.name) for step in layout if isinstance(step, SumGradient) and _is_of_all(step)}
+    summed = dict.fromkeys(join(s.module, s.name) for s in layout if isinstance(s, SumGradient) and _is_of_all(s))
     alone = (tree[path] for path in summed if tree[path].path not in met)
     problems = [*sharing.problems.values(), *map(_never_called, sorted(silent)), *map(_counted_twice, alone)]
     return None if layers.representative_of and (problems or not layers.is_sound) else problems
