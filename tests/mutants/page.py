@@ -1,0 +1,119 @@
+"""The page of mutants: what became of each kind of change."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.mutants.edits import KINDS
+from tests.mutants.subjects import SUBJECTS
+
+COLUMNS = (
+    "wrong, accepted",
+    "wrong, refused, named",
+    "wrong, refused otherwise",
+    "right, accepted",
+    "right, refused",
+    "not judged",
+)
+
+_HEAD = """# Mutants: right layouts, changed at random
+
+Written by `python -m tests.mutants --num {num} --seed {seed} --write docs/mutants.md`.
+
+{subjects} right schedules (by `schedule_from_tp_plan`, by `infer_schedule` and by hand; over tensor, data × tensor,
+expert × tensor, pipe × tensor, with split sequences, ties, padding, repeated heads and dropout) are changed in
+{kinds} ways, each time in one place or in all layers alike. Each of the {mutants} mutants is planned with
+`plan_build(sch, example_inputs=...)`, audited, and measured by `verify`, also where it is refused.
+
+- **wrong**: `verify` finds a difference from the whole model, in outputs, gradients, weights after a step, dropout masks or
+  collectives; or no parts can be laid out at all, as where a split does not divide.
+- **accepted**: planning with inputs says nothing, and the audit has no error.
+- **named**: a problem or finding is about the changed module or tensor, a module around it that is no larger than a layer,
+  or a module with the same parent.
+- **right, refused**: all ranks compute what the whole model computes, and planning or the audit refuses all the same.
+"""
+
+
+def page(outcomes, num, seed):
+    """Return the page as Markdown; the same outcomes give the same text."""
+    names = {"num": num, "seed": seed, "subjects": len(SUBJECTS), "kinds": len(KINDS), "mutants": len(outcomes)}
+    wrong = [outcome for outcome in outcomes if outcome.verdict == "wrong"]
+    accepted = [outcome for outcome in wrong if not outcome.refused_by]
+    parts = [
+        _HEAD.format(**names).rstrip(),
+        f"Of {len(wrong)} wrong mutants {len(accepted)} are accepted: {_percent(len(accepted), len(wrong))}.",
+        "## By kind of change",
+        by_kind(outcomes),
+        "## By schedule",
+        by_subject(outcomes),
+        "## Who refuses",
+        _refusers(outcomes),
+        "## Where the difference begins",
+        "What `verify` finds first of the wrong mutants that are accepted, and of all wrong mutants.",
+        _beginnings(accepted, wrong),
+        "## Wrong and accepted",
+        "The first of each kind: what was changed, and where the difference begins.",
+        _examples(accepted),
+    ]
+    if unjudged := [outcome for outcome in outcomes if outcome.verdict == "unknown"]:
+        parts += ["## Not judged", "\n".join(_line(outcome) for outcome in unjudged)]
+    return "\n\n".join(parts) + "\n"
+
+
+def by_kind(outcomes):
+    return _table(((kind, [o for o in outcomes if o.kind == kind]) for kind in KINDS), "change")
+
+
+def by_subject(outcomes):
+    return _table(((str(s), [o for o in outcomes if o.subject == str(s)]) for s in SUBJECTS), "schedule")
+
+
+def _table(rows, first):
+    """Return a table of counts: rows are pairs of a name and its outcomes; the last row has all together."""
+    lines = [f"| {first} | mutants | {' | '.join(COLUMNS)} |", "|---|" + "--:|" * (len(COLUMNS) + 1)]
+    rows = [(name, list(outcomes)) for name, outcomes in rows]
+    total = [outcome for _, outcomes in rows for outcome in outcomes]
+    for name, found in [*rows, ("**all**", total)]:
+        counts = Counter(outcome.cell for outcome in found)
+        lines.append(f"| {name} | {len(found)} | {' | '.join(str(counts[column] or '') for column in COLUMNS)} |")
+    return "\n".join(lines)
+
+
+def _refusers(outcomes):
+    """Return a table of who refuses wrong and right mutants; stages cannot be planned without inputs."""
+    lines = ["| | wrong | right |", "|---|--:|--:|"]
+    told = (
+        ("planning without inputs", lambda o: bool(o.before)),
+        ("planning with inputs", lambda o: o.refused_by == "planning"),
+        ("the audit, of what is planned with inputs", lambda o: o.refused_by == "audit"),
+        ("an error that is no refusal", lambda o: o.refused_by == "crash"),
+        ("nobody", lambda o: not o.refused_by),
+        ("**all**", lambda _: True),
+    )
+    for name, holds in told:
+        counts = Counter(outcome.verdict for outcome in outcomes if holds(outcome))
+        lines.append(f"| {name} | {counts['wrong']} | {counts['right']} |")
+    return "\n".join(lines)
+
+
+def _beginnings(accepted, wrong):
+    lines = ["| difference | wrong, accepted | wrong |", "|---|--:|--:|"]
+    few, many = (Counter(outcome.reason.partition(" ")[0].rstrip(":") for outcome in group) for group in (accepted, wrong))
+    lines += [f"| {name} | {few[name] or ''} | {many[name]} |" for name in sorted(many, key=lambda name: (-few[name], name))]
+    return "\n".join(lines)
+
+
+def _examples(accepted):
+    first = {}
+    for outcome in accepted:
+        first.setdefault(outcome.kind, outcome)
+    return "\n".join(_line(first[kind]) for kind in KINDS if kind in first)
+
+
+def _line(outcome):
+    reason = outcome.reason.partition(": ")[0] if outcome.verdict == "wrong" else outcome.reason
+    return f"- {outcome.kind} ({outcome.subject}): `{outcome.description}`. {reason}"
+
+
+def _percent(part, whole):
+    return f"{100 * part / whole:.0f} %" if whole else "none"
