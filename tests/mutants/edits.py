@@ -141,4 +141,6 @@ def _spelled(spec, named):
 
 
 def _told(step):
-    return f"{step.module or '(model)'}: {step.describe()}"
+    numbers = [f"{name}={value}" for name in ("num_rows", "sizes") if (value := getattr(step, name, None)) is not None]
+    more = f" ({', '.join(numbers)})" if numbers and not hasattr(step, "which") else ""
+    return f"{step.module or '(model)'}: {step.describe()}{more}"

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 from attrs import frozen
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardplan.functional import create_schedule
+from shardplan.functional.frontends import infer_schedule
 from shardplan.specs import Mesh
 from tests.helpers.families import VOCAB, schedule_of
 from tests.helpers.models import llama, plain, split_llama, split_plain
@@ -73,6 +75,14 @@ def _split_sequence(mesh):
     return sch.at["model.norm"].sync("forward_post", "all_gather", axis=1)
 
 
+def _dropping_gpt2(mesh):
+    """Return the schedule of a GPT-2 with dropout where activations are whole: outside of its heads."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": VOCAB}
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.5, embd_pdrop=0.5))
+    return infer_schedule(model, mesh)
+
+
 def _cut_encoder(mesh):
     return modules.encoder(mesh).at["layers.0"].cut_pipeline_stage()
 
@@ -95,7 +105,7 @@ SUBJECTS = (
     _of_family("qwen2_moe", "tp_plan", TWO),
     _of_family("qwen2_moe", "tp_plan", Mesh(data=2, expert=2)),
     _of_family("deepseek_v3", "tp_plan", TWO),
-    _of_family("gpt2", "infer", TWO),
+    Subject("gpt2, dropout, by infer", TWO, _dropping_gpt2, {"input_ids": (VOCAB, SHORTER)}),
     _of_family("bert", "infer", FOUR),
     _of_family("t5", "infer", TWO),
     _of_family("opt", "infer", BOTH),
