@@ -58,8 +58,8 @@ def judge(mutant):
     """Plan, audit and measure a mutant."""
     sch, inputs = mutant.mutation.schedule, mutant.subject.inputs()
     before = None if mutant.subject.mesh.pipe > 1 else bool(refusal(sch)[0])
-    refused_by, paths = refusal(sch, inputs)
-    verdict, reason = measure(sch, inputs)
+    verdict, reason, problems = measure(sch, inputs)
+    refused_by, paths = ("planning", problems) if problems else refusal(sch, inputs)
     is_named = any(is_near(path, place, sch.tree) for path in paths for place in mutant.mutation.places)
     told = mutant.mutation.description
     return Outcome(
@@ -79,7 +79,7 @@ def refusal(sch, inputs=None):
     try:
         report = audit(plan_build(sch, example_inputs=inputs))
     except PlanError as error:
-        return "planning", tuple(problem.path for problem in error.problems)
+        return "planning", _paths(error.problems)
     except Exception as error:
         return "crash", (f"{type(error).__name__}: {error}",)
     errors = tuple(finding.path for finding in report.findings if finding.severity == "error")
@@ -87,20 +87,21 @@ def refusal(sch, inputs=None):
 
 
 def measure(sch, inputs):
-    """Return the verdict of ``verify``, and the difference where it begins.
+    """Return the verdict of ``verify``, the difference where it begins, and the paths that planning with inputs refuses.
 
     A declaration that no plan can be laid out from is wrong: there are no parts with which ranks could compute anything.
     """
     try:
         comparison = verify(sch, inputs)
     except PlanError as error:
-        return "wrong", f"no layout: {error.problems[0].path}: {error.problems[0].cause}"
+        return "wrong", f"layout {error.problems[0].path}: {error.problems[0].cause}", _paths(error.problems)
     except Exception as error:
-        return "unknown", f"{type(error).__name__}: {error}".splitlines()[0]
+        return "unknown", f"{type(error).__name__}: {error}".splitlines()[0], ()
+    refused = _paths(comparison.refused)
     if comparison.ok:
-        return "right", ""
+        return "right", "", refused
     first = comparison.first
-    return "wrong", f"{first.kind} {first.path}: {first.cause}"
+    return "wrong", f"{first.kind} {first.path}: {first.cause}", refused
 
 
 def is_near(path, place, tree):
@@ -123,6 +124,10 @@ def is_near(path, place, tree):
         return False
     module = module_of(place) if place in tree else place
     return around == path or f"{around}.".startswith(f"{module_of(module)}.")
+
+
+def _paths(problems):
+    return tuple(problem.path for problem in problems)
 
 
 def _around(*paths):

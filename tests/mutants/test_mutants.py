@@ -55,7 +55,7 @@ def outcome_without_numbers(outcome):
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_unchanged_schedule_is_right(subject):
     assert refusal(schedule(subject), subject.inputs()) == ("", ())
-    assert measure(schedule(subject), subject.inputs()) == ("right", "")
+    assert measure(schedule(subject), subject.inputs()) == ("right", "", ())
 
 
 def test_same_seed_same_mutants_and_more_begin_with_fewer():
@@ -149,13 +149,14 @@ def test_judge_is_right_about_what_is_wrong(why):
 
 @pytest.mark.parametrize("why", RIGHT)
 def test_judge_is_right_about_what_does_not_matter(why):
-    assert measure(RIGHT[why], {"ids": IDS["ids"][:, :4]}) == ("right", "")
+    assert measure(RIGHT[why], {"ids": IDS["ids"][:, :4]}) == ("right", "", ())
 
 
 def test_a_split_that_does_not_divide_is_wrong():
-    verdict, reason = measure(with_split(ENCODER, "norm.weight", Shard(0, granule=3)), IDS)
+    verdict, reason, paths = measure(with_split(ENCODER, "norm.weight", Shard(0, granule=3)), IDS)
     assert verdict == "wrong"
-    assert reason.startswith("no layout: norm.weight: axis 0 has 16 entries")
+    assert reason.startswith("layout norm.weight: axis 0 has 16 entries")
+    assert paths == ("norm.weight",)
 
 
 def test_refusals_name_what_is_near():
