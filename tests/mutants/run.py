@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 import warnings
 from multiprocessing.connection import wait
@@ -84,11 +83,7 @@ def _start(function, items):
 def _serve(function, items, pipe):
     warnings.simplefilter("ignore")
     while True:
-        try:
-            number = pipe.recv()
-        except EOFError:
-            os._exit(0)  # threads of ranks that hang do not keep the process
-        pipe.send(function(items[number]))
+        pipe.send(function(items[pipe.recv()]))
 
 
 def _result(worker, items, on_late):
@@ -107,7 +102,6 @@ def _result(worker, items, on_late):
 
 
 def _end(worker):
+    worker.process.kill()
+    worker.process.join()
     worker.pipe.close()
-    worker.process.join(5)
-    if worker.process.is_alive():
-        worker.process.kill()
