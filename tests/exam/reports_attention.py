@@ -75,12 +75,12 @@ def slopes_of_local_heads():
     return _split_heads(_PerHead, slopes=True).at["slopes"].shard(axis=0), x()
 
 
-@wrong("T5's biases of distances of the first heads on every rank", where="o", report="tensor_parallel#14")
+@wrong("T5's biases of distances of the first heads on every rank", where="o", report="family of tensor_parallel#14")
 def distances_of_first_heads():
     return _split_heads(_PerHead, distances=True), x()
 
 
-@right("T5's biases of distances split with the heads", report="tensor_parallel#14")
+@right("T5's biases of distances split with the heads", report="family of tensor_parallel#14")
 def distances_of_local_heads():
     return _split_heads(_PerHead, distances=True).at["distances.weight"].shard(axis=1), x()
 
@@ -153,9 +153,12 @@ def positional_key_alone():
     return _latent(), x()
 
 
-@wrong("all of the latent summed a second time", where="kv_a", report="AReno#496")
+@wrong("all of the latent summed a second time", where="kv_a", report="Megatron-LM#6839")
 def latent_summed_twice():
-    """The latent's part was summed in front of its column-split projection, and counts twice."""
+    """The latent's part was summed in front of its column-split projection, and counts twice.
+
+    A review of the mend of Megatron-LM#1699 says so of sequences that are split; here none is.
+    """
     return _latent().at["kv_a"].sync("backward_pre", "all_reduce"), x()
 
 
