@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .blocks import HEAD_DIM, HEADS, WIDE, WIDTH, scheduled, x
 from .entry import right, wrong
-from .modules import HEAD_DIM, HEADS, WIDE, WIDTH, scheduled, x
 
 
 class _PerHead(nn.Module):

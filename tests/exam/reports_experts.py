@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .blocks import WIDE, WIDTH, scheduled, x
 from .entry import right, wrong
-from .modules import WIDE, WIDTH, scheduled, x
 
 EXPERTS = 4
 

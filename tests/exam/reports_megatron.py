@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from shardplan.specs import Mesh
 
+from .blocks import HEAD_DIM, VOCAB, WIDE, WIDTH, scheduled, x
 from .entry import right, wrong
-from .modules import HEAD_DIM, VOCAB, WIDE, WIDTH, scheduled, x
 
 GRID = Mesh(data=2, tensor=2)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .blocks import WIDE, WIDTH, Attention, scheduled, x
 from .entry import right, wrong
-from .modules import WIDE, WIDTH, Attention, scheduled, x
 
 TOKENS = 6
 

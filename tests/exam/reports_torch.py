@@ -10,8 +10,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from shardplan.functional import create_schedule
 from shardplan.specs import Mesh
 
+from .blocks import HEAD_DIM, HEADS, TENSOR, WIDE, WIDTH, Between, Do, scheduled, split_between, x
 from .entry import right, wrong
-from .modules import HEAD_DIM, HEADS, TENSOR, WIDE, WIDTH, Between, Do, scheduled, split_between, x
 
 
 class _Weighted(nn.Module):
@@ -259,22 +259,22 @@ def groups_of_one_rank():
     return _grouped_norm().at["middle"].set(num_groups=1), x()
 
 
-def _norm_of_heads(mesh_axis):
-    """Return the schedule of a norm of split heads whose gradient is summed over a mesh axis, beside data ranks."""
+def _norm_of_heads():
+    """Return the schedule of a norm of split heads whose gradient is summed over ``tensor``, beside data ranks."""
 
     def norm():
         return nn.Sequential(nn.Unflatten(-1, (-1, HEAD_DIM)), nn.RMSNorm(HEAD_DIM), nn.Flatten(-2))
 
     sch = scheduled(lambda: Between(norm()), Mesh(data=2, tensor=2)).at["up"].colwise().at["down"].rowwise()
-    return sch.at["middle.1"].sum_gradient(mesh_axis=mesh_axis), x(4, 5)
+    return sch.at["middle.1"].sum_gradient()
 
 
-@wrong("a gradient of parts summed over the other mesh axis", where="middle.1.weight", report="family of pytorch#180346")
-def gradient_summed_over_data():
+@wrong("a gradient of parts summed over both mesh axes", where="middle.1.weight", report="family of pytorch#180346")
+def gradient_summed_over_both():
     """That report was not found; this is a fault of two mesh axes, which meet in one gradient."""
-    return _norm_of_heads("data")
+    return _norm_of_heads().sum_gradient(mesh_axis="data"), x(4, 5)
 
 
 @right("a gradient of parts summed over the mesh axis of the parts", report="family of pytorch#180346")
 def gradient_summed_over_tensor():
-    return _norm_of_heads("tensor")
+    return _norm_of_heads(), x(4, 5)
