@@ -70,7 +70,7 @@ def slopes_of_first_heads():
     return _split_heads(_PerHead, slopes=True), x()
 
 
-@right("ALiBi slopes split with the heads", report="Megatron-DeepSpeed#227")
+@right("ALiBi slopes of the local heads", report="Megatron-DeepSpeed#227")
 def slopes_of_local_heads():
     return _split_heads(_PerHead, slopes=True).at["slopes"].shard(axis=0), x()
 
