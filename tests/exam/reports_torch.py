@@ -269,12 +269,12 @@ def _norm_of_heads():
     return sch.at["middle.1"].sum_gradient()
 
 
-@wrong("a gradient of parts summed over both mesh axes", where="middle.1.weight", report="family of pytorch#180346")
-def gradient_summed_over_both():
-    """That report was not found; this is a fault of two mesh axes, which meet in one gradient."""
-    return _norm_of_heads().sum_gradient(mesh_axis="data"), x(4, 5)
+@wrong("a gradient that data ranks average, summed over them before", where="first", report="family of pytorch#180346")
+def gradient_summed_over_data():
+    """That report was not found; this is a fault of two parallelisms that both care for one gradient."""
+    return _norm_of_heads().at["first"].sum_gradient(mesh_axis="data"), x(4, 5)
 
 
-@right("a gradient of parts summed over the mesh axis of the parts", report="family of pytorch#180346")
+@right("gradients that data ranks average, of parts summed over tensor ranks", report="family of pytorch#180346")
 def gradient_summed_over_tensor():
     return _norm_of_heads(), x(4, 5)
