@@ -47,7 +47,7 @@ def _labelled():
     return {**x(), "labels": functional.one_hot(words, VOCAB).float()}
 
 
-@wrong("label smoothing by the mean over the local vocabulary", where="sum", report="Megatron-LM#7452 (1)")
+@wrong("label smoothing by the mean over the local vocabulary", where="", report="Megatron-LM#7452 (1)")
 def local_mean():
     sch, inputs = _smoothed()
     return sch.at[""].set(num_words=VOCAB // 2), inputs
@@ -77,32 +77,45 @@ def gathered_logits_alone():
     return scheduled(_Smoothed).at["head"].colwise(gather_output=True), _labelled()
 
 
-class _PerToken(nn.Module):
-    """Losses of tokens, divided by the number of those that count in the whole batch."""
+class _LaterTokens(nn.Module):
+    """The loss of later tokens, weighted by the numbers of next and of later tokens that count."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.head, self.count = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1), nn.Identity()
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+        self.start, self.mask, self.later_mask = (nn.Identity() for _ in range(3))
+        self.total, self.next, self.later = (nn.Identity() for _ in range(3))
 
-    def forward(self, x, mask):
-        return self.head(self.first(x).tanh()).squeeze(-1) * mask / self.count(mask.sum())
+    def forward(self, x, mask, later_mask):
+        losses = self.head(self.start(self.first(x)).tanh()).squeeze(-1)
+        mask, later_mask = self.mask(mask), self.later_mask(later_mask)
+        weight = self.next(mask.sum(1)) / self.later(later_mask.sum(1))
+        return self.total((losses * later_mask).sum(1) * weight)
+
+
+def _later_tokens():
+    sch = scheduled(_LaterTokens).at["{start,mask,later_mask}"].sync("backward_pre", "all_gather", axis=1)
+    inputs = _masked()
+    inputs["later_mask"] = inputs["mask"].roll(1, 0)
+    return sch.at["head"].sum_gradient().at["total"].sync("forward_post", "all_reduce"), inputs
+
+
+@wrong("later tokens' losses weighted by the counts of one rank", where="total", report="Megatron-LM#7452 (3)")
+def counts_of_one_rank():
+    """The report's ranks have other rows as well; there as here each weights its losses by its own ratio of counts."""
+    return _later_tokens()
+
+
+@right("later tokens' losses weighted by the counts of all ranks", report="Megatron-LM#7452 (3)")
+def counts_of_all_ranks():
+    sch, inputs = _later_tokens()
+    return sch.at["{next,later}"].sync("forward_post", "all_reduce"), inputs
 
 
 def _masked(batch=4, tokens=6):
     """Activations, and which tokens count: other numbers in each half of the batch and of the sequence."""
     number = torch.arange(batch * tokens).view(batch, tokens)
     return {**x(batch, tokens), "mask": ((number % 3 < 1) | (number % 5 < 2)).float()}
-
-
-@wrong("losses divided by the number of valid tokens of one data rank", where="count", report="Megatron-LM#7452 (3)")
-def tokens_of_a_data_rank():
-    return scheduled(_PerToken, Mesh(data=2)), _masked()
-
-
-@right("losses divided by the number of valid tokens of all data ranks", report="Megatron-LM#7452 (3)")
-def tokens_of_all_data_ranks():
-    sch = scheduled(_PerToken, Mesh(data=2))
-    return sch.at["count"].sync("forward_post", "all_reduce", mesh_axis="data"), _masked()
 
 
 class _Kept(nn.Module):
