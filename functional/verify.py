@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ..specs.errors import PlanError, Problem
 from ..specs.source import ModuleValues
 from .judging.compare import Judged, compare
 from .judging.exact import LIFTED
-from .judging.inputs import inputs_of_places, made_inputs
+from .judging.inputs import inputs_for, inputs_of_places
 from .judging.observe import default_loss
 from .judging.ranks import run_ranks
 from .judging.values import random_copy
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
     from .schedule import Schedule
+
+_log = logging.getLogger("shardplan.verify")
 
 TOLERANCE = 1e-7
 """Relative difference up to which values in double precision are equal; sums in another order differ by some 1e-12."""
@@ -68,14 +71,18 @@ def verify(
     """
     if sch.problems:
         raise PlanError(sch.problems)
+    given = inputs_for(sch, seed) if inputs is None else inputs
     with _in_double(), own_generators(seed):
+        _log.info("values for the whole model")
         whole = random_copy(sch.runtime.model, seed)
-        given = made_inputs(sch, seed) if inputs is None else inputs
         job = Job(inputs_of_places(whole, given, sch.mesh, seed), loss or default_loss, steps, seed)
+        _log.info("a plan for %s", sch.mesh)
         plan, refused = _planned(sch, whole, given, job.inputs[0])
+        _log.info("the whole model runs")
         expected = _whole_runs(whole, job)
         job = evolve(job, draws=any(run.draws for run in expected.runs))
         tolerance, notes = _tolerance(whole, job, expected)
+        _log.info("%d ranks run", sch.mesh.num_ranks)
         judged = compare(plan, expected, run_ranks(plan, whole, job, limit=_LIMIT), tolerance)
         if judged.first is not None and plan.pipeline is not None:
             judged = _located(judged, sch, whole, job, expected, tolerance)

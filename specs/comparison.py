@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Literal
 
 from attrs import field, frozen
@@ -28,14 +29,15 @@ class Difference:
         kind: What differs.
         path: Path of the module or tensor; ``""`` for the whole model.
         cause: The difference in words.
-        relative: Norm of the difference over the norm of the whole model's tensor (0.12 is 12 %); None where there is none.
+        relative: Norm of the difference over the norm of the whole model's tensor (0.12 is 12 %); None where there is
+            none, or it is not finite.
         ranks: The ranks that differ.
     """
 
     kind: DifferenceKind
     path: str
     cause: str
-    relative: float | None = None
+    relative: float | None = field(default=None, converter=lambda size: None if size is None or not isfinite(size) else size)
     ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
@@ -93,11 +95,11 @@ class Comparison:
 
 
 def percent(relative_difference: float) -> str:
-    """Return a relative difference in words.
+    """Return a relative difference in words, with two digits.
 
-    >>> percent(0.1234), percent(3e-5), percent(float("inf"))
-    ('12 %', '0.003 %', 'more than everything')
+    >>> percent(1.234), percent(0.1234), percent(3e-5), percent(float("inf"))
+    ('120 %', '12 %', '0.003 %', 'more than everything')
     """
     if relative_difference == float("inf"):
         return "more than everything"
-    return f"{100 * relative_difference:.2g} %"
+    return f"{float(f'{100 * relative_difference:.2g}'):g} %"

@@ -67,7 +67,7 @@ def test_the_example_runs_as_it_stands(tmp_path):
 
 
 def test_the_demo_of_a_pipeline_prints_what_is_shown(tmp_path):
-    shown = [line for line in blocks("text")[3].splitlines()[1:] if line != "..."]
+    shown = [line for line in blocks("text")[4].splitlines()[1:] if line != "..."]
     out = run_script(ROOT / "examples" / "train_llama.py", 4, tmp_path, PIPE="2", TENSOR="2")
     lines = out.splitlines()
     assert [line for line in lines if line in shown] == shown
@@ -93,6 +93,14 @@ def test_the_errors_read_as_they_are_shown():
     assert f"PlanError: {caught.value}" == blocks("text")[2].strip()
 
 
+def test_a_wrong_softmax_is_named_as_it_is_shown(capsys):
+    names = {}
+    exec("import torch; from torch import nn; from shardplan.specs import Mesh", names)
+    exec("from shardplan.functional import create_schedule, verify", names)
+    exec(blocks("python")[3], names)
+    assert capsys.readouterr().out == blocks("text")[3]
+
+
 def test_every_verb_is_in_the_table():
     verbs = {name for name, value in vars(Schedule).items() if inspect.isfunction(value) and not name.startswith("_")}
     named = set(re.findall(r"^\| `\.(\w+)\(", README, flags=re.MULTILINE))
@@ -104,7 +112,7 @@ def test_python_blocks_fit_a_screen():
         assert all(len(line) <= 140 for line in textwrap.dedent(block).splitlines())
 
 
-@pytest.mark.parametrize("page", ["architecture", "init-programs", "layouts", "frontends", "audit", "checkpoints"])
+@pytest.mark.parametrize("page", ["architecture", "init-programs", "layouts", "frontends", "audit", "checkpoints", "verify"])
 def test_what_a_page_prints(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text()

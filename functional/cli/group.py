@@ -8,7 +8,7 @@ import click
 
 from ...specs.errors import PlanError
 
-_COMMANDS = ("plan", "show", "audit", "explain", "diff", "search", "materialize", "completion")
+_COMMANDS = ("plan", "show", "audit", "explain", "diff", "search", "verify", "materialize", "completion")
 
 
 class Mistake(click.ClickException):
@@ -53,8 +53,8 @@ Examples:
   shardplan audit plan.json --device-memory 80GiB --ranks-per-node 8
 
 \b
-Exit codes: 0 all is well, 1 the answer is no (audit, search; diff only with --exit-code), 2 something is wrong with what
-was given.
+Exit codes: 0 all is well, 1 the answer is no (audit, search, verify; diff only with --exit-code), 2 something is wrong
+with what was given.
 Completion of commands and options: shardplan completion bash|zsh|fish.
 """,
 )

@@ -21,6 +21,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.mesh import Mesh
 from ..frontends.graph.inputs import inferred_inputs, with_no_cache
 from ..frontends.graph.schedule import infer_schedule
+from ..frontends.shrink.shrink import shrink_config
 from ..frontends.tp_plan.declared import names_no_layer
 from ..frontends.tp_plan.schedule import schedule_from_tp_plan
 from ..frontends.transformers_models import model_classes
@@ -61,8 +62,14 @@ class ScheduleSource:
         return _inputs(sch.runtime.model, self.batch, self.sequence)
 
 
-def from_factory(name: str, batch: int | None, sequence: int | None) -> ScheduleSource:
+def from_factory(name: str, batch: int | None, sequence: int | None, *, small: bool = False) -> ScheduleSource:
     """Make schedules by calling the user's function ``module:function``, which takes a mesh and returns a schedule.
+
+    Args:
+        name: The function.
+        batch: Batch size of the example inputs.
+        sequence: Their length.
+        small: Whether it is asked for a small model: ``function(mesh, small=True)``.
 
     Raises:
         PlanError: If there is no such function, or it raises; the error names the line of the user's code.
@@ -71,9 +78,14 @@ def from_factory(name: str, batch: int | None, sequence: int | None) -> Schedule
     if folder not in sys.path:
         sys.path.insert(0, folder)  # as python -m does
     factory = _imported(name)
+    options = {"small": True} if small else {}
+    if small and "small" not in inspect.signature(factory).parameters:
+        cause = f"it takes {inspect.signature(factory)}, and --shrink asks it for a small model"
+        fix = "Let it take (mesh, small=False), and make a small model where that is True; or leave --shrink out"
+        raise PlanError([Problem(name, cause, fix)])
 
     def schedule(mesh: Mesh) -> Schedule:
-        made = _run(name, lambda: factory(mesh))
+        made = _run(name, lambda: factory(mesh, **options))
         if not isinstance(made, Schedule):
             cause = f"it returns a {type(made).__name__}, not a schedule"
             raise PlanError([Problem(name, cause, "return create_schedule(model, mesh).at[...]...")])
@@ -82,17 +94,25 @@ def from_factory(name: str, batch: int | None, sequence: int | None) -> Schedule
     return ScheduleSource(schedule, batch, sequence)
 
 
-def from_config(path: Path, batch: int | None, sequence: int | None) -> ScheduleSource:
+def from_config(path: Path, batch: int | None, sequence: int | None, *, small: bool = False) -> ScheduleSource:
     """Make schedules from the configuration of a transformers model, in a folder or a file; nothing is downloaded.
 
     The model is split as it declares, else as its computation allows, and cut evenly along ``pipe``.
 
+    Args:
+        path: The folder or file.
+        batch: Batch size of the example inputs.
+        sequence: Their length.
+        small: Whether the configuration is made small, with the same structure.
+
     Raises:
         PlanError: If there is no configuration, or no model for it.
     """
-    model = _model(path)
+    config = _config(path)
+    whole = None if small else _model(path, config)
 
     def schedule(mesh: Mesh) -> Schedule:
+        model = _model(path, shrink_config(config, mesh)) if whole is None else whole
         declared = getattr(model, "_tp_plan", None)
         sch = create_schedule(model, mesh)
         if declared and not names_no_layer(sch, declared):
@@ -122,7 +142,7 @@ def read_config(file: Path | None) -> dict[str, Any] | None:
     return config
 
 
-def _imported(name: str) -> Callable[[Mesh], object]:
+def _imported(name: str) -> Callable[..., object]:
     module_name, _, function = name.partition(":")
     if not module_name or not function or module_name.endswith(".py"):
         stem = module_name.removesuffix(".py").replace("/", ".") or "train"
@@ -163,16 +183,20 @@ def _raised(name: str, error: Exception | SystemExit) -> Problem:
     return Problem(name, f"{where} raised {type(error).__name__}: {error}")
 
 
-def _model(path: Path) -> nn.Module:
-    """Build the model of a configuration on the meta device, in the configuration's dtype."""
+def _config(path: Path) -> Any:
+    """Read the configuration of a transformers model."""
     from transformers import AutoConfig
 
     if not path.exists():
         raise PlanError([Problem(str(path), "there is no such folder or file", "Give a folder with config.json, or that")])
     try:
-        config: Any = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        return AutoConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
         raise PlanError([Problem(str(path), f"it holds no configuration of a transformers model: {error}")]) from error
+
+
+def _model(path: Path, config: Any) -> nn.Module:
+    """Build the model of a configuration on the meta device, in the configuration's dtype."""
     causes: list[str] = []
     for cls in model_classes(config):
         try:

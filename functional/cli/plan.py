@@ -16,7 +16,7 @@ from .option_types import FILE, MESH
 from .output import echo_json, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ...specs.mesh import Mesh
     from .model_sources import ScheduleSource
@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 
 @frozen
 class ModelOptions:
-    """The options that name the model, its example inputs and the runtime."""
+    """The options that name the model and its example inputs."""
 
     factory: str | None
     hf_config: Path | None
-    target: str | None
-    config: Path | None
     batch: int | None
     sequence: int | None
 
-    def source(self) -> ScheduleSource:
+    def source(self, *, small: bool = False) -> ScheduleSource:
         """Return the source of schedules.
+
+        Args:
+            small: Whether they are for a small model of the same structure.
 
         Raises:
             UsageError: If both or neither of ``--factory`` and ``--hf-config`` are given.
@@ -45,20 +46,39 @@ class ModelOptions:
         from .model_sources import from_config, from_factory
 
         if self.factory is not None:
-            return from_factory(self.factory, self.batch, self.sequence)
+            return from_factory(self.factory, self.batch, self.sequence, small=small)
         assert self.hf_config is not None, "one of the two is given"
-        return from_config(self.hf_config, self.batch, self.sequence)
+        return from_config(self.hf_config, self.batch, self.sequence, small=small)
 
 
-def asks_for_a_model(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of ``ModelOptions``, which the command gets as the argument ``model``."""
+@frozen
+class RuntimeOptions:
+    """The options that name the runtime."""
 
-    @wraps(function)
-    def command(*args: Any, **given: Any) -> None:
-        model = ModelOptions(**{field.name: given.pop(field.name) for field in fields(ModelOptions)})
-        function(*args, model=model, **given)
+    target: str | None
+    config: Path | None
 
-    options = (
+
+def _asks_for(record: type, argument: str, options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """Return a decorator that adds options, which the command gets in a record as one argument."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(*args: Any, **given: Any) -> None:
+            packed = record(**{field.name: given.pop(field.name) for field in fields(record)})
+            function(*args, **{argument: packed}, **given)
+
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+asks_for_a_model = _asks_for(
+    ModelOptions,
+    "model",
+    [
         click.option("--factory", metavar="MODULE:FUNCTION", help="Your function from a mesh to a schedule."),
         click.option(
             "--hf-config",
@@ -66,14 +86,19 @@ def asks_for_a_model(function: Callable[..., None]) -> Callable[..., None]:
             metavar="FOLDER",
             help="Configuration of a transformers model, a folder or config.json; nothing is downloaded.",
         ),
-        click.option("--target", metavar="NAME", help="Runtime that takes the module: deepspeed, torch. [default: none]"),
-        click.option("--config", type=FILE, help="The target's configuration, a JSON file."),
         click.option("--batch", type=click.IntRange(min=1), help="Batch of the example inputs: one micro-batch of a rank."),
         click.option("--sequence", type=click.IntRange(min=1), help="Their length, in tokens."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    ],
+)
+
+asks_for_a_runtime = _asks_for(
+    RuntimeOptions,
+    "runtime",
+    [
+        click.option("--target", metavar="NAME", help="Runtime that takes the module: deepspeed, torch. [default: none]"),
+        click.option("--config", type=FILE, help="The target's configuration, a JSON file."),
+    ],
+)
 
 
 @click.command(
@@ -94,6 +119,7 @@ Exit codes: 0 planned, 2 the schedule or what was given is wrong; all problems a
 """,
 )
 @asks_for_a_model
+@asks_for_a_runtime
 @click.option("--mesh", type=MESH, required=True, help="The ranks: pipe=2,data=4,tensor=8,expert=2; what is left out is 1.")
 @click.option("--seed", type=int, default=0, show_default=True, help="What all random numbers derive from.")
 @click.option(
@@ -110,6 +136,7 @@ Exit codes: 0 planned, 2 the schedule or what was given is wrong; all problems a
 def command(
     *,
     model: ModelOptions,
+    runtime: RuntimeOptions,
     mesh: Mesh,
     seed: int,
     strategy: Literal["auto", "local", "scatter", "broadcast"],
@@ -131,8 +158,8 @@ def command(
     sch = source.schedule(mesh)
     plan = plan_build(
         sch,
-        target=model.target,
-        config=read_config(model.config),
+        target=runtime.target,
+        config=read_config(runtime.config),
         seed=seed,
         strategy=strategy,
         init_weights=True if checkpoint is None else Checkpoint(checkpoint, dedupe=dedupe),

@@ -10,7 +10,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.mesh import Mesh
 from .option_types import BYTES
 from .output import echo, echo_json
-from .plan import ModelOptions, asks_for_a_model
+from .plan import ModelOptions, RuntimeOptions, asks_for_a_model, asks_for_a_runtime
 
 if TYPE_CHECKING:
     from ..schedule import Schedule
@@ -29,6 +29,7 @@ Exit codes: 0 some mesh fits, 1 none does, 2 something is wrong with what was gi
 """,
 )
 @asks_for_a_model
+@asks_for_a_runtime
 @click.option("--num-ranks", type=click.IntRange(min=1), required=True, help="Ranks of each mesh that is tried.")
 @click.option("--device-memory", type=BYTES, required=True, help="Memory of one device, such as 80GiB.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), help="Ranks that share a node.")
@@ -38,6 +39,7 @@ def command(
     ctx: click.Context,
     *,
     model: ModelOptions,
+    runtime: RuntimeOptions,
     num_ranks: int,
     device_memory: int,
     ranks_per_node: int | None,
@@ -55,8 +57,8 @@ def command(
         num_ranks=num_ranks,
         device_memory=device_memory,
         ranks_per_node=ranks_per_node,
-        target=model.target,
-        config=read_config(model.config),
+        target=runtime.target,
+        config=read_config(runtime.config),
         example_inputs=inputs,
     )
     if as_json:

@@ -28,6 +28,7 @@ _SIDE = 32
 _FRAMES = 64
 _SAMPLES = 4000
 _WIDTH = 0.2
+_FIRST = 3
 
 
 def made_inputs(model: nn.Module, batch: int = _BATCH, length: int = _LENGTH, seed: int = 0) -> dict[str, Any] | None:
@@ -37,7 +38,8 @@ def made_inputs(model: nn.Module, batch: int = _BATCH, length: int = _LENGTH, se
     configuration names. The global generators stay as they are.
 
     Args:
-        model: A model with a configuration, also on the meta device; or one whose forward takes ``input_ids``.
+        model: A model with a configuration, also on the meta device; or one whose forward takes ``input_ids``, or one tensor
+            that fits one of its first modules.
         batch: Rows of each input.
         length: Tokens of each row, beside those that stand for an image.
         seed: Seed of the values.
@@ -154,6 +156,31 @@ class _Candidates:
         if "inputs_embeds" in self.takes and self.config is not None:
             width = getattr(self.config.get_text_config(), "hidden_size", _SIDE)
             yield {"inputs_embeds": self._random(self.batch, self.length, width)}
+        yield from self._for_the_first_module()
+
+    def _for_the_first_module(self) -> Iterator[dict[str, Any]]:
+        """Iterate over inputs that fit the first modules of a model that takes one tensor."""
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        required = [name for name, p in self.takes.items() if p.default is inspect.Parameter.empty and p.kind in kinds]
+        if self.config is not None or len(required) != 1:
+            return
+        with_tensors = [module for module in self.model.modules() if any(True for _ in module.parameters(recurse=False))]
+        for module in with_tensors[:_FIRST]:
+            yield from ({required[0]: tensor} for tensor in self._for_module(module))
+
+    def _for_module(self, module: nn.Module) -> Iterator[Tensor]:
+        match module:
+            case nn.Embedding():
+                yield torch.randint(module.num_embeddings, (self.batch, self.length), generator=self.generator)
+            case nn.Conv1d():
+                yield self._random(self.batch, module.in_channels, self.length)
+            case nn.Conv2d():
+                yield self._random(self.batch, module.in_channels, _SIDE, _SIDE)
+            case _:
+                widths = dict.fromkeys(p.shape[-1] for p in module.parameters(recurse=False) if p.dim())
+                for width in widths:
+                    yield self._random(self.batch, self.length, width)
+                    yield self._random(self.batch, width)
 
     @property
     def _other_length(self) -> int:

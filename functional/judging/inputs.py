@@ -12,34 +12,38 @@ from torch import Tensor, nn
 from ...specs.errors import PlanError, Problem
 from ...specs.layout_steps import Sync
 from ...specs.mesh import Mesh
-from ..frontends.graph.inputs import inferred_inputs
+from ..frontends.model_inputs import made_inputs, why_no_inputs
 from ..model.rng_state import derive_seed
 from ..schedule import Schedule
 from .exact import LIFTED
 
 _PRIMES = (3, 5, 7, 11, 13)
+_LENGTH = 11
 
 
-def made_inputs(sch: Schedule, seed: int) -> dict[str, Any]:
+def inputs_for(sch: Schedule, seed: int) -> dict[str, Any]:
     """Return inputs for the model of a schedule: its batch and its length divide neither each other nor the mesh.
+
+    Args:
+        sch: The schedule.
+        seed: Seed of the inputs.
 
     Raises:
         PlanError: If the model does not tell what it is called with.
     """
     model, mesh = sch.runtime.model, sch.mesh
     batch = next(prime for prime in _PRIMES if all(num % prime for num in (mesh.tensor, mesh.data, mesh.pipe)))
-    is_split = any(isinstance(step, Sync) and step.op in ("reduce_scatter", "all_gather") for step in sch.layout)
-    length = 3 * mesh.tensor * (1 if mesh.tensor % 3 else 2) if is_split else 11
-    try:
-        inputs = inferred_inputs(model)
-    except PlanError:
-        takes = ", ".join(str(parameter) for parameter in _takes(model))
-        cause = f"what this {type(model).__name__} is called with cannot be told: its forward takes ({takes})"
-        fix = (
-            "verify(sch, inputs={'x': torch.randn(6, 8)}): tensors by argument name, the rows of all data ranks along axis 0"
-        )
-        raise PlanError([Problem("inputs", cause, fix)]) from None
-    return {name: _made(model, name, value, batch * mesh.data, length, seed) for name, value in inputs.items()}
+    is_split = any(isinstance(step, Sync) and step.axis == 1 for step in sch.layout)
+    length = mesh.tensor * (3 if mesh.tensor % 3 else 5) if is_split else _LENGTH
+    inputs = made_inputs(model, batch * mesh.data, length, seed)
+    if inputs is None:
+        takes = inspect.signature(model.forward)
+        cause = f"what this {type(model).__name__} is called with cannot be told: its forward takes {takes}"
+        if hasattr(model, "config"):
+            cause = f"{cause}; inputs made from its configuration fail: {why_no_inputs(model)}"
+        rows = "by argument name, the rows of all data ranks along axis 0"
+        raise PlanError([Problem("inputs", cause, f"verify(sch, inputs={{'x': torch.randn(6, 8)}}): {rows}")])
+    return inputs
 
 
 def inputs_of_places(model: nn.Module, inputs: Mapping[str, Any], mesh: Mesh, seed: int) -> tuple[dict[str, Any], ...]:
@@ -82,18 +86,3 @@ def _of_place(name: str, value: Tensor, rows: int, part: int, place: int, seed: 
         )
     value = value.detach().cpu().to(LIFTED.get(value.dtype, value.dtype))
     return value[place * part : (place + 1) * part].clone() if value.dim() and value.shape[0] == rows else value.clone()
-
-
-def _made(model: nn.Module, name: str, value: Any, batch: int, length: int, seed: int) -> Any:
-    """Return an input of other sizes, with random values."""
-    if not isinstance(value, Tensor):
-        return value
-    generator = torch.Generator().manual_seed(derive_seed(seed, name))
-    if value.is_floating_point():
-        return torch.randn((batch, *value.shape[1:]), generator=generator, dtype=torch.float64)
-    vocabulary = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
-    return torch.randint(vocabulary, (batch, length), generator=generator)
-
-
-def _takes(model: nn.Module) -> list[Any]:
-    return list(inspect.signature(model.forward).parameters.values())

@@ -247,7 +247,11 @@ def test_ranks_of_a_job_may_verify_and_go_on():
 @pytest.mark.parametrize(
     ("sch", "inputs", "said"),
     [
-        (mlp(Mesh(tensor=2)), None, r"what this Mlp is called with cannot be told: its forward takes \(x\)"),
+        (
+            create_schedule(nn.Bilinear(4, 4, 4), Mesh()),
+            None,
+            "what this Bilinear is called with cannot be told: its forward t",
+        ),
         (mlp(Mesh(tensor=2)), {"y": X["x"]}, "the whole model cannot run on them: TypeError"),
         (mlp(Mesh(data=4)), X, "they have 6 rows, which 4 ranks along data cannot share"),
         (create_schedule(Mlp(), Mesh(tensor=2)).at["nothing"].colwise(), X, "nothing"),

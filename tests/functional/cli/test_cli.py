@@ -60,7 +60,7 @@ def here(tmp_path, monkeypatch):
     """A folder with a user's file, in which commands run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("mine", "broken"):
+    for name in ("mine", "broken", "net"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "mine.py").write_text(
         "import torch\n"
@@ -388,6 +388,44 @@ def test_meshes_are_searched(here):
     assert json.loads(
         run("search", "--factory", "mine:split", "--num-ranks", 4, "--device-memory", "1GiB", *SIZES, "--json")
     )
+
+
+def test_a_layout_is_judged(here):
+    (here / "net.py").write_text(NET)
+    said = run("verify", "--factory", "net:schedule", "--mesh", "tensor=2", code=1)
+    assert "begins at middle: its output differs by" in said
+    assert run("verify", "--factory", "net:schedule", "--mesh", "tensor=2", "--shrink", code=0).startswith("2 ranks (mesh")
+    told = json.loads(run("verify", "--factory", "net:schedule", "--mesh", "data=2,tensor=2", "--json", code=1))
+    assert (told["ok"], told["first"]["path"], told["mesh"]["data"]) == (False, "middle", 2)
+    error = run("verify", "--factory", "mine:split", "--mesh", "tensor=2", "--shrink", code=2)
+    assert "and --shrink asks it for a small model" in error
+
+
+def test_a_configuration_is_made_small_and_judged(here):
+    LlamaConfig().save_pretrained(here / "large")
+    said = run("verify", "--hf-config", "large", "--shrink", "--mesh", "tensor=2", "--batch", "4", "--sequence", "6")
+    assert "beside the whole model: the same (23 tensors" in said
+
+
+NET = """
+from torch import nn
+
+from shardplan.functional import create_schedule
+
+
+class Net(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.up, self.middle, self.down = nn.Linear(8, 16), middle, nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.down(self.middle(self.up(x)))
+
+
+def schedule(mesh, small=False):
+    sch = create_schedule(Net(nn.ReLU() if small else nn.Softmax(-1)), mesh)
+    return sch.at["up"].colwise().at["down"].rowwise()
+"""
 
 
 def test_what_a_function_prints_is_not_part_of_the_answer(here):

@@ -91,5 +91,19 @@ def test_a_model_without_configuration():
 
 
 def test_none_where_nothing_fits():
-    assert made_inputs(nn.Linear(4, 4)) is None
+    assert made_inputs(nn.Bilinear(4, 4, 4)) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), [3, 11, 4]),
+        (nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)), [3, 11]),
+        (nn.Sequential(nn.Conv1d(5, 2, 3), nn.ReLU()), [3, 5, 11]),
+        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), [3, 3, 32, 32]),
+        (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), [3, 6]),
+    ],
+)
+def test_a_model_that_takes_one_tensor_gets_one_that_fits(model, shape):
+    assert shapes(made_inputs(model)) == {"input": shape}
     assert made_inputs(small("lxmert")) is None
