@@ -100,11 +100,12 @@ def verify(
 
 @contextmanager
 def _in_double() -> Iterator[None]:
-    """Let new tensors be in double precision within the block."""
+    """Let new tensors be on the CPU in double precision within the block, whatever the caller's own blocks say."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with torch.device("cpu"), torch.inference_mode(mode=False), torch.enable_grad():
+            yield
     finally:
         torch.set_default_dtype(before)
 

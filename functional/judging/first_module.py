@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite
 
 from ...specs.comparison import Difference, percent
+from ...specs.layout_steps import DispatchTokens
 from ...specs.mesh import Coordinate
 from ...specs.plan import Plan
 from .layouts import KnownSplit, disagreement, groups_of_model, known_splits
@@ -17,6 +18,8 @@ from .whole import WholeRuns
 def first_module(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: float) -> tuple[Difference | None, int]:
     """Return the first module whose output differs though its inputs agree, and how many modules could be compared."""
     splits = known_splits(plan.tree)
+    # experts get the tokens of all ranks along 'expert'
+    gathered = {step.module for step in plan.steps if isinstance(step, DispatchTokens)}
     compared: set[str] = set()
     best: Difference | None = None
     for group in groups_of_model(plan.mesh):
@@ -26,7 +29,7 @@ def first_module(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], toleran
         for call in whole.runs[group[0].index("data")].seen:
             held = [one.get((call.path, call.call, call.side)) for one in seen]
             error = _disagreement(call, held, group, splits)
-            if error is None:
+            if error is None or (call.side == "input" and call.path in gathered):
                 continue
             if call.side == "input":
                 errors[call.path, call.call] = error

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ...specs.mesh import STAGE_AXES, Coordinate
 from ...specs.plan import Plan
 from ..dialects.handover import split_experts
-from ..model.rng_state import derive_seed
 from ..pipeline.stage_module import facts_of
 from .exact import Exact
 from .filling import filled
 from .groups import threads_as_ranks, world_group
 from .observe import Recorder, Run, Step, copied, named_buffers, named_parameters
-from .threads import Ended, RankThreads
+from .threads import Ended, RankThreads, seed_generators
 from .whole import Job, descend, detached, fresh, gradients_of
 
 EXCHANGE = "the exchange of gradients"
@@ -49,10 +48,7 @@ def run_ranks(plan: Plan, model: nn.Module, job: Job, *, limit: float) -> list[R
         job: The inputs, the loss, the number of steps.
         limit: Seconds after which the ranks are given up.
     """
-    # ranks of the same batch start from the same seed
-    threads = RankThreads(
-        plan.mesh.num_ranks, lambda rank: derive_seed(job.seed, f"data {plan.mesh.coordinate(rank).index('data')}"), limit
-    )
+    threads = RankThreads(plan.mesh.num_ranks, limit)
     runs = [RankRun() for _ in range(plan.mesh.num_ranks)]
 
     def live(rank: int) -> None:
@@ -102,12 +98,18 @@ class _Rank:
         self.recorder = Recorder(self.modules)
         for number in range(self.job.num_steps):
             self.recorder.run = None if number else self.run
+            self.seed(number)
             self.run.steps.append(self.step(effects.tied))
         self.recorder.run = None
         if self.job.draws:
+            self.seed(0)
             with torch.no_grad(), Exact(self.where, is_random=True) as exact:
                 self.forward(Step())
             self.run.masks.extend(exact.draws)
+
+    def seed(self, number: int) -> None:
+        """Let ranks that share a batch draw the same numbers in a step, as the whole model does on it."""
+        seed_generators(self.job.seed_of(self.coordinate.index("data"), number))
 
     def step(self, tied: Mapping[str, tuple[int, ...]]) -> Step:
         step = Step()

@@ -70,12 +70,10 @@ class RankThreads:
 
     Args:
         num_ranks: Number of ranks.
-        seed: Seed of a rank's random generators, by rank.
         limit: Seconds after which the ranks are given up.
     """
 
     num_ranks: int
-    seed: Callable[[int], int] = lambda _: 0
     limit: float = 600.0
     _ranks: list[_Rank] = Factory(lambda self: [_Rank() for _ in range(self.num_ranks)], takes_self=True)
     _ready: deque[int] = Factory(deque)
@@ -156,7 +154,6 @@ class RankThreads:
         me = self._ranks[rank]
         self._here.rank = rank
         me.turn.acquire()
-        _seed(self.seed(rank))
         try:
             me.ended = Ended(job(rank))
         except Abandoned:
@@ -207,7 +204,8 @@ def _restore(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(cpu)
 
 
-def _seed(seed: int) -> None:
+def seed_generators(seed: int) -> None:
+    """Seed the random generators of the running rank."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)

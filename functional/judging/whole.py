@@ -10,8 +10,10 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from ..model.copy import copy_module
+from ..model.rng_state import derive_seed
 from .exact import Exact
 from .observe import Recorder, Run, Step, copied, default_loss, named_buffers, named_parameters, tensors_of
+from .threads import seed_generators
 
 LEARNING_RATE = 0.1
 
@@ -36,6 +38,10 @@ class Job:
     num_steps: int = 1
     seed: int = 0
     draws: bool = False
+
+    def seed_of(self, place: int, number: int) -> int:
+        """Return the seed of all ranks at a place along ``data`` in a step."""
+        return derive_seed(self.seed, f"data {place} step {number}")
 
 
 @frozen
@@ -72,9 +78,10 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
     not_lifted: dict[str, float] = {}
     for number in range(job.num_steps):
         steps = [Step() for _ in runs]
-        for run, step, inputs, held in zip(runs, steps, job.inputs, buffers, strict=True):
+        for place, (run, step, inputs, held) in enumerate(zip(runs, steps, job.inputs, buffers, strict=True)):
             _put_back(model, held)
             recorder.run = None if number else run
+            seed_generators(job.seed_of(place, number))
             with Exact(recorder.where, halves=halves) as exact:
                 output = model(**fresh(inputs))
                 step.outputs = detached(output)

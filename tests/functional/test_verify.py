@@ -67,8 +67,9 @@ def test_a_forgotten_sum_of_gradients_is_named_with_what_ranks_hold():
     sch = create_schedule(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), Mesh(tensor=2))
     sch = sch.at["1"].shard("weight", axis=0).at["1"].shard("bias", axis=0).at["1"].set(out_features=16)
     comparison = verify(sch.at["3"].rowwise(), {"input": X["x"]})
-    assert kinds(comparison) == {"gradient"}
-    assert [difference.path for difference in comparison.differences] == ["0.bias", "0.weight"]
+    assert kinds(comparison) == {"gradient", "replica"}
+    assert "ranks 0, 1 hold the same part of it, and have values that differ by" in str(comparison)
+    assert [d.path for d in comparison.differences if d.kind == "gradient"] == ["0.bias", "0.weight"]
     assert "each rank along 'tensor' has a part of the sum, and nobody adds them" in comparison.first.cause
 
 
@@ -261,3 +262,8 @@ def test_ranks_of_a_job_may_verify_and_go_on():
 def test_what_cannot_be_judged_is_refused(sch, inputs, said):
     with pytest.raises(PlanError, match=said):
         verify(sch, inputs)
+
+
+def test_what_the_caller_has_around_it_does_not_matter():
+    with torch.no_grad(), torch.device("meta"):
+        assert verify(mlp(Mesh(tensor=2)), X).ok

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 
 from shardplan.functional.judging.groups import threads_as_ranks, world_group
-from shardplan.functional.judging.threads import MismatchError, RankThreads
+from shardplan.functional.judging.threads import MismatchError, RankThreads, seed_generators
 from tests.helpers.ranks import results, run_ranks
 
 
-def ended(num_ranks, job, **options):
+def ended(num_ranks, job, seed=lambda _: 0, **options):
     threads = RankThreads(num_ranks, **options)
 
     def live(rank):
         world_group(threads, str, []).join()
+        seed_generators(seed(rank))
         return job(rank)
 
     with threads_as_ranks():
