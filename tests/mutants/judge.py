@@ -25,6 +25,7 @@ class Outcome:
         description: The change in words.
         verdict: Whether it computes what the whole model computes; unknown if that could not be measured.
         reason: The difference where it begins, or why nothing was measured.
+        is_loud: Whether a rank raises an error, all wait for ever, or nothing can be laid out.
         before: Whether planning without inputs refuses it; None where stages need the inputs.
         refused_by: ``planning`` with inputs, ``audit``, or ``crash`` for an error that is no refusal; empty if accepted.
         paths: Paths of the problems and error findings.
@@ -37,10 +38,11 @@ class Outcome:
     description: str
     verdict: Verdict
     reason: str
-    before: bool | None
-    refused_by: str
-    paths: tuple[str, ...]
-    is_named: bool
+    is_loud: bool = False
+    before: bool | None = None
+    refused_by: str = ""
+    paths: tuple[str, ...] = ()
+    is_named: bool = False
 
     @property
     def cell(self):
@@ -58,20 +60,22 @@ def judge(mutant):
     """Plan, audit and measure a mutant."""
     sch, inputs = mutant.mutation.schedule, mutant.subject.inputs()
     before = None if mutant.subject.mesh.pipe > 1 else bool(refusal(sch)[0])
-    verdict, reason, problems = measure(sch, inputs)
+    verdict, reason, is_loud, problems = measure(sch, inputs)
     refused_by, paths = ("planning", problems) if problems else refusal(sch, inputs)
     is_named = any(is_near(path, place, sch.tree) for path in paths for place in mutant.mutation.places)
-    told = mutant.mutation.description
-    return Outcome(
-        mutant.number, mutant.kind, str(mutant.subject), told, verdict, reason, before, refused_by, paths, is_named
+    return _outcome(
+        mutant, verdict, reason, is_loud=is_loud, before=before, refused_by=refused_by, paths=paths, is_named=is_named
     )
 
 
 def unjudged(mutant, cause):
     """Return the outcome of a mutant that took too long, or ended its process."""
-    return Outcome(
-        mutant.number, mutant.kind, str(mutant.subject), mutant.mutation.description, "unknown", cause, None, "", (), False
-    )
+    return _outcome(mutant, "unknown", cause)
+
+
+def _outcome(mutant, verdict, reason, **found):
+    told = mutant.mutation.description
+    return Outcome(mutant.number, mutant.kind, str(mutant.subject), told, verdict, reason, **found)
 
 
 def refusal(sch, inputs=None):
@@ -87,21 +91,22 @@ def refusal(sch, inputs=None):
 
 
 def measure(sch, inputs):
-    """Return the verdict of ``verify``, the difference where it begins, and the paths that planning with inputs refuses.
+    """Return the verdict of ``verify``, where the difference begins, whether it is loud, and what planning refuses.
 
     A declaration that no plan can be laid out from is wrong: there are no parts with which ranks could compute anything.
     """
     try:
         comparison = verify(sch, inputs)
     except PlanError as error:
-        return "wrong", f"layout {error.problems[0].path}: {error.problems[0].cause}", _paths(error.problems)
+        return "wrong", f"layout {error.problems[0].path}: {error.problems[0].cause}", True, _paths(error.problems)
     except Exception as error:
-        return "unknown", f"{type(error).__name__}: {error}".splitlines()[0], ()
+        return "unknown", f"{type(error).__name__}: {error}".splitlines()[0], False, ()
     refused = _paths(comparison.refused)
     if comparison.ok:
-        return "right", "", refused
+        return "right", "", False, refused
     first = comparison.first
-    return "wrong", f"{first.kind} {first.path}: {first.cause}", refused
+    is_loud = any(difference.kind in {"error", "hang"} for difference in comparison.differences)
+    return "wrong", f"{first.kind} {first.path}: {first.cause}", is_loud, refused
 
 
 def is_near(path, place, tree):
@@ -116,21 +121,27 @@ def is_near(path, place, tree):
         place: Path of a changed module or tensor.
         tree: The model's tensors.
     """
-    if path == place:
-        return True
-    around = _around(path, place)
-    num = sum(f"{spec.path}.".startswith(f"{around}." if around else "") for spec in tree.values())
-    if 2 * num > len(tree):
-        return False
-    module = module_of(place) if place in tree else place
-    return around == path or f"{around}.".startswith(f"{module_of(module)}.")
+    parent = module_of(module_of(place) if place in tree else place)
+    for alias in tree[path].paths if path in tree else (path,):
+        around = _around(alias, place)
+        if alias == place or (_is_small(around, tree) and (around == alias or _is_within(around, parent))):
+            return True
+    return False
 
 
 def _paths(problems):
     return tuple(problem.path for problem in problems)
 
 
-def _around(*paths):
-    """Return the path of the smallest module around some paths, or the path that all begin with."""
-    names = zip(*(path.split(".") for path in paths), strict=False)
-    return ".".join(first for first, *_ in takewhile(lambda found: len(set(found)) == 1, names))
+def _around(first, second):
+    """Return the path of the smallest module around two paths, or their path if they are the same."""
+    names = zip(first.split("."), second.split("."), strict=False)
+    return ".".join(name for name, _ in takewhile(lambda pair: pair[0] == pair[1], names))
+
+
+def _is_small(module, tree):
+    return 2 * sum(_is_within(path, module) for path in tree) <= len(tree)
+
+
+def _is_within(path, module):
+    return not module or f"{path}.".startswith(f"{module}.")

@@ -41,7 +41,7 @@ def page(outcomes, num, seed):
     accepted = [outcome for outcome in wrong if not outcome.refused_by]
     parts = [
         _HEAD.format(**names).rstrip(),
-        f"Of {len(wrong)} wrong mutants {len(accepted)} are accepted: {_percent(len(accepted), len(wrong))}.",
+        _summary(wrong, accepted),
         "## By kind of change",
         by_kind(outcomes),
         "## By schedule",
@@ -49,7 +49,7 @@ def page(outcomes, num, seed):
         "## Who refuses",
         _refusers(outcomes),
         "## Where the difference begins",
-        "What `verify` finds first of the wrong mutants that are accepted, and of all wrong mutants.",
+        "The kind of difference that `verify` names first; `layout` where nothing can be laid out.",
         _beginnings(accepted, wrong),
         "## Wrong and accepted",
         "The first of each kind: what was changed, and where the difference begins.",
@@ -58,6 +58,13 @@ def page(outcomes, num, seed):
     if unjudged := [outcome for outcome in outcomes if outcome.verdict == "unknown"]:
         parts += ["## Not judged", "\n".join(_line(outcome) for outcome in unjudged)]
     return "\n\n".join(parts) + "\n"
+
+
+def _summary(wrong, accepted):
+    silent = sum(not outcome.is_loud for outcome in accepted)
+    share = f": {100 * len(accepted) / len(wrong):.0f} %" if wrong else ""
+    told = f"Of {len(wrong)} wrong mutants {len(accepted)} are accepted{share}."
+    return f"{told} {silent} of these are silent: no rank stops, and the numbers are others."
 
 
 def by_kind(outcomes):
@@ -98,9 +105,14 @@ def _refusers(outcomes):
 
 def _beginnings(accepted, wrong):
     lines = ["| difference | wrong, accepted | wrong |", "|---|--:|--:|"]
-    few, many = (Counter(outcome.reason.partition(" ")[0].rstrip(":") for outcome in group) for group in (accepted, wrong))
+    few, many = (Counter(map(_beginning, group)) for group in (accepted, wrong))
     lines += [f"| {name} | {few[name] or ''} | {many[name]} |" for name in sorted(many, key=lambda name: (-few[name], name))]
     return "\n".join(lines)
+
+
+def _beginning(outcome):
+    """Return the kind of the first difference."""
+    return outcome.reason.partition(" ")[0]
 
 
 def _examples(accepted):
@@ -113,7 +125,3 @@ def _examples(accepted):
 def _line(outcome):
     reason = outcome.reason.partition(": ")[0] if outcome.verdict == "wrong" else outcome.reason
     return f"- {outcome.kind} ({outcome.subject}): `{outcome.description}`. {reason}"
-
-
-def _percent(part, whole):
-    return f"{100 * part / whole:.0f} %" if whole else "none"

@@ -88,7 +88,7 @@ def _(sch, rng):
 
 @kind("split with other padding or repeats")
 def _(sch, rng):
-    times = rng.choice((0, 0.5, 2))
+    times, num, is_repeated = rng.choice((0, 0.5, 2)), rng.choice((1, 2)), rng.random() < 0.5
 
     def relax(spec):
         shard = spec.shards[-1]
@@ -96,7 +96,10 @@ def _(sch, rng):
             return _one(spec, pad_to_multiple=max(1, int(shard.pad_to_multiple * times)))
         if shard.uneven or shard.replicate:
             return _one(spec, uneven=False, allow_empty=False, replicate=False)
-        return _one(spec, pad_to_multiple=3 * sch.mesh.tensor) or _one(spec, replicate=True, granule=2 * shard.granule)
+        size = min(shard.blocks, default=spec.orig_shape[shard.axis] // shard.interleaved)
+        if is_repeated or shard.axis or shard.blocks or shard.granule > 1:
+            return _one(spec, replicate=True, granule=max(1, size // num)) if size % num == 0 else None
+        return _one(spec, pad_to_multiple=5 * num * sch.mesh.tensor)
 
     return change_specs(sch, rng, lambda spec: _is_split(spec) and relax(spec) is not None, relax)
 

@@ -17,9 +17,22 @@ from shardplan.specs.layout_steps import (
 from shardplan.specs.paths import join, module_of, name_of
 from tests.mutants.edits import change_steps, chosen, elsewhere, finished, kind
 
+SIZES = {"in_features", "out_features", "nf", "nx", "num_embeddings"}
+"""Attributes that modules of torch and transformers do not compute with."""
+
 
 def _is(*types):
     return lambda step: isinstance(step, types)
+
+
+def _is_set(rng):
+    """Return what tells the steps that set attributes; with even chances those alone that modules compute with."""
+    is_read = rng.random() < 0.5
+    return lambda step: isinstance(step, (SetAttributes, SetToLocalSize)) and not (is_read and _named(step) <= SIZES)
+
+
+def _named(step):
+    return {step.attribute} if isinstance(step, SetToLocalSize) else {*step.values}
 
 
 @kind("attribute not set")
@@ -33,7 +46,7 @@ def _(sch, rng):
         rest = {name: value for name, value in step.values.items() if name != dropped}
         return [evolve(step, values=rest)] if rest else []
 
-    return change_steps(sch, rng, _is(SetAttributes, SetToLocalSize), drop)
+    return change_steps(sch, rng, _is_set(rng), drop)
 
 
 @kind("attribute set to another number")
@@ -48,7 +61,7 @@ def _(sch, rng):
         is_number = isinstance(value, int) and not isinstance(value, bool)
         return [evolve(step, values={**step.values, name: max(1, int(value * times))})] if is_number else None
 
-    return change_steps(sch, rng, _is(SetAttributes, SetToLocalSize), renumber)
+    return change_steps(sch, rng, _is_set(rng), renumber)
 
 
 @kind("sum of a gradient dropped")
@@ -100,8 +113,9 @@ def _(sch, rng):
 
 @kind("fork of random numbers added")
 def _(sch, rng):
-    module = chosen(rng, (module.path for module in sch.modules if module.path))
-    return finished(sch, evolve(sch, layout=(*sch.layout, ForkRng(module))), [module], f"{module}: forked")
+    is_dropping = any(getattr(module, "p", 0) > 0 for module in sch.runtime.model.modules())
+    module = chosen(rng, (module.path for module in sch.modules if module.path)) if is_dropping else None
+    return module and finished(sch, evolve(sch, layout=(*sch.layout, ForkRng(module))), [module], f"{module}: forked")
 
 
 @kind("padding not masked, or other entries")

@@ -55,7 +55,7 @@ def outcome_without_numbers(outcome):
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_unchanged_schedule_is_right(subject):
     assert refusal(schedule(subject), subject.inputs()) == ("", ())
-    assert measure(schedule(subject), subject.inputs()) == ("right", "", ())
+    assert measure(schedule(subject), subject.inputs()) == ("right", "", False, ())
 
 
 def test_same_seed_same_mutants_and_more_begin_with_fewer():
@@ -149,12 +149,12 @@ def test_judge_is_right_about_what_is_wrong(why):
 
 @pytest.mark.parametrize("why", RIGHT)
 def test_judge_is_right_about_what_does_not_matter(why):
-    assert measure(RIGHT[why], {"ids": IDS["ids"][:, :4]}) == ("right", "", ())
+    assert measure(RIGHT[why], {"ids": IDS["ids"][:, :4]}) == ("right", "", False, ())
 
 
 def test_a_split_that_does_not_divide_is_wrong():
-    verdict, reason, paths = measure(with_split(ENCODER, "norm.weight", Shard(0, granule=3)), IDS)
-    assert verdict == "wrong"
+    verdict, reason, is_loud, paths = measure(with_split(ENCODER, "norm.weight", Shard(0, granule=3)), IDS)
+    assert (verdict, is_loud) == ("wrong", True)
     assert reason.startswith("layout norm.weight: axis 0 has 16 entries")
     assert paths == ("norm.weight",)
 
@@ -169,7 +169,9 @@ def test_refusals_name_what_is_near():
     assert is_near("layers.0.feed", "layers.0.attention", tree)
     assert is_near("layers.0.attention.out", "layers.0", tree)
     assert not is_near("layers.1", "layers.0", tree)
+    assert is_near("head.weight", "head", tree)
     assert not is_near("embed.weight", "head", tree)
+    assert is_near("embed.weight", "head", create_schedule(modules.Encoder(is_tied=True), Mesh()).tree)
     assert is_near("", "", tree)
 
 
@@ -192,9 +194,11 @@ def test_processes_that_end_or_hang_give_an_unjudged_mutant(monkeypatch):
 def test_page_is_the_same_for_the_same_outcomes_and_lists_what_was_not_judged():
     mutant = draw(1, seed=0)[0]
     late = unjudged(mutant, "it took more than 180 s")
-    passed = Outcome(1, late.kind, late.subject, "a change", "wrong", "output layers.0: it differs", False, "", (), False)
+    passed = Outcome(
+        1, late.kind, late.subject, "a change", "wrong", "output layers.0: it differs", False, None, "", (), False
+    )
     text = page([late, passed], 2, 0)
     assert text == page([late, passed], 2, 0)
     assert f"| {late.kind} | 2 | 1 |  |  |  |  | 1 |" in text
-    assert "Of 1 wrong mutants 1 are accepted: 100 %." in text
+    assert "Of 1 wrong mutants 1 are accepted: 100 %. 1 of these are silent" in text
     assert "it took more than 180 s" in text
