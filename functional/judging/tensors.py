@@ -9,7 +9,6 @@ from attrs import frozen
 from torch import Tensor
 
 from ...specs.comparison import Difference, DifferenceKind, percent
-from ...specs.index import index_shape
 from ...specs.mesh import MESH_AXES, Coordinate
 from ...specs.param import ParamSpec
 from ...specs.plan import Plan
@@ -26,11 +25,12 @@ _FLOOR = 1e-4
 
 @frozen
 class _Held:
-    """What a rank holds of a tensor, beside its part of the whole model's; None for what it lacks."""
+    """What a rank holds of a tensor, without padding, beside its part of the whole model's; None for what it lacks."""
 
     here: Coordinate
     mine: Tensor | None
     part: Tensor
+    has_filled_padding: bool = False
 
     @property
     def value(self) -> Tensor:
@@ -60,6 +60,10 @@ def different_gradients(
         norm = max(float(expected.norm()), _FLOOR * typical * spec.num_elements**0.5)
         held = [_held(spec, h, run.run.steps[number].gradients, expected) for h, run in _holders(plan, spec, ranks)]
         wrong = [(error, one.here.rank) for one in held if (error := relative(one.value, one.part, norm)) > tolerance]
+        padded = [(0.0, one.here.rank) for one in held if one.has_filled_padding]
+        if padded and not wrong:
+            cause = f"its padding has a gradient{on_ranks(padded)}, and would not stay zero"
+            found[spec.path] = [Difference("gradient", spec.path, cause, None, tuple(rank for _, rank in padded))]
         if not wrong:
             continue
         missing = [one.here.rank for one in held if one.mine is None]
@@ -139,7 +143,12 @@ def _holders(plan: Plan, spec: ParamSpec, ranks: Sequence[RankRun]) -> Iterator[
 def _held(spec: ParamSpec, here: Coordinate, shown: Mapping[str, Tensor | None], expected: Tensor) -> _Held:
     mine = next((shown[path] for path in spec.paths if path in shown), None)
     part = _part(expected, spec, here)
-    return _Held(here, None if mine is None else _unpadded(mine, spec, here), part)
+    if mine is None:
+        return _Held(here, None, part)
+    if mine.dim() and mine.shape[0] > part.shape[0] and spec.local_shape(here) == tuple(mine.shape):
+        rows = part.shape[0]
+        return _Held(here, mine[:rows], part, has_filled_padding=bool(mine[rows:].any()))
+    return _Held(here, mine, part)
 
 
 def _part(whole: Tensor, spec: ParamSpec, here: Coordinate) -> Tensor:
@@ -149,12 +158,6 @@ def _part(whole: Tensor, spec: ParamSpec, here: Coordinate) -> Tensor:
             kept = [torch.arange(start, stop) for start, stop in intervals] or [torch.arange(0)]
             whole = whole.index_select(axis, torch.cat(kept))
     return whole
-
-
-def _unpadded(held: Tensor, spec: ParamSpec, here: Coordinate) -> Tensor:
-    """Return what a rank holds of a tensor, without the padding after it."""
-    shape = index_shape(spec.index(here))
-    return held[: shape[0]] if shape and held.shape != shape else held
 
 
 def _typical(step: Step) -> float:
