@@ -17,12 +17,13 @@ def main():
     arguments = parser.parse_args()
     judgements = []
     entries = [entry for entry in all_entries() if arguments.only in entry.name]
-    for _number, entry in enumerate(entries, 1):
+    for number, entry in enumerate(entries, 1):
+        sys.stderr.write(f"{number}/{len(entries)} {entry.name}\n")
         judgements.append(judge(entry))
     if arguments.write:
         arguments.write.write_text(page(judgements))
     else:
-        pass
+        sys.stdout.write(page(judgements))
     return 0 if all(judgement.is_judged_right for judgement in judgements) else 1
 
 

@@ -89,7 +89,7 @@ def _audited(plan):
 
 
 def _told(difference):
-    size = "" if difference.relative is None else f", {_percent(difference.relative)}"
+    size = "" if difference.relative in {None, float("inf")} else f", {_percent(difference.relative)}"
     return f"{difference.kind} of {_place(difference.path)}{size}"
 
 
@@ -99,8 +99,6 @@ def _percent(relative):
     >>> _percent(0.1234), _percent(1.149), _percent(0.000456)
     ('12 %', '110 %', '0.046 %')
     """
-    if relative == float("inf"):
-        return "all"
     text = f"{100 * relative:.1e}"
     return f"{float(text):g} %"
 

@@ -87,9 +87,9 @@ def masked_scores_summed():
     return sch.at["normaliser"].sync("forward_post", "all_reduce"), x()
 
 
-@right("a sum over a padded vocabulary, padding zero")
+@wrong("a sum over a padded vocabulary, padding zero but trained", where="head")
 def zeros_summed():
-    """Without a bias the scores of rows of zeros are zero, and add nothing."""
+    """Scores of rows of zeros are zero, and add nothing, until these rows have been trained."""
     sch = _scored(lambda y: y.sum(-1, keepdim=True)).at["head"].shard("weight", axis=0, pad_to_multiple=4)
     return sch.sync("backward_post", "all_reduce").at["normaliser"].sync("forward_post", "all_reduce"), x()
 

@@ -95,9 +95,10 @@ def _differs(rank, plan, whole, inputs):
         if path in gradients:
             expected = sum(of_batch[path] for _, of_batch in runs) / num
             replicas = [from_all[other] for other in range(plan.mesh.num_ranks) if _is_replica(plan, spec, other, rank)]
-            index = spec.index(here)
+            part = expected[picked(spec.index(here))]
             mine = sum(of_rank[path] for of_rank in replicas) / len(replicas)
-            found.append(_is_off(mine[: expected[picked(index)].shape[0]] if index else mine, expected[picked(index)]))
+            found.append(_is_off(mine[: len(part)] if part.dim() else mine, part))
+            found.append(part.dim() > 0 and bool(mine[len(part) :].any()))  # padding stays zero
     return any(found)
 
 
