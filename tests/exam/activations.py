@@ -125,18 +125,6 @@ def layer_norm_of_local_width():
     return sch.at["middle.{weight,bias}"].shard(axis=0).at["middle"].set(normalized_shape=[WIDE // 2]), inputs
 
 
-@wrong("group norm module that keeps the whole number of groups", where="middle")
-def group_norm_of_all_groups():
-    sch, inputs = _on_channels(nn.GroupNorm(HEADS, WIDE))
-    return sch.at["middle"].set(num_channels=WIDE // 2), inputs
-
-
-@right("group norm module with local groups")
-def group_norm_of_local_groups():
-    sch, inputs = _on_channels(nn.GroupNorm(HEADS, WIDE))
-    return sch.at["middle"].set(num_channels=WIDE // 2, num_groups=HEADS // 2), inputs
-
-
 @right("batch norm of split channels")
 def batch_norm():
     sch, inputs = _on_channels(nn.BatchNorm1d(WIDE))

@@ -97,13 +97,13 @@ def mlp(*, bias=True):
 def scheduled(make, mesh=TENSOR):
     """Return a schedule without declarations for a model that is built on the meta device."""
     with torch.device("meta"):
-        model = make()
+        model = make().to("meta")  # parts may have been made before
     return create_schedule(model, mesh)
 
 
-def split_between(middle, **sizes):
+def split_between(middle):
     """Return the schedule and inputs of a middle module between a column split and a row split."""
-    sch = scheduled(lambda: Between(middle() if isinstance(middle, type) else middle, **sizes))
+    sch = scheduled(lambda: Between(middle))
     return sch.at["up"].colwise().at["down"].rowwise(), x()
 
 

@@ -55,14 +55,6 @@ def averaged_over_data():
     return sch.sync("forward_post", "divide", mesh_axis="data"), x(4)
 
 
-@wrong("a gradient that is averaged over data, summed over it before", where="body.1.weight")
-def summed_and_averaged():
-    def make():
-        return Behind(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
-
-    return scheduled(make, DATA).at["body.1"].sum_gradient(mesh_axis="data"), x(4)
-
-
 @wrong("gradient of a scale within split code summed over data", where="body.1")
 def scale_summed_over_data():
     return _scale().at["body.1"].sum_gradient(mesh_axis="data"), x(4)

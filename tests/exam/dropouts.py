@@ -55,11 +55,6 @@ def whole():
     return _whole(nn.Dropout(0.5)), x()
 
 
-@wrong("dropout on summed outputs, drawn by each rank", where="body.behind")
-def whole_forked():
-    return _whole(nn.Dropout(0.5)).at["body.behind"].fork_rng(), x()
-
-
 class _DropPath(nn.Module):
     """Leave a block out for some of the examples (stochastic depth)."""
 
@@ -97,34 +92,6 @@ def block_forked():
     return _with_two().at["body"].fork_rng(), x()
 
 
-class _Dropped(Attention):
-    """Attention with dropout on its probabilities."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x):
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        shares = self.drop((q @ k.transpose(-1, -2)).softmax(-1))
-        return self.o((shares @ v).transpose(1, 2).flatten(2))
-
-
-def _heads():
-    sch = scheduled(lambda: Behind(_Dropped())).at["body.[qkv]"].colwise().at["body.o"].rowwise()
-    return sch.at["body"].set(num_heads=HEADS // 2)
-
-
-@wrong("dropout of attention on split heads, drawn alike on all ranks", where="body.drop")
-def heads_alike():
-    return _heads(), x()
-
-
-@right("dropout of attention on split heads, drawn by each rank")
-def heads_forked():
-    return _heads().at["body.drop"].fork_rng(), x()
-
-
 class _Kernel(Attention):
     """Attention whose kernel draws the dropout of its probabilities."""
 
@@ -147,22 +114,3 @@ def kernel_alike():
 @right("dropout within a kernel of attention on split heads, drawn by each rank")
 def kernel_forked():
     return _kernel().at["body"].fork_rng(), x()
-
-
-def _sequence():
-    def make():
-        inner = [nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH), nn.Dropout(0.5)]
-        return nn.Sequential(*inner, nn.Linear(WIDTH, WIDE), nn.GELU(), nn.Linear(WIDE, WIDTH))
-
-    sch = scheduled(make).at["0"].colwise().at["2"].rowwise(sequence_axis=1)
-    return sch.at["4"].colwise(sequence_axis=1).at["6"].rowwise()
-
-
-@wrong("dropout on a split sequence, drawn alike on all ranks", where="3")
-def sequence_alike():
-    return _sequence(), {"input": x(3, 6)["x"]}
-
-
-@right("dropout on a split sequence, drawn by each rank")
-def sequence_forked():
-    return _sequence().at["3"].fork_rng(), {"input": x(3, 6)["x"]}

@@ -20,11 +20,10 @@ EXPERT, BOTH = Mesh(data=2, expert=2), Mesh(data=2, expert=2, tensor=2)
 class _Experts(nn.Module):
     """Experts that are called with tokens, the experts chosen for each, and their weights."""
 
-    def __init__(self, *, bias=False):
+    def __init__(self):
         super().__init__()
         self.num_experts = NUM
         self.up, self.down = nn.Parameter(torch.empty(NUM, WIDTH, WIDE)), nn.Parameter(torch.empty(NUM, WIDE, WIDTH))
-        self.bias = nn.Parameter(torch.empty(NUM, WIDTH)) if bias else None
 
     def reset_parameters(self):
         for parameter in self.parameters():
@@ -34,17 +33,16 @@ class _Experts(nn.Module):
         total = torch.zeros_like(tokens)
         for number in range(self.num_experts):
             share = (weights * (chosen == number)).sum(-1, keepdim=True)
-            out = functional.gelu(tokens @ self.up[number]) @ self.down[number]
-            total = total + share * (out if self.bias is None else out + self.bias[number])
+            total = total + share * (functional.gelu(tokens @ self.up[number]) @ self.down[number])
         return total
 
 
 class _Mixture(nn.Module):
     """A router, experts, and a shared expert whose output a gate weighs."""
 
-    def __init__(self, *, shared=False, bias=False):
+    def __init__(self, *, shared=False):
         super().__init__()
-        self.router, self.experts = nn.Linear(WIDTH, NUM, bias=False), _Experts(bias=bias)
+        self.router, self.experts = nn.Linear(WIDTH, NUM, bias=False), _Experts()
         self.shared = mlp(bias=False) if shared else None
         self.gate = nn.Linear(WIDTH, 1) if shared else None
 
@@ -97,35 +95,10 @@ def number_not_local():
     ), x()
 
 
-@right("features within experts over tensor ranks, both gradients summed")
-def within_experts():
-    sch = _within_experts(_mixture(TENSOR)).at["body.experts"].sync("forward_post", "all_reduce")
-    return sch.sync("backward_post", "all_reduce").sync("backward_post", "all_reduce", which=1), x()
-
-
-@wrong("features within experts over tensor ranks, the router's gradient not summed", where="body.router")
-def router_not_summed():
-    """The weights of experts multiply summands."""
-    sch = _within_experts(_mixture(TENSOR)).at["body.experts"].sync("forward_post", "all_reduce")
-    return sch.sync("backward_post", "all_reduce"), x()
-
-
-@wrong("features within experts over tensor ranks, the tokens' gradient not summed", where="first")
-def tokens_not_summed():
-    sch = _within_experts(_mixture(TENSOR)).at["body.experts"].sync("forward_post", "all_reduce")
-    return sch.sync("backward_post", "all_reduce", which=1), x()
-
-
 @wrong("features within experts over tensor ranks, outputs not summed", where="")
 def experts_not_summed():
     sch = _within_experts(_mixture(TENSOR)).at["body.experts"].sync("backward_post", "all_reduce")
     return sch.sync("backward_post", "all_reduce", which=1), x()
-
-
-@wrong("biases of experts added by each tensor rank", where="body.experts")
-def biases_of_experts():
-    sch = _within_experts(_mixture(TENSOR, bias=True)).at["body.experts"].sync("forward_post", "all_reduce")
-    return sch.sync("backward_post", "all_reduce").sync("backward_post", "all_reduce", which=1), x()
 
 
 def _within_all(sch):

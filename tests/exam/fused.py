@@ -6,140 +6,73 @@ from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from .blocks import HEAD_DIM, HEADS, VOCAB, WIDE, WIDTH, Behind, ids, mlp, scheduled, x
+from .blocks import HEAD_DIM, HEADS, VOCAB, WIDE, WIDTH, Behind, ids, scheduled, x
 from .entry import right, wrong
 
 
 class _Gated(nn.Module):
-    """A feed-forward block whose gate and up projection are one layer.
+    """A feed-forward block whose gate and up projection are one layer: features of both by turns."""
 
-    Args:
-        join: Returns the product of gate and up projection from the output of the fused layer.
-    """
-
-    def __init__(self, join):
+    def __init__(self):
         super().__init__()
-        self.fused, self.down, self.join = nn.Linear(WIDTH, 2 * WIDE), nn.Linear(WIDE, WIDTH), join
+        self.fused, self.down = nn.Linear(WIDTH, 2 * WIDE), nn.Linear(WIDE, WIDTH)
 
     def forward(self, x):
-        return self.down(self.join(self.fused(x)))
-
-
-def _gated(join, **split):
-    sch = scheduled(lambda: Behind(_Gated(join)))
-    return sch.at["body.fused"].colwise(**split).at["body.down"].rowwise(), x()
-
-
-def _swiglu(y):
-    gate, up = y.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-def _swiglu_of_neighbours(y):
-    return functional.silu(y[..., ::2]) * y[..., 1::2]
-
-
-@wrong("gate and up fused, split without blocks", where="body")
-def gate_up_without_blocks():
-    return _gated(_swiglu)
-
-
-@right("gate and up fused, split by blocks")
-def gate_up_by_blocks():
-    return _gated(_swiglu, blocks=(WIDE, WIDE))
+        y = self.fused(x)
+        return self.down(functional.silu(y[..., ::2]) * y[..., 1::2])
 
 
 @right("gate and up of neighbouring features, split without blocks")
 def interleaved_gate_up():
-    return _gated(_swiglu_of_neighbours)
+    return scheduled(lambda: Behind(_Gated())).at["body.fused"].colwise().at["body.down"].rowwise(), x()
 
 
 @right("gate and up of neighbouring features, split by blocks and undone alike")
 def interleaved_gate_up_by_blocks():
     """Its outputs come in two blocks, and the inputs of the next layer are split by the same blocks."""
-    sch = scheduled(lambda: Behind(_Gated(_swiglu_of_neighbours)))
-    sch = sch.at["body.fused"].colwise(blocks=(WIDE, WIDE))
+    sch = scheduled(lambda: Behind(_Gated())).at["body.fused"].colwise(blocks=(WIDE, WIDE))
     return sch.at["body.down"].rowwise(blocks=(WIDE // 2, WIDE // 2)), x()
 
 
 @wrong("gate and up of neighbouring features, split by blocks", where="body.down")
 def interleaved_gate_up_by_other_blocks():
-    return _gated(_swiglu_of_neighbours, blocks=(WIDE, WIDE))
-
-
-@wrong("row split by blocks behind a column split without", where="body.2")
-def rows_by_other_blocks():
-    sch = scheduled(lambda: Behind(mlp()))
-    return sch.at["body.0"].colwise().at["body.2"].rowwise(blocks=(WIDE // 2, WIDE // 2)), x()
+    sch = scheduled(lambda: Behind(_Gated())).at["body.fused"].colwise(blocks=(WIDE, WIDE))
+    return sch.at["body.down"].rowwise(), x()
 
 
 class _Fused(nn.Module):
-    """Attention whose queries, keys and values are one layer.
+    """Attention whose queries, keys and values are one layer; two of its heads share keys and values."""
 
-    Args:
-        is_by_head: Whether queries, keys and values of each head stand together, and not those of all heads.
-        num_kv_heads: Number of heads of keys, and of values.
-    """
-
-    def __init__(self, *, is_by_head=False, num_kv_heads=HEADS):
+    def __init__(self):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.is_by_head = HEADS, num_kv_heads, is_by_head
-        self.qkv = nn.Linear(WIDTH, (HEADS + 2 * num_kv_heads) * HEAD_DIM)
-        self.o = nn.Linear(WIDE, WIDTH)
+        self.num_heads, self.num_kv_heads = HEADS, HEADS // 2
+        self.qkv, self.o = nn.Linear(WIDTH, 2 * WIDE), nn.Linear(WIDE, WIDTH)
 
     def forward(self, x):
-        y = self.qkv(x)
-        if self.is_by_head:
-            q, k, v = y.unflatten(-1, (-1, 3 * HEAD_DIM)).chunk(3, dim=-1)
-        else:
-            nums = self.num_heads, self.num_kv_heads, self.num_kv_heads
-            q, k, v = y.unflatten(-1, (-1, HEAD_DIM)).split(nums, dim=2)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads
-        )
+        heads = self.qkv(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
-def _fused(num_kv_heads=HEADS, *, is_by_head=False, **split):
-    sch = scheduled(lambda: Behind(_Fused(is_by_head=is_by_head, num_kv_heads=num_kv_heads)))
-    sch = sch.at["body.qkv"].colwise(**split).at["body.o"].rowwise()
-    return sch.at["body"].set(num_heads=HEADS // 2, num_kv_heads=num_kv_heads // 2), x()
-
-
-@wrong("q, k and v fused, split without blocks", where="body")
-def qkv_without_blocks():
-    return _fused()
-
-
-@right("q, k and v fused, split by blocks")
-def qkv_by_blocks():
-    return _fused(blocks=(WIDE,) * 3)
-
-
-@wrong("q, k and v of each head together, split by blocks", where="body")
-def heads_by_blocks():
-    return _fused(is_by_head=True, blocks=(WIDE,) * 3)
-
-
-@right("q, k and v of each head together, split without blocks")
-def heads_without_blocks():
-    return _fused(is_by_head=True, granule=3 * HEAD_DIM)
+def _fused(*blocks):
+    sch = scheduled(lambda: Behind(_Fused())).at["body.qkv"].colwise(blocks=blocks).at["body.o"].rowwise()
+    return sch.at["body"].set(num_heads=HEADS // 2, num_kv_heads=HEADS // 4), x()
 
 
 @wrong("grouped q, k and v fused, split by three equal blocks", where="body")
 def grouped_by_equal_blocks():
-    return _fused(num_kv_heads=2, blocks=(16, 16, 16))
+    return _fused(16, 16, 16)
+
+
+@wrong("grouped q, k and v fused, keys and values split as one block", where="body")
+def keys_and_values_as_one_block():
+    return _fused(WIDE, WIDE)
 
 
 @right("grouped q, k and v fused, split by their own blocks")
 def grouped_by_own_blocks():
-    return _fused(num_kv_heads=2, blocks=(WIDE, WIDE // 2, WIDE // 2), granule=HEAD_DIM)
-
-
-@wrong("keys and values fused with queries, as one block", where="body")
-def keys_and_values_as_one_block():
-    return _fused(num_kv_heads=2, blocks=(WIDE, WIDE))
+    return _fused(WIDE, WIDE // 2, WIDE // 2)
 
 
 def _gpt2():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from shardplan.specs import Mesh
 
-from .blocks import HEAD_DIM, HEADS, TENSOR, VOCAB, WIDE, WIDTH, Attention, Behind, ids, scheduled, x
+from .blocks import HEAD_DIM, HEADS, TENSOR, WIDE, WIDTH, Attention, Behind, scheduled, x
 from .entry import right, wrong
 
 
@@ -51,18 +50,6 @@ def whole_keys_and_values():
     """Each rank's queries are spread over all key heads, though they belong to one."""
     sch = scheduled(lambda: Behind(Attention(HEADS, 2))).at["body.q"].colwise().at["body.o"].rowwise()
     return sch.at["body.[kv]"].sync("backward_pre", "all_reduce").at["body"].set(num_heads=2), x()
-
-
-@right("one key head, whole on each rank, its gradient summed")
-def multi_query():
-    sch = scheduled(lambda: Behind(Attention(HEADS, 1))).at["body.q"].colwise().at["body.o"].rowwise()
-    return sch.at["body.[kv]"].sync("backward_pre", "all_reduce").at["body"].set(num_heads=2), x()
-
-
-@wrong("one key head, whole on each rank, its gradient not summed", where="body.v")
-def multi_query_not_summed():
-    sch = scheduled(lambda: Behind(Attention(HEADS, 1))).at["body.q"].colwise().at["body.o"].rowwise()
-    return sch.at["body"].set(num_heads=2), x()
 
 
 @right("key heads repeated over neighbours")
@@ -151,16 +138,6 @@ def slopes_of_first_heads():
     return _attention(_Sloped).at["body"].set(num_heads=2), x()
 
 
-@wrong("ALiBi slopes sliced from a whole buffer", where="body")
-def slopes_sliced():
-    return _attention(_SlopesKept).at["body"].set(num_heads=2), x()
-
-
-@right("ALiBi slopes split with the heads")
-def slopes_split():
-    return _attention(_SlopesKept).at["body.slopes"].shard(axis=0).at["body"].set(num_heads=2), x()
-
-
 @right("trained slopes of heads split with the heads")
 def trained_slopes_split():
     sch = _attention(lambda: _SlopesKept(trained=True)).at["body.slopes"].shard(axis=0)
@@ -226,20 +203,3 @@ def grouped_convolution():
 def groups_made_one():
     """Its weight has the inputs of one of four groups, which no longer are the inputs of a local group."""
     return _convolved(HEADS, HEAD_DIM, groups=1)
-
-
-@wrong("norms of split heads in a Qwen3, their gradients not summed", where="model.layers.0.self_attn")
-def head_norms_not_summed():
-    return _qwen3(), {"input_ids": ids()["ids"], "use_cache": False}
-
-
-@right("norms of split heads in a Qwen3, their gradients summed")
-def head_norms_summed():
-    return _qwen3().at["**.[qk]_norm"].sum_gradient(), {"input_ids": ids()["ids"], "use_cache": False}
-
-
-def _qwen3():
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": VOCAB}
-    config = Qwen3Config(hidden_size=16, intermediate_size=24, **sizes)
-    sch = scheduled(lambda: Qwen3ForCausalLM(config))
-    return sch.at["**.{[qkv],gate,up}_proj"].colwise().at["**.{o,down}_proj"].rowwise()

@@ -53,10 +53,6 @@ def _scored(normaliser):
     return split_mlp(scheduled(lambda: _Scored(normaliser)), "body.")
 
 
-def _exponentials(y):
-    return (y / 8).exp().sum(-1, keepdim=True)
-
-
 @wrong("a softmax that sees padding", where="head")
 def softmax_with_padding():
     sch = _scored(lambda y: y.logsumexp(-1, keepdim=True)).at["head"].shard("weight", axis=0, pad_to_multiple=4)
@@ -67,18 +63,6 @@ def softmax_with_padding():
 def softmax_without_padding():
     sch = _scored(lambda y: y.logsumexp(-1, keepdim=True))
     return sch.at["head"].colwise(gather_output=True, pad_to_multiple=4), x()
-
-
-@right("a sum of exponentials over ranks, padding masked")
-def exponentials_masked():
-    sch = _scored(_exponentials).at["head"].colwise(pad_to_multiple=4)
-    return sch.at["normaliser"].sync("forward_post", "all_reduce"), x()
-
-
-@wrong("a sum of exponentials over ranks, padding not masked", where="normaliser")
-def exponentials_not_masked():
-    sch = _scored(_exponentials).at["head"].shard("weight", axis=0, pad_to_multiple=4).sync("backward_post", "all_reduce")
-    return sch.at["normaliser"].sync("forward_post", "all_reduce"), x()
 
 
 @wrong("a sum over a padded vocabulary that takes masked scores as scores", where="normaliser")

@@ -55,23 +55,6 @@ def never_gathered():
     return sch.at["c"].colwise().at["d"].rowwise(), x(4, TOKENS)
 
 
-@wrong("tokens gathered that were never scattered", where="c")
-def never_scattered():
-    sch = scheduled(lambda: _Sequence(Do(torch.tanh))).at["a"].colwise().at["b"].rowwise()
-    return sch.at["c"].colwise(sequence_axis=1).at["d"].rowwise(), x(4, TOKENS)
-
-
-@wrong("layer norm on a split sequence, its gradients not summed", where="between")
-def norm_not_summed():
-    return _split(nn.LayerNorm(WIDTH))
-
-
-@right("layer norm on a split sequence, its gradients summed")
-def norm_summed():
-    sch, inputs = _split(nn.LayerNorm(WIDTH))
-    return sch.at["between"].sum_gradient(), inputs
-
-
 @wrong("layer norm on a split sequence, the gradient of its bias not summed", where="between.bias")
 def bias_of_norm_not_summed():
     sch, inputs = _split(nn.LayerNorm(WIDTH))
@@ -145,8 +128,3 @@ def _tokens():
 @right("a Llama with a split sequence")
 def llama():
     return _llama().at["**.{input,post_attention}_layernorm"].sum_gradient().at["model.norm"].sum_gradient(), _tokens()
-
-
-@wrong("the last norm of a Llama with a split sequence not summed", where="model.norm")
-def last_norm_not_summed():
-    return _llama().at["**.{input,post_attention}_layernorm"].sum_gradient(), _tokens()

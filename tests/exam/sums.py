@@ -306,24 +306,6 @@ def low_rank():
     return _low_rank().at["body.0.b"].colwise().at["body.2.a"].rowwise(), x()
 
 
-@wrong("LoRA beside a column split, gradient of its first matrix not summed", where="body.0.a")
-def low_rank_gradient_not_summed():
-    return _low_rank().at["body.0.b.weight"].shard(axis=0).at["body.2.a"].rowwise(), x()
-
-
-@wrong("LoRA beside a row split, summed behind its second matrix", where="body.2.b")
-def low_rank_summed_late():
-    """The sum is right, and the whole second matrix has seen one rank's summand."""
-    sch = _low_rank().at["body.0.b"].colwise().at["body.2.a"].shard("weight", axis=1)
-    return sch.at["body.2.b"].sync("forward_post", "all_reduce"), x()
-
-
-@right("LoRA beside a row split, summed late, and so is a gradient")
-def low_rank_summed_late_twice():
-    sch = _low_rank().at["body.0.b"].colwise().at["body.2.a"].shard("weight", axis=1)
-    return sch.at["body.2.b"].sync("forward_post", "all_reduce").sum_gradient(), x()
-
-
 class _Factor(nn.Module):
     """A feed-forward block whose output is multiplied by a gate of its input."""
 

@@ -83,7 +83,6 @@ def _clipped(w):
 
 
 ROWS_MIXED = {
-    "a weight over its norm": lambda w: w / w.norm(),
     "a weight quantised by its largest entry": lambda w: _absmax_int4(w, (0, 1)),
     "a ternary weight with one scale": _ternary,
     "a weight pruned below its median": lambda w: w * (w.abs() > w.abs().median()),
@@ -97,7 +96,6 @@ ROWS_MIXED = {
 """Changes that need all rows at once."""
 
 ROWS_APART = {
-    "rows of a weight over their norms": lambda w: functional.normalize(w, dim=1),
     "rows of a weight quantised by their largest entries": lambda w: _absmax_int4(w, 1),
     "rows of a weight binary, each with a scale": lambda w: _straight_through(w, w.sign() * w.abs().mean(1, keepdim=True)),
     "rows of a weight pruned below their medians": lambda w: w * (w.abs() > w.abs().median(1, keepdim=True).values),
@@ -114,11 +112,6 @@ for _name, _change in ROWS_MIXED.items():
     wrong(_name, where="up")(partial(_columns, _change))
 for _name, _change in ROWS_APART.items():
     right(_name)(partial(_columns, _change))
-
-
-@wrong("rows of a weight over their norms, split along them", where="down")
-def split_rows_over_norms():
-    return _rows(lambda w: functional.normalize(w, dim=1))
 
 
 @right("columns of a weight over their norms, rows split")
@@ -167,18 +160,6 @@ def _parametrized(parametrize, tensors):
     sch = create_schedule(_Pair(parametrize(nn.Linear(WIDTH, WIDE)), nn.Linear(WIDE, WIDTH)), TENSOR).at["down"].rowwise()
     sch = sch.at[f"up.{{bias,{tensors}}}"].shard(axis=0)
     return sch.at["up"].sync("backward_post", "all_reduce"), x()
-
-
-@wrong("weight norm along the split axis", where="up")
-def weight_norm_of_columns():
-    """Lengths of columns are whole, and each rank computes them from its rows."""
-    sch, inputs = _parametrized(partial(parametrizations.weight_norm, dim=1), "parametrizations.weight.original1")
-    return sch.at["up.parametrizations.weight"].sum_gradient("original0"), inputs
-
-
-@right("weight norm of each row")
-def weight_norm_of_rows():
-    return _parametrized(parametrizations.weight_norm, "parametrizations.weight.original*")
 
 
 @wrong("spectral norm of a split weight", where="up")
