@@ -105,8 +105,15 @@ class Exact(TorchDispatchMode):
         mask = result[1] if name == "native_dropout" else first
         self.draws.append(Draw(where, name, tuple(mask.shape), mask.detach().clone() if self._is_random else None))
         if not self._is_random:
-            first.copy_(torch.ones_like(first) if first.is_floating_point() else torch.zeros_like(first))
+            first.copy_(_constant(name, first))
         return result
+
+
+def _constant(name: str, drawn: Tensor) -> Tensor:
+    """Return constants in place of random numbers: a permutation stays one."""
+    if name == "randperm":
+        return torch.arange(drawn.numel())
+    return torch.ones_like(drawn) if drawn.is_floating_point() else torch.zeros_like(drawn)
 
 
 def _name(func: Any) -> str:

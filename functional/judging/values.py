@@ -92,13 +92,12 @@ def _varied(tensor: Tensor, generator: torch.Generator, *, is_trained: bool) -> 
     spread = (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5).to(tensor.dtype)
     found = tensor if bool(tensor.isfinite().all()) else torch.ones_like(tensor)
     if bool((found == found.reshape(-1)[0]).all()):
-        if found.reshape(-1)[0] != 0:
-            return found * (1 + spread)
-        if not is_trained:  # such as a mean of what has been seen
-            return spread
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-        return noise * _scale(tensor)
-    varied = found * (1 + 0.4 * spread)
+        is_zero = bool(found.reshape(-1)[0] == 0)
+        if is_trained and (is_zero or tensor.dim() > 1):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+            return noise * _scale(tensor)
+        return spread if is_zero else found * (1 + spread)  # such as a running mean, or a norm's weight
+    varied = torch.where(found == 0, spread * found.std(), found * (1 + 0.4 * spread))  # a row of padding is zero
     if is_trained and tensor.dim() > 1:
         return varied * (_scale(tensor) / varied.std().clamp(min=1e-6))
     return varied if is_trained else found
