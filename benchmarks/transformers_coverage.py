@@ -12,13 +12,14 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from attrs import field, frozen
 
@@ -31,12 +32,23 @@ from shardplan.specs.mesh import Mesh
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+A = TypeVar("A")
+R = TypeVar("R")
+
 TENSOR = (2, 4, 8)
 """Numbers of ranks along ``tensor`` that are tried."""
 
+HEADING = "# Models of transformers that can be split as they declare"
+
 _NOT_REACHED = "it is not called in this forward pass"
 
-_PRELOAD = ["torch", "transformers", __name__]
+_PRELOAD = [
+    *("torch", "torch._inductor", "torch._export", "transformers.modeling_utils"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+    *("shardplan.functional.frontends.tp_plan.schedule", "shardplan.functional.frontends.graph.schedule"),
+    *("shardplan.functional.frontends.shrink.shrink", "shardplan.functional.verify"),
+]
+"""Modules that the server of processes imports once."""
 
 
 @frozen
@@ -88,33 +100,67 @@ def _plan(model: nn.Module, num: int, inputs: Mapping[str, Tensor] | None) -> tu
 
 def cover_all(types: Iterable[str], *, jobs: int = 1, timeout: float = 300) -> Iterator[Covered]:
     """Return what became of each type that declares a plan, each planned in a process of its own."""
+    found = outcomes_apart(cover, list(types), _lost, jobs=jobs, timeout=timeout)
+    return (outcome for outcome in found if outcome is not None)
+
+
+def _lost(model_type: str, cause: str) -> Covered:
+    return Covered(model_type, lost=cause)
+
+
+def outcomes_apart(
+    work: Callable[[A], R | None],
+    asked: Sequence[A],
+    lost: Callable[[A, str], R],
+    *,
+    jobs: int,
+    timeout: float,
+) -> Iterator[R | None]:
+    """Return what some work gives for each argument, each in a process of its own that inherits imported modules.
+
+    Args:
+        work: The work.
+        asked: Its arguments.
+        lost: Makes an outcome for an argument whose process took too long, or ended without one.
+        jobs: Processes at a time.
+        timeout: Seconds for one process.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(partial(_apart, context, timeout), types):
-            if outcome is not None:
-                yield outcome
+        yield from pool.map(partial(_apart, context, timeout, work, lost), asked)
 
 
-def _apart(context: multiprocessing.context.ForkServerContext, timeout: float, model_type: str) -> Covered | None:
+def _apart(
+    context: multiprocessing.context.ForkServerContext,
+    timeout: float,
+    work: Callable[[A], R | None],
+    lost: Callable[[A, str], R],
+    argument: A,
+) -> R | None:
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, model_type), daemon=True)
+    process = context.Process(target=_send, args=(theirs, work, lost, argument), daemon=True)
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(timeout) else Covered(model_type, lost=f"it took more than {timeout:.0f} s")
+        return ours.recv() if ours.poll(timeout) else lost(argument, f"it took more than {timeout:.0f} s")
     except EOFError:
-        return Covered(model_type, lost="its process ended without an outcome")
+        return lost(argument, "its process ended without an outcome")
     finally:
         process.kill()
         process.join()
 
 
-def _send(pipe: multiprocessing.connection.Connection, model_type: str) -> None:
+def _send(
+    pipe: multiprocessing.connection.Connection,
+    work: Callable[[A], R | None],
+    lost: Callable[[A, str], R],
+    argument: A,
+) -> None:
     try:
-        pipe.send(cover(model_type))
+        pipe.send(work(argument))
     except Exception as error:  # noqa: BLE001  whatever a model's code raises is reported
-        pipe.send(Covered(model_type, lost=f"{type(error).__name__}: {error}"[:300]))
+        pipe.send(lost(argument, f"{type(error).__name__}: {error}"[:300]))
 
 
 def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
@@ -122,7 +168,7 @@ def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
     found = [outcome for outcome in outcomes if not outcome.lost]
     planned = [sum(not outcome.errors[place] for outcome in found) for place in range(len(tensor))]
     lines = [
-        "# Models of transformers that can be split as they declare",
+        HEADING,
         "",
         "Written by `python -m benchmarks.transformers_coverage --write docs/coverage.md`.",
         "",
@@ -147,6 +193,14 @@ def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
         *(line for outcome in outcomes for line in _refusals(outcome, tensor)),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def replace_part(page: str, heading: str, part: str) -> str:
+    """Return a page with another part from a heading to the next heading of its level, at the end if it has none."""
+    parts = re.split(r"(?m)^(?=# )", page)
+    if not any(old.startswith(heading) for old in parts):
+        parts.append("")
+    return "\n".join(old.strip("\n") + "\n" if old and not old.startswith(heading) else part for old in parts if old or part)
 
 
 def _row(outcome: Covered, tensor: Sequence[int]) -> str:
@@ -181,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{outcome.model_type}: {states}", file=sys.stderr, flush=True)
     text = table(outcomes)
     if options.write:
-        options.write.write_text(text)
+        options.write.write_text(replace_part(options.write.read_text(), HEADING, text))
     else:
         print(text)
     return 0

@@ -139,13 +139,13 @@ def _images(fields: Sequence[Field]) -> dict[Field, Any]:
     """Return small images of small patches, and the numbers of patches and of their tokens."""
     changes: dict[Field, Any] = {}
     sides: dict[int, int] = {}
-    for patch in (of for of in fields if of.name == "patch_size" and _side(of) > _WINDOW):
-        new = _WINDOW - _side(patch) % 2
-        changes[patch] = _in_place_of(patch, new)
-        for image in (of for of in fields if of.name == "image_size" and of.config == patch.config and _side(of)):
-            side = _side(image) // _side(patch)
-            sides[side] = min(side, _WINDOW - side % 2)
-            changes[image] = _in_place_of(image, sides[side] * new)
+    for patch in (of for of in fields if of.name == "patch_size" and min(_axes(of), default=0) > _WINDOW):
+        new = _WINDOW - _axes(patch)[0] % 2
+        changes[patch] = _with_axes(patch, [new] * len(_axes(patch)))
+        for image in (of for of in fields if of.name == "image_size" and of.config == patch.config and _axes(of)):
+            old = [side // _axes(patch)[0] for side in _axes(image)]
+            sides |= {side: min(side, _WINDOW - side % 2) for side in old}
+            changes[image] = _with_axes(image, [sides[side] * new for side in old])
     for of in by_role(fields)["image"]:
         tokens = [(side // merge, new // merge) for side, new in sides.items() for merge in _MERGES if new % merge == 0]
         found = next((new**2 for side, new in tokens if of.number == side**2), 0)
@@ -157,10 +157,10 @@ def _images(fields: Sequence[Field]) -> dict[Field, Any]:
     return changes
 
 
-def _side(of: Field) -> int:
-    """Return the side of a square image or patch; 0 if it is none."""
-    return of.number or (of.numbers[0] if len(of.numbers) == 2 and len(set(of.numbers)) == 1 else 0)  # noqa: PLR2004
+def _axes(of: Field) -> Sequence[int]:
+    """Return the height and width of an image or patch, or the one number for both."""
+    return of.numbers or ((of.number,) if of.number else ())
 
 
-def _in_place_of(of: Field, side: int) -> Any:
-    return side if of.number else type(of.value)([side, side])
+def _with_axes(of: Field, sides: Sequence[int]) -> Any:
+    return sides[0] if of.number else type(of.value)(sides)
