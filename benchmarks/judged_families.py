@@ -65,6 +65,9 @@ INFERRED = (
 
 OTHER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
+    "aya_vision": {"vision_config.num_attention_heads": 16},
+    "glm4v_moe": {"text_config.num_attention_heads": 96, "text_config.hidden_size": 4608},
+    "glm4v_moe_text": {"num_attention_heads": 96, "hidden_size": 4608},
     "step3p7": {"text_config.sliding_window": 512},
 }
 """Values of published models for types that do not run with those that their configuration has by default."""
@@ -86,6 +89,7 @@ class Judged:
         verdict: Whether ranks compute what the whole model computes.
         cause: Where the difference begins, why the schedule is refused, or why it was not judged.
         given: Names of the inputs.
+        refused: Why ``plan_build`` does not follow it with these inputs; without inputs it plans it.
     """
 
     model_type: str
@@ -95,6 +99,7 @@ class Judged:
     verdict: Verdict = "not judged"
     cause: str = ""
     given: tuple[str, ...] = ()
+    refused: str = ""
 
 
 def judge(asked: Judged) -> Judged | None:
@@ -130,13 +135,11 @@ def _judged(asked: Judged, model: nn.Module, inputs: Mapping[str, Any], mesh: Me
         found = verify(sch, inputs)
     except PlanError as error:
         return evolve(asked, cause=_short(str(error.problems[0])))
+    refused = f"plan_build refuses it with inputs: {found.refused[0]}" if found.refused else ""
     if found.first is not None:
-        refused = "; with inputs, plan_build refuses it" if found.refused else ""
-        return evolve(asked, verdict="differs", cause=_short(f"{found.first.kind}: {found.first}") + refused)
-    if found.refused:
-        return evolve(asked, verdict="refused", cause=_short(f"with inputs, and it is right: {found.refused[0]}"))
+        return evolve(asked, verdict="differs", cause=_short(f"{found.first.kind}: {found.first}"), refused=_short(refused))
     whole = "" if any(spec.shards for spec in sch.tree.values()) or mesh.tensor == 1 else "all of it stays whole"
-    return evolve(asked, verdict="right", cause=whole)
+    return evolve(asked, verdict="right", cause=whole, refused=_short(refused))
 
 
 def small_model(model_type: str, mesh: Mesh) -> nn.Module:
@@ -194,7 +197,7 @@ def table(outcomes: Sequence[Judged]) -> str:
         "Each type is built from its default configuration made small (`shrink_config`), with dropout of 0.1, and split",
         "by a frontend; all ranks run beside the whole model in double precision (`verify`). *right*: outputs, every",
         "gradient, weights after a step and masks of dropout are those of the whole model. *refused*: `plan_build` does",
-        "not plan it.",
+        "not plan it, even without inputs.",
         "",
         "| frontend, ranks along `tensor` | " + " | ".join(verdict for verdict in VERDICTS) + " |",
         "|---|" + "---|" * len(VERDICTS),
@@ -224,7 +227,8 @@ def _rows(outcomes: Sequence[Judged]) -> Iterator[str]:
         found = {outcome.tensor: outcome for outcome in outcomes if outcome.model_type == model_type}
         first = next(iter(found.values()))
         cells = " | ".join(found[num].verdict if num in found else "" for num in ranks)
-        causes = "; ".join(dict.fromkeys(outcome.cause for outcome in found.values() if outcome.cause))
+        told = (text for outcome in found.values() for text in (outcome.cause, outcome.refused) if text)
+        causes = "; ".join(dict.fromkeys(told))
         yield f"| {model_type} | {first.cls} | {', '.join(first.given)} | {cells} | {causes} |"
 
 
@@ -249,7 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes: list[Judged] = []
     for outcome in judge_all(asked, jobs=options.jobs, timeout=options.timeout):
         outcomes.append(outcome)
-        told = f"{outcome.frontend} {outcome.model_type} {outcome.tensor}: {outcome.verdict}  {outcome.cause}"
+        told = (
+            f"{outcome.frontend} {outcome.model_type} {outcome.tensor}: {outcome.verdict}  {outcome.cause} {outcome.refused}"
+        )
         print(told, file=sys.stderr, flush=True)
     text = table(outcomes)
     if options.write:

@@ -197,10 +197,10 @@ def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
 
 def replace_part(page: str, heading: str, part: str) -> str:
     """Return a page with another part from a heading to the next heading of its level, at the end if it has none."""
-    parts = re.split(r"(?m)^(?=# )", page)
+    parts = [old for old in re.split(r"(?m)^(?=# )", page) if old]
     if not any(old.startswith(heading) for old in parts):
-        parts.append("")
-    return "\n".join(old.strip("\n") + "\n" if old and not old.startswith(heading) else part for old in parts if old or part)
+        parts.append(heading)
+    return "\n".join(part if old.startswith(heading) else old.strip("\n") + "\n" for old in parts)
 
 
 def _row(outcome: Covered, tensor: Sequence[int]) -> str:

@@ -147,6 +147,10 @@ class Schedule(Declaration):
         """Draw different random numbers on each rank along ``tensor`` within modules: dropout on parts of activations."""
         return syncs.fork_rng(self)
 
+    def share_rng(self) -> Schedule:
+        """Draw the same random numbers on all ranks along ``tensor``, also within a module with ``.fork_rng()``."""
+        return syncs.share_rng(self)
+
     def colwise(self, *, gather_output: bool = False, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
         """Split the outputs of ``nn.Linear`` or ``Conv1D``: each rank computes some features of the output.
 

@@ -212,6 +212,19 @@ class ForkRng(_Along):
 
 
 @frozen
+class ShareRng(_Along):
+    """Random numbers drawn within a module are the same along ``tensor``, also where those around it differ."""
+
+    mesh_axis: ClassVar[MeshAxis] = "tensor"
+
+    def describe(self) -> str:
+        return f"random numbers shared@{self.mesh_axis}"
+
+    def groups(self) -> tuple[tuple[MeshAxis, ...], ...]:
+        return ()
+
+
+@frozen
 class MaskPadding(_Along):
     """Outputs that stand for padded rows are the lowest number of their dtype, so that no softmax sees them.
 
@@ -236,6 +249,7 @@ LayoutStep = (
     | SumGradient
     | DispatchTokens
     | ForkRng
+    | ShareRng
     | MaskPadding
 )
 """Steps that change how a module computes, and leave its tensors alone."""

@@ -19,6 +19,7 @@ from ...specs.layout_steps import (
     MaskPadding,
     SetAttributes,
     SetToLocalSize,
+    ShareRng,
     SumGradient,
     Sync,
     SyncOp,
@@ -28,7 +29,7 @@ from ..model.callables import find_callable
 from ..model.linear import forward_without_bias, linear_of
 from ..model.read import first_argument
 from .collectives import SyncGroup, own_ids, sync_function
-from .hooks import DispatchTokensHook, ForkRngHook, MaskPaddingHook, SumGradientHook, SyncHook
+from .hooks import DispatchTokensHook, ForkRngHook, MaskPaddingHook, ShareRngHook, SumGradientHook, SyncHook
 
 if TYPE_CHECKING:
     from ...specs.mesh import Coordinate
@@ -85,6 +86,10 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
             forked = ForkRngHook(rank.coordinate.index(step.mesh_axis))
             _hook_before(module, forked.before)
             _hook_after(module, forked.after, also_after_errors=True)
+        case ShareRng():
+            shared = ShareRngHook()
+            _hook_before(module, shared.before)
+            _hook_after(module, shared.after, also_after_errors=True)
         case MaskPadding(sizes=(part, size)):
             _hook_after(module, MaskPaddingHook(part, size, rank.groups[step.mesh_axis]).after)
         case _:
@@ -102,7 +107,7 @@ def _sum_gradient(module: nn.Module, step: SumGradient, rank: RankContext) -> No
     summing.sums.append((step, rank.groups))
 
 
-_LAYOUT_HOOKS = (SyncHook, SumGradientHook, DispatchTokensHook, MaskPaddingHook, ForkRngHook)
+_LAYOUT_HOOKS = (SyncHook, SumGradientHook, DispatchTokensHook, MaskPaddingHook, ForkRngHook, ShareRngHook)
 
 
 def _move_user_hooks_last(hooks: dict[int, Any]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import threading
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,8 +149,7 @@ class DispatchTokensHook:
         (tokens, weights), num, index, name = floating, self.group.num_ranks, self.group.index, self.group.name
         ids = own_ids(gather_parts(chosen[0], 0, self.group, None), self.step.num_experts, index, name)
         is_mine = (ids >= 0) & (ids < self.step.num_experts)
-        # transformers' experts skip the number past the last expert; any other module computes expert 0 with weight 0
-        elsewhere = self.step.num_experts if hasattr(module, "_is_expert_parallel") else 0
+        elsewhere = self.step.num_experts if _skips_one_more(module) else 0  # expert 0 is computed with weight 0
         given = {
             id(tokens): gather_sum(tokens, 0, num, index, name),
             id(chosen[0]): torch.where(is_mine, ids, elsewhere),
@@ -164,6 +167,22 @@ class DispatchTokensHook:
             own = [getattr(module, name) for name in module._parameters]  # noqa: SLF001
             output = _ZeroGradients.apply(output, *filter(_is_activation, (*args, *kwargs.values(), *own)))
         return reduce_scatter(output, 0, self.group.num_ranks, self.group.index, self.group.name)
+
+
+def _skips_one_more(module: nn.Module) -> bool:
+    """Tell whether an experts module skips the number past its last expert, as transformers' experts do, except a few."""
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation in (None, "eager"):  # its own code runs
+        return hasattr(module, "_is_expert_parallel") and _counts_one_more(type(module))
+    return hasattr(module, "_is_expert_parallel")
+
+
+@cache
+def _counts_one_more(cls: type[nn.Module]) -> bool:
+    try:
+        return re.search(r"num_experts\s*\+\s*1\b", inspect.getsource(inspect.unwrap(cls.forward))) is not None
+    except (OSError, TypeError):  # its source was written at run time
+        return False
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -200,7 +219,22 @@ class MaskPaddingHook:
         return output.masked_fill(places >= end, torch.finfo(output.dtype).min)
 
 
-@define
+RngState = tuple[Tensor, Tensor | None]
+"""States of torch's generators on the CPU, and on the GPU if it is used."""
+
+
+class _Forks(threading.local):
+    """The calls with random numbers of their own that are running in a thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.outside: list[RngState] = []
+        """States of the generators outside of each call."""
+
+
+_FORKS = _Forks()
+
+
+@frozen
 class ForkRngHook:
     """Give a module random numbers that differ along ``tensor``, and restore torch's generators after it.
 
@@ -209,29 +243,68 @@ class ForkRngHook:
 
     Args:
         index: Place of the rank along ``tensor``.
-        outside: States of the generators outside of the calls that are running.
+        running: For each call that is running, how many calls around it have random numbers of their own.
     """
 
     index: int
-    outside: list[tuple[Tensor, Tensor | None]] = Factory(list)
+    running: list[int] = Factory(list)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the states of the generators, and seed them."""
         if detect_fake_mode() is not None:
             return  # no number is drawn
         common = int(torch.randint(2**62, ()))
-        on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-        self.outside.append((torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None))
+        self.running.append(len(_FORKS.outside))
+        _FORKS.outside.append(_rng_state())
         torch.manual_seed(derive_seed(common, f"tensor {self.index}"))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Restore the generators, also after an error."""
-        if detect_fake_mode() is not None or not self.outside:
+        if detect_fake_mode() is not None or not self.running:
             return
-        cpu, gpu = self.outside.pop()
-        torch.set_rng_state(cpu)
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu)
+        around = self.running.pop()
+        _restore_rng(_FORKS.outside[around])
+        del _FORKS.outside[around:]
+
+
+@frozen
+class ShareRngHook:
+    """Give a module the random numbers that all ranks draw, also within a module that has random numbers of its own.
+
+    Args:
+        inside: For each call that is running, the state of the generators around it; None if they are the common ones.
+    """
+
+    inside: list[RngState | None] = Factory(list)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Go on with the common random numbers."""
+        if detect_fake_mode() is not None:
+            return
+        self.inside.append(_rng_state() if _FORKS.outside else None)
+        if _FORKS.outside:
+            _restore_rng(_FORKS.outside[0])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Go back to the random numbers around it, also after an error."""
+        if detect_fake_mode() is not None or not self.inside:
+            return
+        around = self.inside.pop()
+        if around is not None:
+            _FORKS.outside[0] = _rng_state()
+            _restore_rng(around)
+
+
+def _rng_state() -> RngState:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
+
+
+def _restore_rng(state: RngState) -> None:
+    cpu, gpu = state
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)
 
 
 def _is_activation(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Collective operators around modules and on gradients: the verbs ``sync``, ``sum_gradient`` and ``fork_rng``."""
+"""Collective operators around modules and on gradients: the verbs ``sync``, ``sum_gradient``, ``fork_rng``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attrs import evolve
 from ...specs.declaration import D
 from ...specs.errors import Problem
 from ...specs.json_values import is_integer
-from ...specs.layout_steps import ForkRng, LayoutStep, SumGradient, Sync, SyncOp, When
+from ...specs.layout_steps import ForkRng, LayoutStep, ShareRng, SumGradient, Sync, SyncOp, When
 from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.module import ModuleSpec
 from ...specs.paths import join, module_of, name_of
@@ -105,6 +105,12 @@ def fork_rng(sch: D) -> D:
     """Draw other random numbers on each rank along ``tensor`` within the selected modules."""
     sch = or_unmatched(sch, modules=True)
     return with_layout(sch, (ForkRng(module.path) for module in selected_modules(sch)))
+
+
+def share_rng(sch: D) -> D:
+    """Draw the same random numbers on all ranks along ``tensor`` within the selected modules, also inside forked modules."""
+    sch = or_unmatched(sch, modules=True)
+    return with_layout(sch, (ShareRng(module.path) for module in selected_modules(sch)))
 
 
 def with_syncs(

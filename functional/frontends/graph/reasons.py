@@ -63,7 +63,7 @@ def _of_region(sch: Schedule, region: Region) -> Iterator[tuple[str, str]]:
             yield path, "whole: it is added once, after the ranks' sums are added up"
     for path, (axis, _) in region.tensors.items():
         yield path, f"its axis {axis} has the {what} that {_names(region.columns)} gives, and is split alike"
-    for path in region.summed:
+    for path in region.sums.parameters:
         yield path, f"whole: it works on all {what} alike, and its gradient is summed over the ranks"
 
 

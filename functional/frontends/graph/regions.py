@@ -12,6 +12,7 @@ from attrs import evolve, field, frozen
 from ....specs.paths import join
 from ...model.linear import linear_of
 from .factors import Axis, Factor, count, representative, segments, size_of, spell
+from .gradient_sums import GradientSums, gradient_sums
 
 if TYPE_CHECKING:
     from ....specs.shard import Split
@@ -29,7 +30,7 @@ class Region:
         columns: Modules whose output features are split, and how.
         rows: Modules whose input features are split, and how.
         tensors: Other tensors that are split: their axis, and how.
-        summed: Tensors that are whole and work on parts of activations, so that their gradients are summed.
+        sums: Whole tensors and outputs that meet parts of activations, so that their gradients are summed.
         operations: The operations on parts of activations.
         is_attention: Whether a softmax is taken within it.
     """
@@ -39,7 +40,7 @@ class Region:
     columns: Mapping[str, Split]
     rows: Mapping[str, Split]
     tensors: Mapping[str, tuple[int, Split]]
-    summed: tuple[str, ...]
+    sums: GradientSums
     operations: tuple[GraphOperation, ...] = field(repr=False)
 
     @property
@@ -133,13 +134,10 @@ def _region(found: ModelAxes, leaf: Factor, num_ranks: int) -> Region | str | No
     if any(count(axis, leaf) < 0 or _num(tensor.axes, leaf) > 1 for tensor in _all_tensors(found) for axis in tensor.axes):
         return "what would be split is there twice, or in a part of a tensor only"
     operations = tuple(op for op in found.operations if any(_num(tensor.axes, leaf) for tensor in (*op.inputs, *op.outputs)))
-    summed: dict[str, None] = {}
-    for op in operations:
-        for tensor in _whole_and_trained(found, op, leaf):
-            if not tensor.parameter:
-                return f"in {op.module or 'the model'} it meets an activation that is whole"
-            summed[tensor.parameter] = None
-    return _with_splits(found, Region(leaf, repeated, {}, {}, {}, tuple(summed), operations), num_ranks)
+    sums = gradient_sums(found, ((op, tensor) for op in operations for tensor in _whole_and_trained(found, op, leaf)))
+    if isinstance(sums, str):
+        return sums
+    return _with_splits(found, Region(leaf, repeated, {}, {}, {}, sums, operations), num_ranks)
 
 
 def _with_splits(found: ModelAxes, region: Region, num_ranks: int) -> Region | str | None:
@@ -178,9 +176,7 @@ def _num(axes: Axes, leaf: Factor) -> int:
 
 
 def _whole_and_trained(found: ModelAxes, op: GraphOperation, leaf: Factor) -> Iterator[GraphTensor]:
-    """Iterate over trained whole tensors that meet parts of activations: a rank would have a part of their gradients."""
-    if not any(_num(tensor.axes, leaf) for tensor in op.inputs):
-        return
+    """Iterate over trained whole tensors that meet parts, or are spread over them, so that their gradients are partial."""
     weight = found.tensors[op.weight] if op.weight else None
     is_split = weight is not None and _num(weight.axes, leaf) > 0
     if is_split:

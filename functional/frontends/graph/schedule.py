@@ -13,22 +13,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ....specs.errors import PlanError, Problem
 from ....specs.mesh import Mesh
 from ...layout.local_model import LocalModel
 from ...schedule import Schedule, create_schedule
 from ..verb_calls import VerbCall, apply_all
+from .dropouts import random_number_calls, without_mixed_dropouts
 from .export import ExportFailure, RankGraph, export_rank
 from .inputs import inferred_inputs, with_no_cache
 from .local_sizes import SizeAttributes, first_difference, kind_to_change, local_shapes, size_attributes
-from .propagate import GraphOperation, ModelAxes, propagate
+from .propagate import ModelAxes, propagate
 from .reasons import reasons
-from .regions import Outcome, RefusedRegion, Region, find_regions, is_in
+from .regions import Outcome, RefusedRegion, Region, find_regions
 from .vocabularies import Vocabulary, find_vocabularies
 
-_DROPOUTS = ("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_dropout")
 _MOST_TRIED = 64
 """Limit of the exports that are tried before the remaining regions stay whole."""
 
@@ -66,12 +66,11 @@ def infer_schedule(model: nn.Module, mesh: Mesh, *, example_inputs: Mapping[str,
         return sch
     inputs = inferred_inputs(model) if example_inputs is None else with_no_cache(model, example_inputs)
     found, traced = _model_axes(sch, inputs)
-    outcomes = find_regions(found, mesh.tensor) if mesh.tensor > 1 else []
+    outcomes = without_mixed_dropouts(found, find_regions(found, mesh.tensor)) if mesh.tensor > 1 else []
     tables, small = find_vocabularies(sch, found) if mesh.tensor > 1 else ([], {})
     fitted = _fit(Inference(sch, found, traced.training, inputs, tuple(tables)), outcomes)
     whys = reasons(sch, found, fitted.outcomes, tables, small)
-    split = fitted.schedule
-    split = apply_all(split, [VerbCall(path, "fork_rng") for path in _forked(found, fitted.regions)])
+    split = apply_all(fitted.schedule, random_number_calls(found, fitted.outcomes))
     alone = "whole: there is one rank along tensor"
     return apply_all(
         split, [VerbCall(path, "tag", (), (("why", why if mesh.tensor > 1 else alone),)) for path, why in whys.items()]
@@ -108,11 +107,6 @@ class Fitted:
 
     schedule: Schedule
     outcomes: tuple[Outcome, ...]
-
-    @property
-    def regions(self) -> list[Region]:
-        """The regions that are split."""
-        return _split(self.outcomes)
 
 
 def _split(outcomes: Iterable[Outcome]) -> list[Region]:
@@ -181,40 +175,10 @@ def _verb_calls(known: Inference, regions: Iterable[Region], kinds: Iterable[Siz
         yield from (VerbCall(path, "rowwise", (), tuple(split.items())) for path, split in region.rows.items())
         for path, (axis, split) in region.tensors.items():
             yield VerbCall(path, "shard", (), (("axis", axis), *split.items()))
-        yield from (VerbCall(path, "sum_gradient") for path in region.summed)
+        yield from (VerbCall(path, "sum_gradient") for path in region.sums.parameters)
+        for path, features in region.sums.outputs:
+            some = (("features", features),) if any(features) else ()
+            yield VerbCall(path, "sync", ("backward_pre", "all_reduce"), some)
     for kind in kinds:
         if kind.values:
             yield from (VerbCall(path, "set", (), tuple(kind.values.items())) for path in kind.modules)
-
-
-def _forked(found: ModelAxes, regions: Iterable[Region]) -> list[str]:
-    """Return the modules whose dropouts all work on split activations, outermost first."""
-    split_here: dict[str, bool] = {}
-    regions = list(regions)
-    for op in found.operations:
-        if _probability(op) > 0:
-            is_split = any(is_in(tensor.axes, region) for tensor in op.inputs for region in regions)
-            split_here[op.module] = split_here.get(op.module, True) and is_split
-    chosen: list[str] = []
-    for path, is_split in sorted(split_here.items()):
-        inner = [other for other in split_here if other.startswith(f"{path}.")]
-        above = any(path == outer or path.startswith(f"{outer}.") for outer in chosen)
-        if is_split and not above and (not inner or all(split_here[other] for other in inner)):
-            chosen.append(path)
-    return chosen
-
-
-def _probability(op: GraphOperation) -> float:
-    name = "dropout_p" if op.name == "scaled_dot_product_attention" else "p" if op.name in _DROPOUTS else ""
-    values = dict(_arguments(op.node)) if name else {}
-    if values.get("train") is False or values.get("training") is False:
-        return 0.0
-    value = values.get(name, 0.0)
-    return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _arguments(node: fx.Node) -> Iterator[tuple[str, object]]:
-    schema = getattr(node.target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
-    yield from zip(names, node.args, strict=False)
-    yield from node.kwargs.items()

@@ -14,6 +14,7 @@ from shardplan.specs.layout_steps import (
     MaskPadding,
     SetAttributes,
     SetToLocalSize,
+    ShareRng,
     SumGradient,
     Sync,
     VocabParallel,
@@ -261,8 +262,8 @@ def test_what_verbs_of_layouts_say():
     assert MaskPadding("a", (2, 12)) in sch.layout
     assert SetAttributes("a", {"out_features": 2}) in sch.layout
     assert {VocabParallel("e", 2), SetToLocalSize("e", "num_embeddings", "weight", 0)} <= {*sch.layout}
-    sch = schedule().at["norm"].sum_gradient().fork_rng()
-    assert sch.layout == (SumGradient("norm", "weight"), SumGradient("norm", "bias"), ForkRng("norm"))
+    sch = schedule().at["norm"].sum_gradient().fork_rng().at["a"].share_rng()
+    assert sch.layout == (SumGradient("norm", "weight"), SumGradient("norm", "bias"), ForkRng("norm"), ShareRng("a"))
     repeated = plan_build(schedule(tensor=8).at["a"].colwise(blocks=(6, 6), granule=3, replicate=True))
     assert SumGradient("a", "weight", sharing=((3, 4), (3, 4))) in repeated.steps
     assert SumGradient("a", "bias", sharing=((3, 4), (3, 4))) in repeated.steps
