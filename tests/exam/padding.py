@@ -32,7 +32,7 @@ def uneven():
     return sch.at["head"].colwise(gather_output=True, uneven=True), ids(vocab=VOCAB)
 
 
-@wrong("a padded head gathered with its padding", where="")
+@wrong("a padded head gathered with its padding", where="head")
 def gathered_with_padding():
     sch = _language().at["head"].shard("weight", axis=0, pad_to_multiple=4)
     return sch.sync("backward_post", "all_reduce").sync("forward_post", "all_gather", axis=-1), ids(vocab=VOCAB)
