@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import evolve
 
-from ..specs.comparison import Comparison
+from ..specs.comparison import Comparison, percent
 from ..specs.errors import PlanError, Problem
 from ..specs.source import ModuleValues
 from .judging.compare import Judged, compare
 from .judging.exact import LIFTED
 from .judging.inputs import inputs_for, inputs_of_places
+from .judging.layouts import relative
 from .judging.observe import default_loss
 from .judging.ranks import run_ranks
+from .judging.tensors import norms, present_gradients
 from .judging.values import random_copy
-from .judging.whole import Job, WholeRuns, run_whole
+from .judging.whole import Job, WholeRuns, run_whole, unjudgeable
 from .model.rng_state import own_generators
 from .plan import plan_build, plan_unchecked
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,12 +34,14 @@ if TYPE_CHECKING:
 
     from ..specs.param import ParamSpec
     from ..specs.plan import Plan
-    from .schedule import Schedule
 
 _log = logging.getLogger("shardplan.verify")
 
 TOLERANCE = 1e-7
 """Relative difference up to which values in double precision are equal; sums in another order differ by some 1e-12."""
+
+_LARGEST_TOLERANCE = 0.01
+"""A comparison with a larger tolerance would tell nothing."""
 
 _LIMIT = 600.0
 
@@ -54,12 +60,16 @@ def verify(
         sch: The schedule; its model may be on the meta device, and stays as it is.
         inputs: Tensors and plain values by the names of the model's arguments; the rows of all places along ``data`` lie
             along axis 0. None to make them, for a model that tells what it is called with.
-        loss: From the model's output to a loss; None for a fixed linear function of all outputs.
+        loss: From the model's output on the rows of one place along ``data`` to a loss; None for a fixed linear function of
+            all outputs. With a loss outputs may be split, or summands.
         steps: Number of steps of SGD.
         seed: Seed of values, inputs and masks.
 
     Raises:
-        PlanError: If the schedule cannot be laid out, the whole model cannot run on the inputs, or there are no inputs.
+        PlanError: If the schedule cannot be laid out, there are no inputs, or the whole model cannot run on them, has a loss
+            or gradients that are not finite, or returns nothing that can be compared.
+        TypeError: If it is not given a schedule.
+        ValueError: If ``steps`` is less than 1.
 
     >>> from torch import nn
     >>> from shardplan.specs import Mesh
@@ -69,6 +79,12 @@ def verify(
     >>> verify(sch, {"input": torch.randn(3, 8)}).first.path
     '1'
     """
+    if not isinstance(sch, Schedule):
+        msg = f"verify takes a schedule, not a {type(sch).__name__}; call create_schedule(model, mesh) first"
+        raise TypeError(msg)
+    if steps < 1:
+        msg = f"steps must be 1 or more, not {steps}"
+        raise ValueError(msg)
     if sch.problems:
         raise PlanError(sch.problems)
     given = inputs_for(sch, seed) if inputs is None else inputs
@@ -80,12 +96,17 @@ def verify(
         plan, refused = _planned(sch, whole, given, job.inputs[0])
         _log.info("the whole model runs")
         expected = _whole_runs(whole, job)
+        if problem := unjudgeable(expected, has_loss=loss is not None):
+            raise PlanError([problem])
         job = evolve(job, draws=any(run.draws for run in expected.runs))
         tolerance, notes = _tolerance(whole, job, expected)
+        if all(gradient is None for run in expected.runs for gradient in run.steps[0].gradients.values()):
+            notes = (*notes, "no gradient could be compared: the loss depends on no trained tensor")
         _log.info("%d ranks run", sch.mesh.num_ranks)
-        judged = compare(plan, expected, run_ranks(plan, whole, job, limit=_LIMIT), tolerance)
+        shown = run_ranks(plan, whole, job, limit=_LIMIT)
+        judged = compare(plan, expected, shown, tolerance, has_loss=loss is not None)
         if judged.first is not None and plan.pipeline is not None:
-            judged = _located(judged, sch, whole, job, expected, tolerance)
+            judged = _located(judged, sch, whole, job, expected, tolerance, has_loss=loss is not None)
     return Comparison(
         mesh=sch.mesh,
         tolerance=tolerance,
@@ -126,11 +147,13 @@ def _planned(
     return plan, ()
 
 
-def _located(judged: Judged, sch: Schedule, whole: nn.Module, job: Job, expected: WholeRuns, tolerance: float) -> Judged:
+def _located(
+    judged: Judged, sch: Schedule, whole: nn.Module, job: Job, expected: WholeRuns, tolerance: float, *, has_loss: bool
+) -> Judged:
     """Return a comparison of stages, whose graphs have no modules, with where the difference begins without the cuts."""
     uncut = evolve(_exact(sch, whole), mesh=evolve(sch.mesh, pipe=1), cuts=(), handed=(), even=None)
     plan = plan_unchecked(uncut, job.inputs[0])
-    alone = compare(plan, expected, run_ranks(plan, whole, job, limit=_LIMIT), tolerance)
+    alone = compare(plan, expected, run_ranks(plan, whole, job, limit=_LIMIT), tolerance, has_loss=has_loss)
     assert judged.first is not None, "the caller has asked"
     if alone.first is None:
         return evolve(judged, first=evolve(judged.first, cause=f"{judged.first.cause}; without the cuts nothing differs"))
@@ -156,9 +179,12 @@ def _whole_runs(whole: nn.Module, job: Job, *, halves: bool = False) -> WholeRun
     """
     try:
         return run_whole(whole, job, halves=halves)
+    except PlanError:
+        raise
     except Exception as error:
         cause = f"the whole model cannot run on them: {type(error).__name__}: {error}"
-        raise PlanError([Problem("inputs", cause, "Give other inputs, or another loss")]) from error
+        takes = inspect.signature(whole.forward)
+        raise PlanError([Problem("inputs", cause, f"Its forward takes {takes}: give its arguments by name")]) from error
 
 
 def _tolerance(whole: nn.Module, job: Job, expected: WholeRuns) -> tuple[float, tuple[str, ...]]:
@@ -167,14 +193,18 @@ def _tolerance(whole: nn.Module, job: Job, expected: WholeRuns) -> tuple[float, 
         return TOLERANCE, ()
     other = _whole_runs(whole, job, halves=True)
     pairs = zip(_numbers(expected), _numbers(other), strict=True)
-    noise = max((float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs), default=0.0)
+    noise = max((relative(b, a, norm) for (a, norm), (b, _) in pairs), default=0.0)
     tolerance = max(TOLERANCE, 100 * noise, 10 * max(expected.not_lifted.values()))
     told = f"{', '.join(list(expected.not_lifted)[:3])} compute in lower precision"
+    if tolerance > _LARGEST_TOLERANCE:
+        cause = f"{told}, and with sums in another order the whole model itself differs by {percent(noise)}"
+        raise PlanError([Problem("the model", cause, "Let it compute in float64, or give inputs with which it is steadier")])
     return tolerance, (f"tolerance {tolerance:.0e}: {told}, and sums in another order differ by {noise:.0e}",)
 
 
-def _numbers(runs: WholeRuns) -> Iterator[Tensor]:
+def _numbers(runs: WholeRuns) -> Iterator[tuple[Tensor, float]]:
+    """Iterate over outputs and gradients, each with the norm that its differences are measured by."""
     for run in runs.runs:
         for step in run.steps:
-            yield from (tensor.double() for tensor in step.outputs or () if tensor.is_floating_point())
-            yield from (gradient.double() for gradient in step.gradients.values() if gradient is not None)
+            for tensors in (step.outputs or [], present_gradients(step)):
+                yield from zip(tensors, norms(tensors), strict=True)

@@ -49,11 +49,12 @@ def command(
 ) -> None:
     """Run all ranks on this machine beside the whole model, and print what differs and where it begins."""
     source = model.source(small=shrink)
+    from ..judging.inputs import inputs_for
     from ..verify import verify
 
     with _progress():
         sch = source.schedule(mesh)
-        comparison = verify(sch, source.example_inputs(sch), steps=steps, seed=seed)
+        comparison = verify(sch, inputs_for(sch, seed, model.batch, model.sequence), steps=steps, seed=seed)
     if as_json:
         echo_json({"ok": comparison.ok, **as_plain(comparison)})
     else:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 
+import torch
 from attrs import evolve, frozen
 
 from ...specs.comparison import Difference, percent
 from ...specs.plan import Plan
 from .first_module import first_module
-from .layouts import relative
+from .layouts import disagreement, groups_of_model, known_splits, relative
 from .masks import different_masks
 from .observe import Step
 from .ranks import RankRun
 from .stopped import stopped
-from .tensors import different_gradients, different_tensors, on_ranks, worst
+from .tensors import different_gradients, different_tensors, norms, on_ranks, worst
 from .whole import WholeRuns
 
 
@@ -35,7 +37,7 @@ class Judged:
     notes: tuple[str, ...] = ()
 
 
-def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: float) -> Judged:
+def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: float, *, has_loss: bool = False) -> Judged:
     """Compare all ranks of a plan with the whole model.
 
     Args:
@@ -43,13 +45,18 @@ def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: f
         whole: The whole model's runs, one for each place along ``data``.
         ranks: The ranks' runs, in order.
         tolerance: The relative difference up to which values are equal.
+        has_loss: Whether the loss is the user's, so that outputs may be split, or summands: the loss judges them.
     """
     differences, notes = [*stopped(ranks)], list[str]()
     module, num_modules = first_module(plan, whole, ranks, tolerance)
     if not differences:
         for number, step in enumerate(whole.runs[0].steps):
             found = [
-                *_outputs(plan, whole, ranks, number, tolerance),
+                *(
+                    _outputs_of_any_kind(plan, whole, ranks, number, tolerance, notes)
+                    if has_loss
+                    else _outputs(plan, whole, ranks, number, tolerance)
+                ),
                 *_losses(plan, whole, ranks, number, tolerance),
                 *different_gradients(plan, step, ranks, number, whole.order, tolerance),
             ]
@@ -89,13 +96,43 @@ def _outputs(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], number: int
             cause = f"its outputs have the shapes {_listed(shapes)} on rank {rank}, and {_listed(wanted)} in the whole model"
             yield Difference("shape", "", cause, None, (rank,))
             return
-        for place, (held, tensor) in enumerate(zip(step.outputs, expected.outputs, strict=True)):
-            error = relative(held, tensor)
+        if step.numbers is not None and step.numbers != expected.numbers:
+            mine, theirs = torch.tensor(step.numbers), torch.tensor(expected.numbers)
+            if relative(mine, theirs) > tolerance:
+                cause = f"it returns the numbers {step.numbers} on rank {rank}, and {expected.numbers} in the whole model"
+                yield Difference("output", "", cause, None, (rank,))
+        sizes = norms(expected.outputs)
+        for place, (held, tensor, norm) in enumerate(zip(step.outputs, expected.outputs, sizes, strict=True)):
+            error = relative(held, tensor, norm)
             if error > tolerance:
                 wrong.setdefault(place, []).append((error, rank))
     for place, found in wrong.items():
-        which = f"output {place}" if len(whole.runs[0].steps[number].outputs or ()) > 1 else "its output"
+        which = _name(place, whole, number)
         yield Difference("output", "", f"{which} differs by {percent(max(found)[0])}{on_ranks(found)}", *worst(found))
+
+
+def _outputs_of_any_kind(
+    plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], number: int, tolerance: float, notes: list[str]
+) -> Iterator[Difference]:
+    """Iterate over outputs that differ however ranks may hold them: whole, split, or as summands."""
+    splits = known_splits(plan.tree)
+    for group in groups_of_model(plan.mesh):
+        held = [ranks[here.rank].run.steps[number].outputs for here in group]
+        for place, tensor in enumerate(whole.runs[group[0].index("data")].steps[number].outputs or ()):
+            if any(outputs is None for outputs in held):
+                continue
+            mine = [outputs[place] for outputs in held if outputs and place < len(outputs)]
+            error = disagreement(tensor, mine, group, splits) if len(mine) == len(held) else None
+            which = _name(place, whole, number)
+            if error is None or not isfinite(error):
+                notes.append(f"{which} could not be compared: ranks hold it in no way that is known; its loss was")
+            elif error > tolerance:
+                told = tuple(here.rank for here in group)
+                yield Difference("output", "", f"{which} differs by {percent(error)}", error, told)
+
+
+def _name(place: int, whole: WholeRuns, number: int) -> str:
+    return f"output {place}" if len(whole.runs[0].steps[number].outputs or ()) > 1 else "its output"
 
 
 def _losses(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], number: int, tolerance: float) -> Iterator[Difference]:

@@ -27,8 +27,11 @@ _PLACES = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
 _RANDOM = {
     *("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "multinomial", "native_dropout", "normal", "poisson"),
     *("rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "uniform", "_fused_dropout"),
+    "random",
 }
 """Operators whose results are random; torch's tag is also on operators that draw for one value of an argument alone."""
+_KEPT = 0.7
+"""In place of a random number below 1: code that drops what lies below, or above, its usual rates drops nothing."""
 _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default}
 
 
@@ -105,15 +108,25 @@ class Exact(TorchDispatchMode):
         mask = result[1] if name == "native_dropout" else first
         self.draws.append(Draw(where, name, tuple(mask.shape), mask.detach().clone() if self._is_random else None))
         if not self._is_random:
-            first.copy_(_constant(name, first))
+            first.copy_(_constant(func, args, first))
         return result
 
 
-def _constant(name: str, drawn: Tensor) -> Tensor:
-    """Return constants in place of random numbers: a permutation stays one."""
-    if name == "randperm":
-        return torch.arange(drawn.numel())
-    return torch.ones_like(drawn) if drawn.is_floating_point() else torch.zeros_like(drawn)
+def _constant(func: Any, args: Any, drawn: Tensor) -> Tensor:
+    """Return numbers that an operator may draw, and that do not depend on chance; dropout keeps all."""
+    match _name(func):
+        case "rand" | "rand_like":
+            return torch.full_like(drawn, _KEPT)
+        case "uniform":
+            _, low, high = (*args[:3], *(0.0, 1.0)[len(args) - 1 :])
+            return torch.full_like(drawn, low + _KEPT * (high - low))
+        case "randperm":
+            return torch.arange(drawn.numel(), dtype=drawn.dtype)
+        case "randint" | "randint_like" | "random" if not drawn.is_floating_point():
+            bounds = [value for value in args if isinstance(value, int)]
+            return torch.full_like(drawn, bounds[0] if len(bounds) > 1 else 0)
+        case _:
+            return torch.ones_like(drawn) if drawn.is_floating_point() else torch.zeros_like(drawn)
 
 
 def _name(func: Any) -> str:

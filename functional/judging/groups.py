@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -74,6 +75,7 @@ class ThreadGroup(_ProcessGroup):
         super().__init__(list(ranks).index(rank), len(ranks))
         self._threads, self._ranks, self._name = threads, tuple(ranks), name
         self._where, self._issued = where, issued
+        self._expected: dict[Any, deque[_Received]] = {}
 
     def join(self) -> None:
         """Make it the default group of this thread."""
@@ -156,6 +158,18 @@ class ThreadGroup(_ProcessGroup):
         """Reduce a tensor, and give each rank a part of the result."""
         return self.reduce_scatter([output], [list(given.chunk(self.size()))], opts)
 
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
+        """Reduce several tensors of each rank."""
+        return self.allreduce(tensors, opts)
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], _: Any = None) -> Any:
+        """Give each rank several tensors of all ranks."""
+        return [self.all_gather_single(*pair) for pair in zip(outputs, inputs, strict=True)][-1]
+
+    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
+        """Reduce several tensors, and give each rank a part of each result."""
+        return [self.reduce_scatter_single(*pair, opts) for pair in zip(outputs, inputs, strict=True)][-1]
+
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Any:
         """Give each rank one of a rank's tensors."""
         root = self._ranks[opts.rootRank]
@@ -204,9 +218,9 @@ class ThreadGroup(_ProcessGroup):
         return _done()
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> Any:
-        """Receive a tensor from a rank."""
-        _put(self._threads.take((self._name, source, self.rank(), tag)), tensors[0])
-        return _done()
+        """Receive a tensor from a rank, when it is waited for: a rank may send what that rank waits for in between."""
+        key = (self._name, source, self.rank(), tag)
+        return _Received(self._threads, key, tensors[0], self._expected.setdefault(key, deque()))
 
     def _meet(
         self, op: str, shown: Sequence[Tensor], brings: Any, together: Callable[[dict[int, Any]], None], how: str = ""
@@ -216,6 +230,22 @@ class ThreadGroup(_ProcessGroup):
         over = f"{name} over ranks {', '.join(map(str, self._ranks))}"
         self._threads.meet(self._name, self._ranks, over, brings, together)
         return _done()
+
+
+class _Received(_bindings.Work):
+    """A tensor that comes from another rank, after those that were asked for before."""
+
+    def __init__(self, threads: RankThreads, key: Any, tensor: Tensor, expected: deque[_Received]) -> None:
+        super().__init__()
+        self._threads, self._key, self._tensor, self._expected = threads, key, tensor, expected
+        expected.append(self)
+
+    def wait(self, timeout: Any = None) -> bool:  # noqa: ARG002  torch names it
+        """Wait until it has come."""
+        while self in self._expected:
+            value = self._threads.take(self._key)
+            _put(value, self._expected.popleft()._tensor)  # noqa: SLF001
+        return True
 
 
 def world_group(threads: RankThreads, where: Callable[[], str], issued: list[Call]) -> ThreadGroup:

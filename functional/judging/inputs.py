@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...specs.errors import PlanError, Problem
 from ...specs.layout_steps import Sync
@@ -21,12 +22,14 @@ _PRIMES = (3, 5, 7, 11, 13)
 _LENGTH = 11
 
 
-def inputs_for(sch: Schedule, seed: int) -> dict[str, Any]:
+def inputs_for(sch: Schedule, seed: int, num_rows: int | None = None, length: int | None = None) -> dict[str, Any]:
     """Return inputs for the model of a schedule: its batch and its length divide neither each other nor the mesh.
 
     Args:
         sch: The schedule.
         seed: Seed of the inputs.
+        num_rows: Rows of all data ranks; None to choose them.
+        length: Tokens of a row; None to choose it.
 
     Raises:
         PlanError: If the model does not tell what it is called with.
@@ -34,13 +37,13 @@ def inputs_for(sch: Schedule, seed: int) -> dict[str, Any]:
     model, mesh = sch.runtime.model, sch.mesh
     batch = next(prime for prime in _PRIMES if all(num % prime for num in (mesh.tensor, mesh.data, mesh.pipe)))
     is_split = any(isinstance(step, Sync) and step.axis == 1 for step in sch.layout)
-    length = mesh.tensor * (3 if mesh.tensor % 3 else 5) if is_split else _LENGTH
-    inputs = made_inputs(model, batch * mesh.data, length, seed)
+    chosen = mesh.tensor * (3 if mesh.tensor % 3 else 5) if is_split else _LENGTH
+    inputs = made_inputs(model, num_rows or batch * mesh.data, length or chosen, seed)
     if inputs is None:
         takes = inspect.signature(model.forward)
         cause = f"what this {type(model).__name__} is called with cannot be told: its forward takes {takes}"
-        if hasattr(model, "config"):
-            cause = f"{cause}; inputs made from its configuration fail: {why_no_inputs(model)}"
+        if why := why_no_inputs(model):
+            cause = f"{cause}; inputs made for it fail: {why}"
         rows = "by argument name, the rows of all data ranks along axis 0"
         raise PlanError([Problem("inputs", cause, f"verify(sch, inputs={{'x': torch.randn(6, 8)}}): {rows}")])
     return inputs
@@ -49,21 +52,31 @@ def inputs_for(sch: Schedule, seed: int) -> dict[str, Any]:
 def inputs_of_places(model: nn.Module, inputs: Mapping[str, Any], mesh: Mesh, seed: int) -> tuple[dict[str, Any], ...]:
     """Return the inputs of each place along ``data``: its rows of tensors, in double precision, and no cache.
 
-    Tensors with as many rows as the first tensor are split along axis 0; all others are given to each place.
+    Tensors with as many rows as the first tensor are split along axis 0, also in lists and dictionaries; all others are
+    given to each place.
 
     Raises:
-        PlanError: If the rows cannot be divided.
+        PlanError: If the inputs are no mapping by argument name, or their rows cannot be divided.
     """
+    if not isinstance(inputs, Mapping) or not all(isinstance(name, str) for name in inputs):
+        takes = inspect.signature(model.forward)
+        cause = f"they are a {type(inputs).__name__}, not tensors by argument name; the model's forward takes {takes}"
+        raise PlanError([Problem("inputs", cause, "verify(sch, {'x': torch.randn(6, 8)})")])
     inputs = dict(inputs)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    rows = next((value.shape[0] for value in tensors.values() if value.dim()), 1)
-    if rows % mesh.data:
-        cause = f"they have {rows} rows, which {mesh.data} ranks along data cannot share"
-        raise PlanError([Problem("inputs", cause, f"Give {mesh.data * max(1, rows // mesh.data)} rows")])
-    part = rows // mesh.data
+    rows = next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if rows is not None and (rows % mesh.data or not rows):
+        shared = f", which {mesh.data} ranks along data cannot share" if rows else ""
+        cause = f"the first tensor has {rows} rows along axis 0{shared}"
+        fix = f"Give {mesh.data * max(1, rows // mesh.data)} rows, and a tensor that has the rows of all data ranks first"
+        raise PlanError([Problem("inputs", cause, fix)])
+    part = (rows or 0) // mesh.data
+
+    def of_place(place: int, name: str, value: Any) -> Any:
+        return _of_place(name, value, rows, part, place, seed) if isinstance(value, Tensor) else value
+
     return tuple(
         {
-            name: _of_place(name, value, rows, part, place, seed) if isinstance(value, Tensor) else value
+            name: tree_map(lambda leaf, at=place, name=name: of_place(at, name, leaf), value)
             for name, value in (inputs | _no_cache(model)).items()
         }
         for place in range(mesh.data)
@@ -75,14 +88,14 @@ def _no_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def _of_place(name: str, value: Tensor, rows: int, part: int, place: int, seed: int) -> Tensor:
+def _of_place(name: str, value: Tensor, rows: int | None, part: int, place: int, seed: int) -> Tensor:
     if value.is_meta:
         generator = torch.Generator().manual_seed(derive_seed(seed, name))
         shape = tuple(value.shape)
         value = (
             torch.randn(shape, generator=generator, dtype=torch.float64)
             if value.is_floating_point()
-            else torch.zeros(shape, dtype=value.dtype)
+            else torch.randint(2, shape, generator=generator).to(value.dtype)
         )
     value = value.detach().cpu().to(LIFTED.get(value.dtype, value.dtype))
     return value[place * part : (place + 1) * part].clone() if value.dim() and value.shape[0] == rows else value.clone()

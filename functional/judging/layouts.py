@@ -76,11 +76,11 @@ def relative(held: Tensor, whole: Tensor, norm: Tensor | float | None = None) ->
     >>> relative(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])), relative(torch.zeros(2), torch.ones(2))
     (0.0, 1.0)
     """
-    if held.shape != whole.shape:
+    if held.shape != whole.shape or held.is_complex() != whole.is_complex():
         return float("inf")
     if not whole.numel():
         return 0.0
-    held, whole = held.to(torch.float64), whole.to(torch.float64)
+    held, whole = _as_doubles(held), _as_doubles(whole)
     same = (held == whole) | (held.isnan() & whole.isnan())
     if bool(same.all()):
         return 0.0
@@ -89,6 +89,10 @@ def relative(held: Tensor, whole: Tensor, norm: Tensor | float | None = None) ->
         return float("inf")
     size = float(torch.where(whole.isfinite(), whole, 0.0).norm()) if norm is None else float(norm)
     return float(difference.norm()) / size if size else float("inf")
+
+
+def _as_doubles(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()).to(torch.float64) if tensor.is_complex() else tensor.to(torch.float64)
 
 
 def _entries(intervals: Sequence[Interval]) -> Tensor:

@@ -42,6 +42,7 @@ class Step:
 
     Args:
         outputs: The tensors that the model returns; None on ranks without the last stage.
+        numbers: The plain numbers that it returns; None for stages, whose graphs return none.
         loss: The loss; None on ranks without the last stage.
         gradients: Gradients of trained parameters by path, as the optimizer gets them; None where there is none.
         weights: Parameters by path, after the step.
@@ -49,6 +50,7 @@ class Step:
     """
 
     outputs: list[Tensor] | None = None
+    numbers: list[float] | None = None
     loss: Tensor | None = None
     gradients: dict[str, Tensor | None] = Factory(dict)
     weights: dict[str, Tensor] = Factory(dict)
@@ -125,27 +127,37 @@ class Recorder:
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """Iterate over the tensors of a model's output: of tuples, lists, mappings and dataclasses too."""
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
+
+
+def numbers_of(value: Any) -> list[float]:
+    """Return the plain numbers of a model's output."""
+    return [float(leaf) for leaf in _leaves(value) if isinstance(leaf, (int, float))]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
     match value:
         case Tensor():
             yield value
         case Mapping():
-            yield from (tensor for item in value.values() for tensor in tensors_of(item))
+            yield from (leaf for item in value.values() for leaf in _leaves(item))
         case list() | tuple():
-            yield from (tensor for item in value for tensor in tensors_of(item))
+            yield from (leaf for item in value for leaf in _leaves(item))
         case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from (tensor for part in dataclasses.fields(value) for tensor in tensors_of(getattr(value, part.name)))
+            yield from (leaf for part in dataclasses.fields(value) for leaf in _leaves(getattr(value, part.name)))
         case _:
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+            yield from tree_leaves(value)
 
 
 def default_loss(output: Any) -> Tensor:
     """Return a fixed linear function of the finite numbers of an output, with coefficients drawn at random."""
     parts = [torch.zeros((), dtype=torch.float64)]
     for number, tensor in enumerate(tensors_of(output)):
-        if tensor.is_floating_point() and tensor.requires_grad:
-            generator = torch.Generator().manual_seed(derive_seed(number, str(list(tensor.shape))))
-            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            parts.append((torch.where(tensor.isfinite(), tensor, 0) * weights).sum() / tensor.numel())
+        if tensor.requires_grad:
+            numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+            generator = torch.Generator().manual_seed(derive_seed(number, str(list(numbers.shape))))
+            weights = torch.randn(numbers.shape, generator=generator, dtype=torch.float64)
+            parts.append((torch.where(numbers.isfinite(), numbers, 0) * weights).sum() / max(1, numbers.numel()))
     return torch.stack(parts).sum()
 
 

@@ -16,7 +16,7 @@ from ..pipeline.stage_module import facts_of
 from .exact import Exact
 from .filling import filled
 from .groups import threads_as_ranks, world_group
-from .observe import Recorder, Run, Step, copied, named_buffers, named_parameters
+from .observe import Recorder, Run, Step, copied, named_buffers, named_parameters, numbers_of
 from .threads import Ended, RankThreads, seed_generators
 from .whole import Job, descend, detached, fresh, gradients_of
 
@@ -130,7 +130,7 @@ class _Rank:
         inputs = fresh(self.job.inputs[self.coordinate.index("data")])
         if self.plan.pipeline is None:
             output = self.modules[0](**inputs)
-            step.outputs, step.loss = detached(output), self.job.loss(output)
+            step.outputs, step.numbers, step.loss = detached(output), numbers_of(output), self.job.loss(output)
             return []
         stages = self.plan.pipeline.stages
         calls: list[_StageCall] = []

@@ -20,7 +20,7 @@ from .whole import WholeRuns
 _ALIKE = 1e-6
 
 _FLOOR = 1e-4
-"""Gradients below this part of the typical gradient of the model count as noise around zero."""
+"""Gradients and outputs below this part of the model's typical ones count as noise around zero."""
 
 
 @frozen
@@ -50,7 +50,7 @@ def different_gradients(
         order: Paths of parameters in the order in which their gradients come.
         tolerance: The relative difference up to which values are equal.
     """
-    typical = _typical(whole)
+    typical = _typical(present_gradients(whole))
     found: dict[str, list[Difference]] = {}
     for spec in plan.tree.values():
         if spec.kind != "parameter" or not spec.requires_grad:
@@ -160,11 +160,23 @@ def _part(whole: Tensor, spec: ParamSpec, here: Coordinate) -> Tensor:
     return whole
 
 
-def _typical(step: Step) -> float:
-    """Return the root mean square of all gradients."""
-    found = [gradient for gradient in step.gradients.values() if gradient is not None]
-    num = sum(gradient.numel() for gradient in found)
-    return (sum(float(gradient.norm()) ** 2 for gradient in found) / num) ** 0.5 if num else 0.0
+def present_gradients(whole: Step) -> list[Tensor]:
+    """Return the gradients of a step, of the parameters that have one."""
+    return [gradient for gradient in whole.gradients.values() if gradient is not None]
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the norms that differences of outputs or gradients are measured by: their own, or a part of the typical one."""
+    finite = [torch.where(tensor.isfinite(), tensor, 0) for tensor in tensors]
+    numbers = [tensor if tensor.is_complex() else tensor.to(torch.float64) for tensor in finite]
+    typical = _typical(numbers)
+    return [max(float(tensor.norm()), _FLOOR * typical * tensor.numel() ** 0.5) for tensor in numbers]
+
+
+def _typical(tensors: Sequence[Tensor]) -> float:
+    """Return the root mean square of all numbers of some tensors."""
+    num = sum(tensor.numel() for tensor in tensors)
+    return (sum(float(tensor.norm()) ** 2 for tensor in tensors) / num) ** 0.5 if num else 0.0
 
 
 def worst(found: Sequence[tuple[float, int]]) -> tuple[float, tuple[int, ...]]:

@@ -7,6 +7,7 @@ at once, without a time limit.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 from collections import deque
@@ -18,6 +19,9 @@ import torch
 from attrs import Factory, define, field, frozen
 
 T = TypeVar("T")
+
+_GRACE = 2.0
+"""Seconds for the user's code to end, where the time is up or the user interrupts."""
 
 
 class Abandoned(BaseException):
@@ -55,6 +59,10 @@ class _Rank:
     generators: Any = None
     ended: Ended[Any] = field(factory=Ended)
 
+    def given_up(self) -> Ended[Any]:
+        """Return what became of it when the time is up."""
+        return Ended(waiting=self.waiting, is_late=not self.waiting)
+
 
 @define(eq=False)
 class _Meeting:
@@ -91,15 +99,16 @@ class RankThreads:
             for rank in range(self.num_ranks)
         ]
         self._ready.extend(range(self.num_ranks))
-        for thread in threads:
-            thread.start()
-        self._pass_on()
-        in_time = self._finished.wait(self.limit)
-        self._is_over = True
-        for thread in threads if in_time else ():
-            thread.join()
-        _restore(before)
-        return [rank.ended if rank.is_done else Ended(is_late=True) for rank in self._ranks]
+        try:
+            for thread in threads:
+                thread.start()
+            self._pass_on()
+            self._finished.wait(self.limit)
+            return [rank.ended if rank.is_done else rank.given_up() for rank in self._ranks]
+        finally:  # also where the user interrupts
+            self._is_over = True
+            _end(threads)
+            _restore(before)
 
     @property
     def rank(self) -> int:
@@ -153,9 +162,10 @@ class RankThreads:
     def _live(self, job: Callable[[int], T], rank: int) -> None:
         me = self._ranks[rank]
         self._here.rank = rank
-        me.turn.acquire()
         try:
-            me.ended = Ended(job(rank))
+            me.turn.acquire()
+            if not self._is_over:
+                me.ended = Ended(job(rank))
         except Abandoned:
             me.ended = Ended(waiting=me.waiting)
         except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
@@ -187,6 +197,18 @@ class RankThreads:
             self._ranks[self._ready.popleft()].turn.release()
         else:
             self._finished.set()
+
+
+def _end(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads that are at their end; those that still run the user's code get an exception, and some time."""
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join(_GRACE / 10)
+    alive = [thread for thread in threads if thread.is_alive()]
+    for thread in alive:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Abandoned))
+    for thread in alive:
+        thread.join(_GRACE)
 
 
 def _box(key: Hashable) -> str:

@@ -35,9 +35,10 @@ def random_copy(model: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for spec in tree.values():
             tensor = get_tensor(copied, spec.path)
-            if tensor.is_floating_point() and tensor.numel():
+            numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            if numbers.is_floating_point() and numbers.numel():
                 generator = torch.Generator().manual_seed(derive_seed(seed, spec.path))
-                tensor.copy_(_varied(tensor, generator, is_trained=spec.kind == "parameter"))
+                numbers.copy_(_varied(numbers, generator, is_trained=spec.kind == "parameter"))
     return copied
 
 
@@ -79,10 +80,12 @@ def _lifted(value: Any) -> Any:
     match value:
         case Tensor() if value.dtype in LIFTED and not isinstance(value, nn.Parameter):
             return value.to(LIFTED[value.dtype])
-        case list() if any(isinstance(item, Tensor) for item in value):
-            return [_lifted(item) for item in value]
-        case dict() if type(value) is dict and any(isinstance(item, Tensor) for item in value.values()):
-            return {key: _lifted(item) for key, item in value.items()}
+        case list() | tuple() if type(value) in (list, tuple):
+            lifted = [_lifted(item) for item in value]
+            return type(value)(lifted) if any(a is not b for a, b in zip(lifted, value, strict=True)) else value
+        case dict() if type(value) is dict:
+            lifted = {key: _lifted(item) for key, item in value.items()}
+            return lifted if any(lifted[key] is not item for key, item in value.items()) else value
         case _:
             return value
 
@@ -90,6 +93,8 @@ def _lifted(value: Any) -> Any:
 def _varied(tensor: Tensor, generator: torch.Generator, *, is_trained: bool) -> Tensor:
     """Return values like those of a tensor, which no two entries share."""
     spread = (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5).to(tensor.dtype)
+    if not is_trained and bool(tensor.isinf().any()) and not bool(tensor.isnan().any()):
+        return tensor  # a mask
     found = tensor if bool(tensor.isfinite().all()) else torch.ones_like(tensor)
     if bool((found == found.reshape(-1)[0]).all()):
         is_zero = bool(found.reshape(-1)[0] == 0)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ...specs.errors import PlanError, Problem
 from ..model.copy import copy_module
 from ..model.rng_state import derive_seed
 from .exact import Exact
-from .observe import Recorder, Run, Step, copied, default_loss, named_buffers, named_parameters, tensors_of
+from .observe import Recorder, Run, Step, copied, default_loss, named_buffers, named_parameters, numbers_of, tensors_of
 from .threads import seed_generators
 
 LEARNING_RATE = 0.1
@@ -66,6 +69,9 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
         model: The model with its values; a copy is trained.
         job: The inputs, the loss, the number of steps.
         halves: Whether sums of products are taken in another order.
+
+    Raises:
+        PlanError: If the loss cannot be taken of the output, or is no number.
     """
     model = copy_module(model, lambda tensor: tensor.detach().clone(), for_planning=False).train()
     runs = tuple(Run() for _ in job.inputs)
@@ -84,8 +90,8 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
             seed_generators(job.seed_of(place, number))
             with Exact(recorder.where, halves=halves) as exact:
                 output = model(**fresh(inputs))
-                step.outputs = detached(output)
-                step.loss = job.loss(output)
+                step.outputs, step.numbers = detached(output), numbers_of(output)
+                step.loss = _loss_of(job, output)
                 if step.loss.requires_grad:
                     step.loss.backward()
             not_lifted |= exact.not_lifted
@@ -103,9 +109,29 @@ def run_whole(model: nn.Module, job: Job, *, halves: bool = False) -> WholeRuns:
     return WholeRuns(runs, tuple(order), not_lifted)
 
 
+def unjudgeable(runs: WholeRuns, *, has_loss: bool) -> Problem | None:
+    """Return why ranks cannot be told from the whole model: no outputs, or numbers beside which all look equal.
+
+    Args:
+        runs: The whole model's runs.
+        has_loss: Whether the loss is the user's, who may take it of any output.
+    """
+    fix = "Give other inputs, or another loss"
+    for number, step in ((number, step) for run in runs.runs for number, step in enumerate(run.steps, 1)):
+        if not step.outputs and not has_loss:
+            return Problem("the model's output", "it holds no tensor that can be found", f"Return tensors. {_LOSS}")
+        if step.loss is not None and not isfinite(step.loss.detach().item()):
+            return Problem("loss", f"the whole model's is {step.loss.detach().item()} in step {number}", fix)
+        for path, gradient in step.gradients.items():
+            if gradient is not None and not bool(gradient.isfinite().all()):
+                cause = f"its gradient in the whole model is not finite in step {number}: beside it all look equal"
+                return Problem(path, cause, fix)
+    return None
+
+
 def fresh(inputs: Inputs) -> dict[str, Any]:
     """Return copies of inputs, as a model may write into them."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, dict(inputs))
 
 
 def detached(output: Any) -> list[Tensor]:
@@ -125,6 +151,23 @@ def descend(trained: Mapping[str, nn.Parameter]) -> None:
             if parameter.grad is not None:
                 parameter.sub_(LEARNING_RATE * parameter.grad)
             parameter.grad = None
+
+
+_LOSS = "Pass a loss of the model's output that is one number: loss=lambda output: output.square().mean()"
+
+
+def _loss_of(job: Job, output: Any) -> Tensor:
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(output)) or "no tensor"
+    of = f"of the whole model's output, a {type(output).__name__} ({shapes})"
+    try:
+        loss = job.loss(output)
+    except Exception as error:
+        cause = f"it cannot be taken {of}: {type(error).__name__}: {error}"
+        raise PlanError([Problem("loss", cause, _LOSS)]) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise PlanError([Problem("loss", f"{of} it gives {found}, not one real number", _LOSS)])
+    return loss
 
 
 def _put_back(model: nn.Module, held: Mapping[str, Tensor]) -> None:
