@@ -139,12 +139,19 @@ def _planned(
     try:
         return plan_build(exact, init_weights=False, example_inputs=inputs), ()
     except PlanError:
-        plan = plan_unchecked(exact, inputs)
+        refused = _refused(sch, given)
+    try:
+        return plan_unchecked(exact, inputs), refused
+    except PlanError as error:
+        raise PlanError(refused or error.problems) from error  # with the dtypes of the user's model
+
+
+def _refused(sch: Schedule, given: Mapping[str, Any]) -> Sequence[Problem]:
     try:
         plan_build(sch, init_weights=False, example_inputs=given)
     except PlanError as error:
-        return plan, error.problems
-    return plan, ()
+        return error.problems
+    return ()
 
 
 def _located(
