@@ -153,7 +153,7 @@ def default_loss(output: Any) -> Tensor:
     """Return a fixed linear function of the finite numbers of an output, with coefficients drawn at random."""
     parts = [torch.zeros((), dtype=torch.float64)]
     for number, tensor in enumerate(tensors_of(output)):
-        if tensor.requires_grad:
+        if tensor.is_floating_point() or tensor.is_complex():
             numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
             generator = torch.Generator().manual_seed(derive_seed(number, str(list(numbers.shape))))
             weights = torch.randn(numbers.shape, generator=generator, dtype=torch.float64)
