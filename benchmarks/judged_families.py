@@ -66,8 +66,9 @@ INFERRED = (
 OTHER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
     "aya_vision": {"vision_config.num_attention_heads": 16},
-    "glm4v_moe": {"text_config.num_attention_heads": 96, "text_config.hidden_size": 4608},
-    "glm4v_moe_text": {"num_attention_heads": 96, "hidden_size": 4608},
+    "glm4v_moe": {"text_config.num_attention_heads": 32},
+    "glm4v_moe_text": {"num_attention_heads": 32},
+    "qwen2_vl": {"vision_config.hidden_size": 8192},
     "step3p7": {"text_config.sliding_window": 512},
 }
 """Values of published models for types that do not run with those that their configuration has by default."""
@@ -153,16 +154,19 @@ def small_model(model_type: str, mesh: Mesh) -> nn.Module:
     config: Any = CONFIG_MAPPING[model_type]()
     others = OTHER_DEFAULTS.get(model_type, {})
     config = changed(config, {of: others[str(of)] for of in read_fields(config) if str(of) in others})
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    config = changed(config, {of: width for of in read_fields(config) if of.name == "out_hidden_size" and width})
     config._attn_implementation = "eager"  # noqa: SLF001  as transformers documents
     small = shrink_config(config, mesh)
-    rates = (of for of in read_fields(small) if "drop" in of.name and isinstance(of.value, float))
-    small = changed(small, {of: 0.0 if re.search("path|layer|token", of.name) else _DROPOUT for of in rates})
-    for cls in model_classes(small):
-        try:
-            with torch.device("meta"):
-                return cls(small)
-        except Exception:  # noqa: BLE001, S112  a constructor may raise anything; the next class is tried
-            continue
+    rates = [of for of in read_fields(small) if re.search("drop|mask_.*prob", of.name) and isinstance(of.value, float)]
+    dropping = changed(small, {of: 0.0 if re.search("path|layer|token|mask", of.name) else _DROPOUT for of in rates})
+    for candidate in (dropping, small):  # some take no dropout
+        for cls in model_classes(candidate):
+            try:
+                with torch.device("meta"):
+                    return cls(candidate)
+            except Exception:  # noqa: BLE001, S112  a constructor may raise anything; the next class is tried
+                continue
     msg = f"{model_type} was built by shrink_config"
     raise AssertionError(msg)
 

@@ -147,9 +147,14 @@ class Schedule(Declaration):
         """Draw different random numbers on each rank along ``tensor`` within modules: dropout on parts of activations."""
         return syncs.fork_rng(self)
 
-    def share_rng(self) -> Schedule:
-        """Draw the same random numbers on all ranks along ``tensor``, also within a module with ``.fork_rng()``."""
-        return syncs.share_rng(self)
+    def share_rng(self, *, onwards: bool = False) -> Schedule:
+        """Draw the same random numbers on all ranks along ``tensor``, also within a module with ``.fork_rng()``.
+
+        Args:
+            onwards: Whether they stay the same after the selected modules, until the module with ``.fork_rng()`` ends: for
+                an attention whose code drops entries of heads, and after its output projection of whole activations.
+        """
+        return syncs.share_rng(self, onwards=onwards)
 
     def colwise(self, *, gather_output: bool = False, sequence_axis: int | None = None, **split: Unpack[Split]) -> Schedule:
         """Split the outputs of ``nn.Linear`` or ``Conv1D``: each rank computes some features of the output.

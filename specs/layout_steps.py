@@ -213,12 +213,18 @@ class ForkRng(_Along):
 
 @frozen
 class ShareRng(_Along):
-    """Random numbers drawn within a module are the same along ``tensor``, also where those around it differ."""
+    """Random numbers drawn within a module are the same along ``tensor``, also where those around it differ.
+
+    Args:
+        module: Path of the module.
+        onwards: Whether they stay the same after it, until the module around it ends whose numbers differ.
+    """
 
     mesh_axis: ClassVar[MeshAxis] = "tensor"
+    onwards: bool = False
 
     def describe(self) -> str:
-        return f"random numbers shared@{self.mesh_axis}"
+        return f"random numbers shared@{self.mesh_axis}{', and after it' if self.onwards else ''}"
 
     def groups(self) -> tuple[tuple[MeshAxis, ...], ...]:
         return ()

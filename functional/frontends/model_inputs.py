@@ -25,6 +25,8 @@ _MOST_ELEMENTS = 30_000_000
 _BATCH = 3
 _LENGTH = 11
 _SIDE = 32
+_CHANNELS = 3
+_GRID = 4
 _FRAMES = 64
 _SAMPLES = 4000
 _WIDTH = 0.2
@@ -152,6 +154,9 @@ class _Candidates:
             for codebooks in self._numbers("num_codebooks"):
                 yield {"input_ids": self._tokens(self.length, codebooks)}
             yield from ({**given, "input_ids": tokens} for _, given in media)
+            for kind, given in media:  # a token for each feature
+                if num := self._num_features(trial, kind, given):
+                    yield {**given, "input_ids": self._tokens(num)}
         yield from ({**given, **decoder} for _, given in media)
         if "inputs_embeds" in self.takes and self.config is not None:
             width = getattr(self.config.get_text_config(), "hidden_size", _SIDE)
@@ -204,6 +209,7 @@ class _Candidates:
     def _media(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Iterate over images and sounds that the model may take: their kind, and the arguments."""
         if "pixel_values" in self.takes:
+            yield from (("image", given) for given in self._patches())
             for shape in self._image_shapes():
                 yield "image", {"pixel_values": self._random(*shape)}
         if "input_features" in self.takes:
@@ -217,6 +223,22 @@ class _Candidates:
             yield "audio", {"input_values": self._random(self.batch, _SAMPLES)}
             yield "audio", {"input_values": self._random(self.batch, 1, _SAMPLES)}
 
+    def _patches(self) -> Iterator[dict[str, Any]]:
+        """Iterate over images that are given as patches, all in one list, or in one for each image with their places."""
+        num, depth = _GRID**2, next(iter(self._numbers("temporal_patch_size")), 1)
+        channels = next(iter(self._numbers("num_channels", "in_channels")), _CHANNELS)
+        sides = dict.fromkeys(self._numbers("patch_size", "model_patch_size"))
+        for grid in (name for name in ("image_grid_thw", "grid_thw") if name in self.takes):
+            sizes = {grid: torch.tensor([[1, _GRID, _GRID]] * self.batch)}
+            for side in sides:
+                yield {"pixel_values": self._random(self.batch * num, channels * depth * side**2), **sizes}
+                yield {"pixel_values": self._random(self.batch * num, channels, side, side), **sizes}
+                yield {"pixel_values": self._random(self.batch * num, side, side, channels), **sizes}
+        for places in (name for name in ("image_position_ids", "pixel_position_ids") if name in self.takes):
+            place = torch.cartesian_prod(torch.arange(_GRID), torch.arange(_GRID)).expand(self.batch, num, 2).contiguous()
+            for side in sides:
+                yield {"pixel_values": self._random(self.batch, num, channels * side**2), places: place}
+
     def _image_shapes(self) -> Iterator[Sequence[int]]:
         channels = [*self._numbers("num_channels", "in_channels"), 3]
         sides = [f.value for f in self.fields if f.name == "image_size" and f.value]
@@ -229,17 +251,23 @@ class _Candidates:
     def _with_placeholders(self, trial: _Trial, kind: str, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Iterate over tokens with as many places for an image as the model makes features of it."""
         ids = self._numbers(f"{kind}_token_id", f"{kind}_token_index")
-        if not ids or not hasattr(self.model, f"get_{kind}_features"):
-            return
-        width = getattr(self.config.get_text_config(), "hidden_size", 0)
+        if ids and (num := self._num_features(trial, kind, given)):
+            tokens, places = self._tokens(self.length), torch.full((self.batch, num), ids[0])
+            made = {"input_ids": torch.cat([tokens[:, :1], places, tokens[:, 1:]], 1), **given}
+            yield made
+            if "mm_token_type_ids" in self.takes:
+                yield {**made, "mm_token_type_ids": (made["input_ids"] == ids[0]).long()}
+
+    def _num_features(self, trial: _Trial, kind: str, given: Mapping[str, Any]) -> int:
+        """Return how many tokens the features of an image are as long as; 0 if that cannot be told."""
+        width = getattr(self.config.get_text_config(), "hidden_size", 0) if self.config is not None else 0
+        if not hasattr(self.model, f"get_{kind}_features"):
+            return 0
         try:
             features = trial(given, f"get_{kind}_features")
         except Exception:  # noqa: BLE001  as above
-            return
+            return 0
         features = getattr(features, "pooler_output", features)
         tensors = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor) and leaf.shape[-1] == width]
         num, rest = divmod(sum(tensor.numel() for tensor in tensors), max(1, width * self.batch))
-        if tensors and not rest and num:
-            tokens = self._tokens(self.length)
-            places = torch.full((self.batch, num), ids[0])
-            yield {"input_ids": torch.cat([tokens[:, :1], places, tokens[:, 1:]], 1), **given}
+        return 0 if rest else num

@@ -86,8 +86,8 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
             forked = ForkRngHook(rank.coordinate.index(step.mesh_axis))
             _hook_before(module, forked.before)
             _hook_after(module, forked.after, also_after_errors=True)
-        case ShareRng():
-            shared = ShareRngHook()
+        case ShareRng(onwards=onwards):
+            shared = ShareRngHook(onwards)
             _hook_before(module, shared.before)
             _hook_after(module, shared.after, also_after_errors=True)
         case MaskPadding(sizes=(part, size)):

@@ -227,8 +227,8 @@ class _Forks(threading.local):
     """The calls with random numbers of their own that are running in a thread, outermost first."""
 
     def __init__(self) -> None:
-        self.outside: list[RngState] = []
-        """States of the generators outside of each call."""
+        self.outside: list[RngState | None] = []
+        """States of the generators outside of each call; None where these run again."""
 
 
 _FORKS = _Forks()
@@ -263,7 +263,8 @@ class ForkRngHook:
         if detect_fake_mode() is not None or not self.running:
             return
         around = self.running.pop()
-        _restore_rng(_FORKS.outside[around])
+        if (outside := _FORKS.outside[around]) is not None:
+            _restore_rng(outside)
         del _FORKS.outside[around:]
 
 
@@ -272,18 +273,23 @@ class ShareRngHook:
     """Give a module the random numbers that all ranks draw, also within a module that has random numbers of its own.
 
     Args:
+        onwards: Whether they go on after it, until the module around it ends that has random numbers of its own.
         inside: For each call that is running, the state of the generators around it; None if they are the common ones.
     """
 
+    onwards: bool = False
     inside: list[RngState | None] = Factory(list)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Go on with the common random numbers."""
         if detect_fake_mode() is not None:
             return
-        self.inside.append(_rng_state() if _FORKS.outside else None)
-        if _FORKS.outside:
-            _restore_rng(_FORKS.outside[0])
+        common = next((state for state in _FORKS.outside if state is not None), None)
+        self.inside.append(_rng_state() if common is not None and not self.onwards else None)
+        if common is not None:
+            _restore_rng(common)
+        if self.onwards:
+            _FORKS.outside[:] = [None] * len(_FORKS.outside)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Go back to the random numbers around it, also after an error."""
@@ -291,7 +297,8 @@ class ShareRngHook:
             return
         around = self.inside.pop()
         if around is not None:
-            _FORKS.outside[0] = _rng_state()
+            at = next(at for at, state in enumerate(_FORKS.outside) if state is not None)
+            _FORKS.outside[at] = _rng_state()
             _restore_rng(around)
 
 

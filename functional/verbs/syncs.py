@@ -107,10 +107,10 @@ def fork_rng(sch: D) -> D:
     return with_layout(sch, (ForkRng(module.path) for module in selected_modules(sch)))
 
 
-def share_rng(sch: D) -> D:
+def share_rng(sch: D, *, onwards: bool) -> D:
     """Draw the same random numbers on all ranks along ``tensor`` within the selected modules, also inside forked modules."""
     sch = or_unmatched(sch, modules=True)
-    return with_layout(sch, (ShareRng(module.path) for module in selected_modules(sch)))
+    return with_layout(sch, (ShareRng(module.path, onwards=bool(onwards)) for module in selected_modules(sch)))
 
 
 def with_syncs(

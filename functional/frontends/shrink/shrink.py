@@ -187,7 +187,8 @@ def _sections(config: Any, model: nn.Module) -> Sections:
         parts, own = getattr(module, "mrope_section", None), getattr(module, "config", None)
         if isinstance(parts, (list, tuple)) and parts and id(own) in configs:
             turned = getattr(module, "inv_freq", torch.empty(sum(parts), device="meta")).numel()
-            found[configs[id(own)]] = [part * turned // sum(parts) for part in parts]
+            scaled = [part * turned // sum(parts) for part in parts]
+            found[configs[id(own)]] = [*scaled[:-1], turned - sum(scaled[:-1])]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from torch import nn
 from ....specs.errors import Problem
 from ..verb_calls import Options, VerbCall
 from .declared import COLWISE, ROWWISE
-from .heads import Heads, counts_heads, local_sizes, read_heads
+from .dropouts import dropouts_of_heads
+from .heads import Heads, counts_heads, forward_source, local_sizes, read_heads
 
 if TYPE_CHECKING:
     from .declared import DeclaredPlan, DeclaredRule
@@ -29,7 +31,7 @@ def split_attention(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Proble
     if isinstance(heads, Problem):
         yield heads
         return
-    if problem := heads.problem():
+    if problem := heads.problem() or _whole_heads(decl, path):
         yield problem
         return
     for rule in rules:
@@ -38,7 +40,19 @@ def split_attention(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Proble
     yield from _undeclared(decl, heads, declared)
     for inside in (path, *(f"{path}.{name}" for name in _beside(decl.module(path)))):
         yield from local_sizes(decl, heads, inside)
-    yield from _dropout(decl, heads)
+    yield from dropouts_of_heads(decl, path, [rule.path for rule in rules if rule.style in ROWWISE])
+
+
+def _whole_heads(decl: DeclaredPlan, path: str) -> Problem | None:
+    """Return a problem if an attention is given another activation with an entry for each head, which nobody splits."""
+    module = decl.module(path)
+    source = forward_source(type(module))
+    given = [name for name in inspect.signature(module.forward).parameters if not re.search(r"hidden|mask|position", name)]
+    found = next((name for name in given if re.search(rf"\b{name}\.(view|reshape|unflatten)\(", source)), None)
+    if found is None:
+        return None
+    cause = f"it is given {found!r} with the features of all heads, and the plan splits its heads only"
+    return Problem(path, cause, "Leave its heads whole, or cut it with a function of yours: .sync('forward_pre', own_heads)")
 
 
 def norm_of_all_heads(decl: DeclaredPlan, path: str) -> str:
@@ -153,20 +167,3 @@ def _undeclared(decl: DeclaredPlan, heads: Heads, declared: set[str]) -> Iterato
 def _beside(module: nn.Module) -> list[str]:
     """Return the names of an attention module's children without linear modules."""
     return [name for name, c in module.named_children() if not any(isinstance(m, nn.Linear) for m in c.modules())]
-
-
-def _dropout(decl: DeclaredPlan, heads: Heads) -> Iterator[VerbCall]:
-    """Let ranks drop attention probabilities by different random numbers, if the module draws none for anything else."""
-    module = decl.module(heads.path)
-    rates = {name: value for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value}
-    layers = {name: m.p for name, m in module.named_modules() if isinstance(m, nn.Dropout) and m.p}
-    drawing = {**rates, **layers}
-    of_heads = {name for name in drawing if re.search(r"att", name)}
-    if not of_heads:
-        return
-    if set(drawing) == of_heads:
-        yield VerbCall(heads.path, "fork_rng")
-    else:
-        others = ", ".join(sorted(set(drawing) - of_heads))
-        why: Options = (("dropout", f"all ranks drop the same heads' entries, as {others} draws on whole activations"),)
-        yield VerbCall(heads.path, "tag", (), why)

@@ -152,6 +152,15 @@ def forward_source(cls: type) -> str:
         return ""
 
 
+@lru_cache(maxsize=256)
+def source_of(cls: type) -> str:
+    """Return the source of a class; empty where it was written at run time."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
 def first_number(holders: Iterable[object], names: Iterable[str]) -> int | None:
     """Return the first attribute that is a whole number, holder by holder, name by name.
 

@@ -13,8 +13,9 @@ from ....specs.paths import module_of, name_of
 from ..verb_calls import Options, VerbCall
 from .attention import norm_of_all_heads
 from .declared import COLWISE, GATHERED, ROWWISE, SPLIT_INPUT
+from .dropouts import dropouts_of_features
 from .experts import split_fused, sum_experts
-from .heads import attention_above, first_number
+from .heads import attention_above, first_number, source_of
 
 if TYPE_CHECKING:
     from .declared import DeclaredPlan, DeclaredRule
@@ -31,13 +32,15 @@ def calls_of_rule(decl: DeclaredPlan, rule: DeclaredRule, attentions: Mapping[st
     match rule.style:
         case style if style in COLWISE:
             gathers = style == "colwise" and not _has_partner(decl, path, (*ROWWISE,))
+            gathers |= _takes_statistics(decl, module_of(path))
             yield VerbCall(path, "colwise", (), (*_gathered(gathers), *_blocks(decl, path, style), *_uneven(decl, path, 0)))
             yield from () if gathers else _activation(decl, module_of(path))
         case style if style in GATHERED:
             yield VerbCall(path, "colwise", (), (*_gathered(gathers=True), *_uneven(decl, path, 0)))
         case style if style in ROWWISE:
-            whole = not _has_partner(decl, path, COLWISE)
+            whole = not _has_partner(decl, path, COLWISE) or _takes_statistics(decl, module_of(path))
             yield VerbCall(path, "rowwise", (), (*_split_input(whole), *_uneven(decl, path, 1)))
+            yield from () if whole else dropouts_of_features(decl, path)
         case style if style in SPLIT_INPUT:
             yield VerbCall(path, "rowwise", (), (*_split_input(whole=True), *_uneven(decl, path, 1)))
         case "embedding_rowwise":
@@ -149,6 +152,11 @@ def _norm_of_rotary_part(decl: DeclaredPlan, attention: str) -> str:
 def _has_partner(decl: DeclaredPlan, path: str, styles: tuple[str, ...]) -> bool:
     """Tell whether the module around this module also holds a module with one of the styles."""
     return any(rule.style in styles for rule in decl.below(module_of(path)))
+
+
+def _takes_statistics(decl: DeclaredPlan, path: str) -> bool:
+    """Tell whether a module's code takes a mean or a deviation, of features that it then needs all of."""
+    return re.search(r"\b(mean|std|var)\(", source_of(type(decl.module(path)))) is not None
 
 
 def _blocks(decl: DeclaredPlan, path: str, style: str) -> Options:

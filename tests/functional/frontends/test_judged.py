@@ -9,14 +9,25 @@ from transformers import CONFIG_MAPPING
 
 from benchmarks.judged_families import HEADING, INFERRED, Judged, judge, small_model, table
 from benchmarks.transformers_coverage import replace_part
-from shardplan.functional import verify
+from shardplan.functional import plan_build, verify
 from shardplan.functional.frontends import infer_schedule, made_inputs, schedule_from_tp_plan
-from shardplan.specs import Mesh
+from shardplan.specs import Mesh, PlanError
 from shardplan.specs.layout_steps import ForkRng, ShareRng, SumGradient, Sync
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers has to say of default configurations
 
-DECLARED = ["llama", "deepseek_v3", "gemma2", "gpt_oss", "mixtral", "olmo2", "qwen3_next"]
+DECLARED = [
+    "gemma3n_text",
+    "seed_oss",
+    "t5gemma",
+    "llama",
+    "deepseek_v3",
+    "gemma2",
+    "gpt_oss",
+    "mixtral",
+    "olmo2",
+    "qwen3_next",
+]
 
 
 @pytest.mark.parametrize("model_type", DECLARED)
@@ -39,6 +50,35 @@ def test_dropout_of_whole_activations_inside_an_attention_that_drops_parts():
     sch = infer_schedule(small_model("gpt2", Mesh(tensor=2)), Mesh(tensor=2))
     assert steps_of(sch, ForkRng) == {"transformer.h.0.attn", "transformer.h.1.attn"}
     assert steps_of(sch, ShareRng) == {"transformer.h.0.attn.resid_dropout", "transformer.h.1.attn.resid_dropout"}
+
+
+def test_dropout_after_the_output_projection_in_the_same_code():
+    sch = schedule_from_tp_plan(small_model("starcoder2", Mesh(tensor=2)), Mesh(tensor=2))
+    assert steps_of(sch, ForkRng) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    shared = {(step.module, step.onwards) for step in sch.layout if isinstance(step, ShareRng)}
+    assert shared == {("model.layers.0.self_attn.o_proj", True), ("model.layers.1.self_attn.o_proj", True)}
+
+
+def test_dropout_of_features_before_the_down_projection():
+    sch = schedule_from_tp_plan(small_model("t5gemma", Mesh(tensor=2)), Mesh(tensor=2))
+    assert {path for path in steps_of(sch, ForkRng) if "encoder.layers.0" in path} == {
+        "model.encoder.layers.0.self_attn",
+        "model.encoder.layers.0.mlp.dropout",
+    }
+
+
+def test_features_of_which_statistics_are_taken_are_gathered():
+    sch = schedule_from_tp_plan(small_model("gemma3n_text", Mesh(tensor=2)), Mesh(tensor=2))
+    gate = [str(step) for step in sch.layout if step.module == "model.layers.0.mlp.gate_proj"]
+    down = [str(step) for step in sch.layout if step.module == "model.layers.0.mlp.down_proj"]
+    assert "forward_post all_gather(axis=-1)@tensor" in gate
+    assert "backward_post all_gather(axis=-1)@tensor" in down
+
+
+def test_an_attention_that_is_given_whole_heads_is_refused():
+    sch = schedule_from_tp_plan(small_model("neomme", Mesh(tensor=2)), Mesh(tensor=2))
+    with pytest.raises(PlanError, match=r"self_attn: it is given 'value_embeds' with the features of all heads"):
+        plan_build(sch)
 
 
 class Twice(nn.Module):

@@ -38,6 +38,12 @@ def shapes(inputs):
         ("clip", {"input_ids": [3, 11], "pixel_values": [3, 3, 12, 12]}),
         ("speech_to_text", {"input_features": [3, 128, 16], "decoder_input_ids": [3, 13]}),
         ("wav2vec2", {"input_values": [3, 4000]}),
+        (
+            "glm4v",  # four patches make a token
+            {"input_ids": [3, 15], "pixel_values": [48, 96], "image_grid_thw": [3, 3], "mm_token_type_ids": [3, 15]},
+        ),
+        ("gemma4_vision", {"pixel_values": [3, 16, 48], "pixel_position_ids": [3, 16, 2]}),
+        ("voxtral_realtime", {"input_ids": [3, 8], "input_features": [3, 128, 64]}),
         ("llava", {"input_ids": [3, 27], "pixel_values": [3, 3, 16, 16]}),  # sixteen tokens stand for the image
     ],
 )

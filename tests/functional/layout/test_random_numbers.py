@@ -75,8 +75,18 @@ def test_forked_and_shared_modules():
     assert same([ShareRng("shared"), ShareRng("middle")]) == everything
 
 
-def test_no_numbers_are_drawn_twice():
-    steps = [ForkRng("outer"), ShareRng("shared"), ShareRng("middle")]
+def test_shared_from_a_module_on():
+    assert same([ForkRng("outer"), ShareRng("shared", onwards=True)]) == {"before", "shared", "innermost", "after"}
+    steps = [ForkRng("outer"), ShareRng("shared", onwards=True), ForkRng("innermost")]
+    assert same(steps) == {"before", "shared", "after"}
+    assert same([ShareRng("shared", onwards=True)]) == {"before", "inside", "shared", "innermost", "after"}
+    steps = [ForkRng("outer"), ForkRng("middle"), ShareRng("innermost", onwards=True)]
+    assert same(steps) == {"before", "innermost", "after"}
+
+
+@pytest.mark.parametrize("onwards", [False, True])
+def test_no_numbers_are_drawn_twice(onwards):
+    steps = [ForkRng("outer"), ShareRng("shared", onwards=onwards), ShareRng("middle")]
     values = torch.cat(list(drawn(steps, 0).values()))
     assert len(values.unique()) == 15
 
