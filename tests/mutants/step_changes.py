@@ -10,6 +10,7 @@ from shardplan.specs.layout_steps import (
     MaskPadding,
     SetAttributes,
     SetToLocalSize,
+    ShareRng,
     SumGradient,
     Sync,
     VocabParallel,
@@ -98,6 +99,19 @@ def _(sch, rng):
 @kind("fork of random numbers dropped")
 def _(sch, rng):
     return change_steps(sch, rng, _is(ForkRng), lambda _: [])
+
+
+@kind("sharing of random numbers dropped")
+def _(sch, rng):
+    return change_steps(sch, rng, _is(ShareRng), lambda _: [])
+
+
+@kind("random numbers shared for forked, or forked for shared")
+def _(sch, rng):
+    def exchange(step):
+        return [(ForkRng if isinstance(step, ShareRng) else ShareRng)(step.module)]
+
+    return change_steps(sch, rng, _is(ForkRng, ShareRng), exchange)
 
 
 @kind("fork of random numbers moved to another module")

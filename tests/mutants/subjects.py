@@ -76,10 +76,10 @@ def _split_sequence(mesh):
 
 
 def _dropping_gpt2(mesh):
-    """Return the schedule of a GPT-2 with dropout where activations are whole: outside of its heads."""
+    """Return the schedule of a GPT-2 with dropout of split heads, of whole activations in the same module, and outside."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": VOCAB}
     with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, resid_pdrop=0.5, embd_pdrop=0.5))
+        model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5))
     return infer_schedule(model, mesh)
 
 
