@@ -133,7 +133,7 @@ def plan_unchecked(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> P
     Raises:
         PlanError: If the schedule cannot be laid out at all.
     """
-    if problems := [*sch.problems, *misfits(sch.mesh, sch.tree)]:
+    if problems := [*sch.problems, *misfits(sch.mesh, sch.tree), *wrong_stages(sch, example_inputs)]:
         raise PlanError(problems)
     subject, _ = _subject(sch, init_weights=False, example_inputs=example_inputs)
     layout, _ = layout_steps(subject, sch.layout)

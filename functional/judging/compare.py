@@ -66,6 +66,9 @@ def compare(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], tolerance: f
             if found:
                 break
         differences += different_masks(plan, whole, ranks, notes)
+    known = {path for spec in plan.tree.values() for path in spec.paths}
+    late = [path for path in whole.runs[0].steps[0].buffers if path not in known]
+    notes += [f"{path} is made while the model runs, and is not compared" for path in late]
     return Judged(tuple(dict.fromkeys(differences)), _first(differences, module), num_modules, tuple(dict.fromkeys(notes)))
 
 

@@ -45,7 +45,7 @@ def inputs_for(sch: Schedule, seed: int, num_rows: int | None = None, length: in
         if why := why_no_inputs(model):
             cause = f"{cause}; inputs made for it fail: {why}"
         rows = "by argument name, the rows of all data ranks along axis 0"
-        raise PlanError([Problem("inputs", cause, f"verify(sch, inputs={{'x': torch.randn(6, 8)}}): {rows}")])
+        raise PlanError([Problem("inputs", cause, f"In Python: verify(sch, inputs={{'x': torch.randn(6, 8)}}): {rows}")])
     return inputs
 
 

@@ -65,7 +65,7 @@ def disagreement(
     (axis,) = axes
     tried = [
         max(relative(mine, whole.index_select(axis, _entries(own))) for mine, own in zip(held, parts, strict=True))
-        for parts in _ways(whole.shape[axis], [tensor.shape[axis] for tensor in held], coordinates, splits)
+        for parts in ways(whole.shape[axis], [tensor.shape[axis] for tensor in held], coordinates, splits)
     ]
     return min(tried, default=None)
 
@@ -99,7 +99,28 @@ def _entries(intervals: Sequence[Interval]) -> Tensor:
     return torch.cat([torch.arange(start, stop) for start, stop in intervals]) if intervals else torch.arange(0)
 
 
-def _ways(
+def parts_of(
+    whole: Sequence[int], held: Sequence[Sequence[int]], coordinates: Sequence[Coordinate], splits: Sequence[KnownSplit]
+) -> list[object]:
+    """Return which part of an activation each rank holds, by shapes alone: equal for ranks that hold the same part.
+
+    Args:
+        whole: Shape of the whole model's activation.
+        held: Shape of what each rank has in its place.
+        coordinates: The ranks.
+        splits: The ways in which axes are split.
+    """
+    if all(tuple(shape) == tuple(whole) for shape in held):
+        return [None] * len(held)
+    axes = {axis for shape in held for axis, (mine, all_) in enumerate(zip(shape, whole, strict=False)) if mine != all_}
+    if len(axes) == 1 and all(len(shape) == len(whole) for shape in held):
+        (axis,) = axes
+        for found in ways(whole[axis], [shape[axis] for shape in held], coordinates, splits):
+            return [tuple(intervals) for intervals in found]
+    return list(range(len(held)))
+
+
+def ways(
     size: int, held: Sequence[int], coordinates: Sequence[Coordinate], splits: Sequence[KnownSplit]
 ) -> Iterator[list[list[Interval]]]:
     """Iterate over ways to split an axis so that each rank has as many entries as it holds: the intervals of each rank."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...specs.comparison import Difference
 from ...specs.mesh import Coordinate, Mesh
 from ...specs.plan import Plan
 from .exact import Draw
+from .layouts import known_splits, parts_of
 from .ranks import RankRun
 from .whole import WholeRuns
 
@@ -20,6 +21,7 @@ from .whole import WholeRuns
 def different_masks(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], notes: list[str]) -> Iterator[Difference]:
     """Iterate over modules whose random masks are equal where ranks hold other parts, or differ where they hold the same."""
     has_modules = plan.pipeline is None  # the graphs of stages have none
+    splits = known_splits(plan.tree)
     for group in _replicas_of_batches(plan.mesh):
         expected = _numbered(whole.runs[group[0][0].index("data")].draws, by_module=has_modules)
         drawn = [
@@ -32,16 +34,22 @@ def different_masks(plan: Plan, whole: WholeRuns, ranks: Sequence[RankRun], note
             if len(masks) < len(drawn):
                 notes.append(f"random numbers of {key[0] or 'the model'} ({key[1]}) could not be compared")
                 continue
-            values: list[Any] = [mask.values for mask in masks]
-            is_equal = [one.shape == other.shape and torch.equal(one, other) for one, other in combinations(values, 2)]
-            is_whole = all(mask.shape == wanted.shape for mask in masks)
-            if is_whole and not all(is_equal):
+            parts = parts_of(wanted.shape, [mask.shape for mask in masks], [places[0] for places in group], splits)
+            pairs = list(combinations(zip(parts, (mask.values for mask in masks), strict=True), 2))
+            same = [_are_equal(one, other) for (here, one), (there, other) in pairs if here == there]
+            different = [_are_equal(one, other) for (here, one), (there, other) in pairs if here != there]
+            if not all(same):
                 cause = f"ranks draw different random numbers ({key[1]}) where they hold the same values"
-            elif not is_whole and any(is_equal) and all(value.unique().numel() > 1 for value in values):
+                yield Difference("dropout", wanted.module, cause, None, everyone)
+            if any(different) and all(mask.values is not None and mask.values.unique().numel() > 1 for mask in masks):
                 cause = f"ranks draw the same random numbers ({key[1]}) where they hold different parts"
-            else:
-                continue
-            yield Difference("dropout", wanted.module, cause, None, everyone)
+                yield Difference("dropout", wanted.module, cause, None, everyone)
+
+
+def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:
+    assert one is not None, "ranks draw with values"
+    assert other is not None, "ranks draw with values"
+    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _numbered(draws: Iterable[Draw], *, by_module: bool) -> dict[tuple[str, str, int], Draw]:

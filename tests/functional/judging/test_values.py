@@ -76,6 +76,15 @@ def test_random_operators_give_constants_and_are_recorded():
     ]
 
 
+def test_random_slopes_are_their_mean():
+    x = torch.tensor([-2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    with Exact():
+        y = nn.functional.rrelu(x, 0.25, 0.75, training=True)
+        y.sum().backward()
+    assert y.tolist() == [-1.0, 3.0]
+    assert x.grad.tolist() == [0.5, 1.0]
+
+
 def test_a_generator_of_ones_own_is_left_alone():
     with Exact() as exact:
         drawn = torch.rand(3, generator=torch.Generator().manual_seed(1))
