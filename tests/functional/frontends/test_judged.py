@@ -92,6 +92,32 @@ class Twice(nn.Module):
         return self.drop(self.down(self.drop(torch.relu(self.up(x)))))
 
 
+class After(Twice):
+    """Dropouts in one module's code: of parts, and after the sum of whole activations."""
+
+    def forward(self, x):
+        hidden = nn.functional.dropout(torch.relu(self.up(x)), 0.1, self.training)
+        return nn.functional.dropout(self.down(hidden), 0.1, self.training)
+
+
+class Before(Twice):
+    """The other way round."""
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(nn.functional.dropout(x, 0.1, self.training)))
+        return self.down(nn.functional.dropout(hidden, 0.1, self.training))
+
+
+@pytest.mark.parametrize(("kind", "is_split"), [(After, True), (Before, False)])
+def test_dropouts_in_one_code(kind, is_split):
+    x = {"x": torch.randn(3, 8)}
+    sch = infer_schedule(nn.Sequential(kind()), Mesh(tensor=2), example_inputs={"input": x["x"]})
+    assert bool(sch.tree["0.up.weight"].shards) == is_split
+    assert steps_of(sch, ForkRng) == ({"0"} if is_split else set())
+    assert steps_of(sch, ShareRng) == ({"0.down"} if is_split else set())
+    assert verify(sch, {"input": x["x"]}).ok
+
+
 def test_a_dropout_of_parts_and_of_whole_activations_keeps_the_parts_whole():
     sch = infer_schedule(Twice(), Mesh(tensor=2), example_inputs={"x": torch.randn(3, 8)})
     assert not any(spec.shards for spec in sch.tree.values())
