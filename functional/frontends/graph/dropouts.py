@@ -78,9 +78,7 @@ def _all_drops(found: ModelAxes, outcomes: Sequence[Outcome]) -> Iterator[_Drops
         if _probability(op) > 0:
             is_split = any(is_in(tensor.axes, region) for tensor in op.inputs for region in regions)
             events[op.module] += "p" if is_split else "w"
-        elif (
-            op.weight and any(op.module in region.rows for region in regions) and (around := module_of(op.module)) in events
-        ):
+        elif op.weight and op.module in summing and (around := module_of(op.module)) in events:
             events[around] += "r"
             rows[around].add(op.module)
     for path, order in events.items():
