@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.mutants.edits import KINDS
+from tests.mutants.draw import KINDS
 from tests.mutants.subjects import SUBJECTS
 
 COLUMNS = (
@@ -28,8 +28,10 @@ expert × tensor, pipe × tensor, with split sequences, ties, padding, repeated 
 - **wrong**: `verify` finds a difference from the whole model, in outputs, gradients, weights after a step, dropout masks or
   collectives; or no parts can be laid out at all, as where a split does not divide.
 - **accepted**: planning with inputs says nothing, and the audit has no error.
-- **named**: a problem or finding is about the changed module or tensor, a module around it that is no larger than a layer,
-  or a module with the same parent.
+- **named**: a problem or finding is about the changed module or tensor, about a module around it with at most half of the
+  model's tensors, or about something with the same parent.
+- **right, accepted**: the change does not matter: a granule where parts are cut elsewhere anyway, a size that no code reads,
+  an axis counted from the other end, features that columns and rows order alike, a sum that was declared twice.
 - **right, refused**: all ranks compute what the whole model computes, and planning or the audit refuses all the same.
 """
 
@@ -52,7 +54,7 @@ def page(outcomes, num, seed):
         "The kind of difference that `verify` names first; `layout` where nothing can be laid out.",
         _beginnings(accepted, wrong),
         "## Wrong and accepted",
-        "The first of each kind: what was changed, and where the difference begins.",
+        "The first mutant of each kind: what was changed, and where the difference begins.",
         _examples(accepted),
     ]
     if unjudged := [outcome for outcome in outcomes if outcome.verdict == "unknown"]:
@@ -123,5 +125,7 @@ def _examples(accepted):
 
 
 def _line(outcome):
-    reason = outcome.reason.partition(": ")[0] if outcome.verdict == "wrong" else outcome.reason
-    return f"- {outcome.kind} ({outcome.subject}): `{outcome.description}`. {reason}"
+    where = outcome.reason.partition(" ")[2].partition(": ")[0]
+    found = f"{_beginning(outcome)} of {f'`{where}`' if where else 'the model'}"
+    told = found if outcome.verdict == "wrong" else outcome.reason
+    return f"- **{outcome.kind}** ({outcome.subject}): `{outcome.description}`: {told}"
