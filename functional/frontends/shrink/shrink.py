@@ -155,8 +155,8 @@ class _Trial:
             small = _built(type(self.model), changed(self.config, changes))
         except Exception as error:  # noqa: BLE001  a constructor may raise anything
             return f"{type(error).__name__}: {error}"
-        if other := _names(self.model) ^ _names(small):
-            return f"{', '.join(sorted(other)[:3])} are in one of the models alone"
+        if other := _tensors(self.model) ^ _tensors(small):
+            return f"{', '.join(sorted(map(' tied to '.join, map(sorted, other)))[:3])} are in one of the models alone"
         before = stacks(self.model)
         for path, layers in stacks(small).items():
             kept = self.kept.get(len(before.get(path, ())), ())
@@ -199,7 +199,9 @@ def _configurations(config: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[
             yield from _configurations(value, (*above, name))
 
 
-def _names(model: nn.Module) -> frozenset[str]:
-    """Return the names of all tensors, also of tied ones, without the numbers of layers."""
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return frozenset(without_numbers(name) for name, _ in tensors)
+def _tensors(model: nn.Module) -> frozenset[frozenset[str]]:
+    """Return the names of each tensor, several if it is tied, without the numbers of layers."""
+    names: dict[int, set[str]] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        names.setdefault(id(tensor), set()).add(without_numbers(name))
+    return frozenset(map(frozenset, names.values()))

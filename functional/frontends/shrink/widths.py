@@ -22,6 +22,9 @@ _MAIN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "
 _LEAST = 32
 _LARGE = 16
 _UNIT = 8
+_ROW = 4
+"""Numbers that lie in 16 bytes, as rows of a rank's part do in grouped matrix products."""
+
 _GROUPS = 32
 """Groups of a group norm, which are often no field of a configuration."""
 
@@ -173,7 +176,7 @@ class _Widths:
         else:
             least = self.own[self.main] if self.main and width > self.main else _LARGE
             step = gcd(width, _GROUPS if "channels" in name else _UNIT)
-            self.images[width] = alike(width, self.num, least=least, step=step, taken=known.values())
+            self.images[width] = alike(width, _ROW * self.num, least=least, step=step, taken=known.values())
         return self.own[width] if width in self.own else self.images[width]
 
     def _rotary(self, rope: Any) -> Any:
