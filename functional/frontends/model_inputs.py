@@ -225,7 +225,7 @@ class _Candidates:
 
     def _patches(self) -> Iterator[dict[str, Any]]:
         """Iterate over images that are given as patches, all in one list, or in one for each image with their places."""
-        num, depth = _GRID**2, next(iter(self._numbers("temporal_patch_size")), 1)
+        num, depth = _GRID**2, next(iter(self._numbers("temporal_patch_size", "patch_temporal")), 1)
         channels = next(iter(self._numbers("num_channels", "in_channels")), _CHANNELS)
         sides = dict.fromkeys(self._numbers("patch_size", "model_patch_size"))
         for grid in (name for name in ("image_grid_thw", "grid_thw") if name in self.takes):
