@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from ...specs.intervals import Interval
-from ...specs.mesh import MODEL_AXES, Coordinate, Mesh
+from ...specs.mesh import MESH_AXES, MODEL_AXES, Coordinate, Mesh
 from ...specs.shard import Shard
 from ...specs.tree import SpecTree
 
@@ -145,5 +145,6 @@ def groups_of_model(mesh: Mesh) -> tuple[tuple[Coordinate, ...], ...]:
     found: dict[tuple[int, ...], list[Coordinate]] = {}
     for rank in range(mesh.num_ranks):
         here = mesh.coordinate(rank)
-        found.setdefault((here.index("pipe"), here.index("data")), []).append(here)
+        place = tuple(here.index(mesh_axis) for mesh_axis in MESH_AXES if mesh_axis not in MODEL_AXES)
+        found.setdefault(place, []).append(here)
     return tuple(map(tuple, found.values()))

@@ -9,7 +9,7 @@ import torch
 from attrs import Factory, define
 from torch import Tensor, nn
 
-from ...specs.mesh import STAGE_AXES, Coordinate
+from ...specs.mesh import MESH_AXES, STAGE_AXES, Coordinate
 from ...specs.plan import Plan
 from ..dialects.handover import split_experts
 from ..pipeline.stage_module import facts_of
@@ -211,7 +211,7 @@ def _alike(everyone: list[_Brings], mesh_axis: str, has: Any) -> list[list[_Brin
     groups: dict[tuple[int, ...], list[_Brings]] = {}
     for one in everyone:
         if has(one):
-            rest = tuple(one.coordinate.index(axis) for axis in ("pipe", "data", "tensor") if axis != mesh_axis)
+            rest = tuple(one.coordinate.index(axis) for axis in MESH_AXES if axis != mesh_axis)
             groups.setdefault(rest, []).append(one)
     return list(groups.values())
 

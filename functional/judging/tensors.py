@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from ...specs.comparison import Difference, DifferenceKind, percent
-from ...specs.mesh import MESH_AXES, Coordinate
+from ...specs.mesh import MESH_AXES, MODEL_AXES, SPLIT_AXES, Coordinate
 from ...specs.param import ParamSpec
 from ...specs.plan import Plan
 from .layouts import relative
@@ -118,7 +118,7 @@ def _replicas(spec: ParamSpec, held: Sequence[_Held], norm: float, tolerance: fl
 def _why(plan: Plan, spec: ParamSpec, held: Sequence[_Held], norm: float) -> str:
     """Return what a wrong gradient looks like, in words: summands that nobody adds, or a sum over the same value."""
     mesh = plan.mesh
-    for mesh_axis in ("tensor", "data", "expert"):
+    for mesh_axis in reversed(SPLIT_AXES):
         num = mesh.num(mesh_axis)
         if num == 1 or spec.on(mesh_axis):
             continue
@@ -129,7 +129,7 @@ def _why(plan: Plan, spec: ParamSpec, held: Sequence[_Held], norm: float) -> str
             rest = tuple(one.here.index(axis) for axis in MESH_AXES if axis != mesh_axis)
             groups.setdefault(rest, []).append(one)
         sums = [(torch.stack([one.value for one in group]).sum(0), group[0].part) for group in groups.values()]
-        if mesh_axis == "tensor" and all(relative(total, part, norm) < _ALIKE for total, part in sums):
+        if mesh_axis in MODEL_AXES and all(relative(total, part, norm) < _ALIKE for total, part in sums):
             return f": each rank along {mesh_axis!r} has a part of the sum, and nobody adds them"
     return ""
 
