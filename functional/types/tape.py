@@ -1,0 +1,128 @@
+"""What a model computes in one run, written down: the calls of operators, and the values that pass between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import Factory, define, frozen
+
+from .relation import Shape
+
+
+@frozen
+class ValueRef:
+    """A tensor among the arguments of a recorded call.
+
+    Args:
+        value: Number of the value on the tape.
+        requires_grad: Whether autograd follows it here.
+    """
+
+    value: int
+    requires_grad: bool
+
+
+@frozen
+class Value:
+    """A tensor of the tape.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype, as ``float32``.
+        path: Canonical path of the model's tensor that it is; empty for activations.
+        storage: Number of its memory: views of one memory have the same.
+    """
+
+    shape: Shape
+    dtype: str
+    path: str = ""
+    storage: int = -1
+
+
+@frozen(eq=False)
+class RecordedCall:
+    """A call of an operator.
+
+    Args:
+        name: The operator, without its overload.
+        arguments: Its arguments by name, with defaults; tensors as :class:`ValueRef`, also in lists.
+        results: Numbers of the values that it returns; an operator in place returns a new number for the changed value.
+        module: Path of the innermost module that runs.
+        line: Where the model's code calls it, as ``modeling_llama.py:123``.
+        step: Place of the layout step whose own code runs it; None for the model's code.
+        is_pointwise: Whether torch says that it works entry by entry.
+        is_random: Whether it draws random numbers.
+        is_forked: Whether random numbers drawn here differ on the ranks along ``tensor``.
+        function: Name of the user's ``autograd.Function`` whose forward pass runs it; empty for none.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    results: tuple[int, ...]
+    module: str
+    line: str = ""
+    step: int | None = None
+    is_pointwise: bool = False
+    is_random: bool = False
+    is_forked: bool = False
+    function: str = ""
+
+
+@frozen(eq=False)
+class ModuleCall:
+    """A module that was called.
+
+    Args:
+        path: Its path.
+        inputs: Numbers of the tensors among its arguments, before the hooks of layout steps.
+        outputs: Numbers of the tensors in what it returns, after these hooks.
+        start: Number of calls on the tape when it began.
+        stop: And when it ended.
+    """
+
+    path: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@frozen(eq=False)
+class SkippedLayer:
+    """A repeated layer that did not run: its representative's results stand for its own.
+
+    Args:
+        path: Its path.
+        representative: Path of the layer that ran.
+        inputs: Numbers of the tensors that it was called with.
+        representative_inputs: Numbers of those of the layer that ran.
+    """
+
+    path: str
+    representative: str
+    inputs: tuple[int, ...]
+    representative_inputs: tuple[int, ...]
+
+
+@define(eq=False)
+class Tape:
+    """A run of a model on fake tensors.
+
+    Args:
+        values: All values, by number.
+        calls: All calls, in order.
+        modules: All calls of modules, in the order in which they ended.
+        skipped: Repeated layers that did not run.
+        inputs: The value of each input tensor of the model, by argument name.
+        outputs: The values of the tensors that the model returns.
+        num_calls: How often each module was called, by path.
+    """
+
+    values: list[Value] = Factory(list)
+    calls: list[RecordedCall] = Factory(list)
+    modules: list[ModuleCall] = Factory(list)
+    skipped: list[SkippedLayer] = Factory(list)
+    inputs: dict[str, int] = Factory(dict)
+    outputs: list[int] = Factory(list)
+    num_calls: dict[str, int] = Factory(dict)
