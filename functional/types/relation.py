@@ -105,7 +105,10 @@ class Joined:
 
 @frozen
 class Widened:
-    """The first operand, broadcast to the shape of the result: along new axes, and axes of one entry, all entries are equal."""
+    """The first operand, broadcast to the shape of the result.
+
+    All entries are equal along new axes, and along axes that had a single entry.
+    """
 
 
 @frozen

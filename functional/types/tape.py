@@ -47,7 +47,9 @@ class RecordedCall:
     Args:
         name: The operator, without its overload.
         arguments: Its arguments by name, with defaults; tensors as :class:`ValueRef`, also in lists.
-        results: Numbers of the values that it returns; an operator in place returns a new number for the changed value.
+        results: Numbers of the values that it returns. An operator in place returns a new number for the changed value.
+            A call ``written`` follows for each other view of the memory: of the view's old value and the changed value, it
+            returns the view's new value.
         module: Path of the innermost module that runs.
         line: Where the model's code calls it, as ``modeling_llama.py:123``.
         step: Place of the layout step whose own code runs it; None for the model's code.
