@@ -54,16 +54,19 @@ class Relation:
     """An operator whose axes correspond.
 
     Parts of axes with the same label give parts of the result. Operands that lack the label, or have a single entry there,
-    are whole.
+    are whole. A result without the label of a split axis, over which the operator does not sum, is the same for all parts.
 
     Args:
         operands: For each operand, the label of each axis.
         results: For each result, the label of each axis.
-        summed: Labels of axes over which it sums: parts give summands.
+        summed: Labels of axes over which it sums: parts give summands. Where operands with the label are in a set of
+            ``linear``, operands of the set without the label must be summands themselves, as the bias that ``addmm`` adds.
         averaged: Labels of axes over which it takes the mean: parts give summands of a multiple.
         whole: Labels of axes of which it needs all entries, each with the reason, as ``softmax is taken over them``.
         linear: Sets of operands in which it is linear together, if the rest is fixed: summands of these give a summand.
             ``add`` has {0, 1}, ``mul`` has {0} and {1}, ``softmax`` has none.
+        repeated: Numbers of operands of which the labels speak after each entry of an axis is repeated: heads of keys that
+            several heads of queries share.
     """
 
     operands: tuple[tuple[Label, ...], ...]
@@ -72,6 +75,7 @@ class Relation:
     averaged: frozenset[Label] = frozenset()
     whole: Mapping[Label, str] = field(factory=frozendict, converter=frozendict)
     linear: tuple[frozenset[int], ...] = ()
+    repeated: tuple[tuple[int, RepeatedEach], ...] = ()
 
 
 @frozen
@@ -95,6 +99,8 @@ class Taken:
 @frozen
 class Joined:
     """All operands one after another along an axis. Linear in all together.
+
+    Operands of shape [0] are left out where others have more axes.
 
     Args:
         axis: The axis.
