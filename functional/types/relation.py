@@ -49,6 +49,10 @@ class OperatorCall:
     is_pointwise: bool = False
 
 
+def _frozen(reasons: Mapping[Label, str]) -> Mapping[Label, str]:
+    return frozendict(reasons)
+
+
 @frozen
 class Relation:
     """An operator whose axes correspond.
@@ -73,7 +77,7 @@ class Relation:
     results: tuple[tuple[Label, ...], ...]
     summed: frozenset[Label] = frozenset()
     averaged: frozenset[Label] = frozenset()
-    whole: Mapping[Label, str] = field(factory=frozendict, converter=frozendict)
+    whole: Mapping[Label, str] = field(default=frozendict(), converter=_frozen)
     linear: tuple[frozenset[int], ...] = ()
     repeated: tuple[tuple[int, RepeatedEach], ...] = ()
 

@@ -37,7 +37,7 @@ def _repeated(call: OperatorCall, query: Shape, key: Shape, value: Shape) -> dic
     """Return how often each head of keys and values is used, where several heads of queries share it."""
     found: dict[str, RepeatedEach] = {}
     for name, shape in (("key", key), ("value", value)):
-        if call.arguments.get("enable_gqa") and shape[-3] not in {1, query[-3]}:
+        if query[-3:-2] != shape[-3:-2] and shape[-3] > 1:
             if query[-3] % shape[-3]:
                 return None
             found[name] = RepeatedEach(len(shape) - 3, query[-3] // shape[-3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..relation import Operand, OperatorCall, Relation
-from .labels import Labels, OperatorRule, axes_of, axis_of, each, numbered, reasons, without
+from .labels import Labels, OperatorRule, axes_of, axis_of, each, numbered, reasons, replaced, without
 from .pointwise import pointwise
 
 
@@ -46,8 +46,10 @@ def _run(call: OperatorCall) -> Relation:
 
 def _sorted(call: OperatorCall) -> Relation:
     labels = numbered(len(call.operands[0].shape))
-    whole = reasons(labels[axis_of(call, len(labels)) :][:1], f"{call.name} compares them with each other")
-    return Relation((labels,), (labels,) * len(call.shapes), whole=whole)
+    at = axis_of(call, len(labels)) if "dim" in call.arguments else 0
+    whole = reasons(labels[at : at + 1], f"{call.name} compares them with each other")
+    result = replaced(labels, at) if labels else ()
+    return Relation((labels,), (result,) * len(call.shapes), whole=whole)
 
 
 def _picked(call: OperatorCall) -> Relation:
