@@ -11,7 +11,7 @@ from .labels import Labels, OperatorRule, aligned, numbered, relate, shape_of, t
 def _attention(call: OperatorCall) -> Relation | None:
     query, key, value = (shape_of(call, name) for name in ("query", "key", "value"))
     batch = numbered(len(call.shapes[0]) - 2, "batch")
-    repeated = _repeated(call, query, key, value)
+    repeated = _repeated(query, key, value)
     if repeated is None:
         return None
     labels_of_key = (*aligned(_heads(key, repeated.get("key")), batch), "keys", "features")
@@ -33,7 +33,7 @@ def _attention(call: OperatorCall) -> Relation | None:
     return _with_repeated(call, made, repeated)
 
 
-def _repeated(call: OperatorCall, query: Shape, key: Shape, value: Shape) -> dict[str, RepeatedEach] | None:
+def _repeated(query: Shape, key: Shape, value: Shape) -> dict[str, RepeatedEach] | None:
     """Return how often each head of keys and values is used, where several heads of queries share it."""
     found: dict[str, RepeatedEach] = {}
     for name, shape in (("key", key), ("value", value)):
