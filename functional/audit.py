@@ -66,6 +66,7 @@ def audit(plan: Plan, *, ranks_per_node: int | None = None, device_memory: int |
         boundaries=tuple(_boundary(number, stage) for number, stage in enumerate(plan.stages[:-1])),
         replicated=_replicated(plan),
         proofs=prove(plan, distinct, traces),
+        trusts=plan.trusts,
         num_microbatches=dialect.training(plan).num_microbatches,
         ranks_per_node=ranks_per_node,
         device_memory=device_memory,

@@ -59,7 +59,7 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
     one, other = audit(before), audit(after)
     found, worst_rank, worst_bytes = moves(before, after)
     tensors, modules = tuple(_tensors(before, after)), tuple(_modules(before, after))
-    fields = list(_changes(_plan_fields(before), _plan_fields(after)))
+    fields = list(_changes(_plan_fields(before, one), _plan_fields(after, other)))
     told = {"tree"} if tensors else set[str]()
     told |= {"steps"} if modules or any(None in (change.before, change.after) for change in tensors) else set()
     return PlanDiff(
@@ -79,13 +79,15 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
     )
 
 
-def _plan_fields(plan: Plan) -> dict[str, str]:
-    """Return the fields of the plan as a whole in words, by name."""
+def _plan_fields(plan: Plan, report: Report) -> dict[str, str]:
+    """Return the fields of the plan as a whole in words, by name, and whether it is proven equal to the whole model."""
     said = {"mesh": str(plan.mesh).removeprefix("mesh "), "target": plan.target or "none", "seed": str(plan.seed)}
     said |= {f"config{path}": text for path, text in _leaves("", plan.config)} if plan.config is not None else {}
     said |= {"random_scheme": str(plan.random_scheme)}
     said |= {"pipeline.cuts": ", ".join(plan.pipeline.cuts)} if plan.pipeline else {}
     said |= {f"silences.{silence.code} {silence.pattern}": silence.reason for silence in plan.silences}
+    said |= {f"trusts.{trust.module}": str(trust) for trust in plan.trusts}
+    said |= {"equal": report.proof("equal").answer}
     counts = Counter(type(step).__name__ for step in plan.steps)
     return said | {f"steps.{name}": str(num) for name, num in sorted(counts.items())}
 
@@ -106,8 +108,9 @@ def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[Ch
 
 def _changed_digests(before: Plan, after: Plan, told: set[str]) -> Iterator[Change]:
     """Compare the fields for which no change is told yet, by the first digits of their hashes."""
-    for name, text in before.canonical_fields.items():
-        if name not in told and text != (other := after.canonical_fields[name]):
+    for name in dict.fromkeys((*before.canonical_fields, *after.canonical_fields)):
+        text, other = before.canonical_fields.get(name, ""), after.canonical_fields.get(name, "")
+        if name not in told and text != other:
             yield Change(name, "", _digest(text), _digest(other))
 
 

@@ -3,6 +3,7 @@
 from .checkpoint import Checkpoint
 from .codec import as_plain, dumps, loads
 from .distinct_ranks import Distinct
+from .equality import ActivationType, CallType, Equality, ModuleTypes, Trust, Unfollowed
 from .errors import PlanError, Problem
 from .finding import Finding, Silence, Silenced
 from .index import Index
@@ -30,8 +31,10 @@ __all__ = [
     "MESH_AXES",
     "SCHEMA_VERSION",
     "Activation",
+    "ActivationType",
     "Boundary",
     "Call",
+    "CallType",
     "Candidate",
     "Change",
     "Checkpoint",
@@ -39,6 +42,7 @@ __all__ = [
     "Constant",
     "Coordinate",
     "Distinct",
+    "Equality",
     "ExampleInput",
     "Failure",
     "Finding",
@@ -56,6 +60,7 @@ __all__ = [
     "MeshAxis",
     "Microbatch",
     "ModuleCall",
+    "ModuleTypes",
     "ModuleValues",
     "Node",
     "Operation",
@@ -91,6 +96,8 @@ __all__ = [
     "TensorCall",
     "TensorInput",
     "Traffic",
+    "Trust",
+    "Unfollowed",
     "Uninitialised",
     "VariableSize",
     "as_plain",

@@ -32,12 +32,16 @@ def record_converter(*, is_canonical: bool = False) -> cattrs.Converter:
     """
     converter = make_converter(forbid_extra_keys=False)
 
-    def equal_part(cls: Any) -> Callable[[Any], dict[str, Any]]:
-        omitted: dict[str, Any] = {field.name: override(omit=True) for field in fields(cls) if not field.eq}
-        return make_dict_unstructure_fn(cls, converter, **omitted)
+    def overrides(cls: Any) -> dict[str, Any]:
+        """Return the fields of a record that are not always written."""
+        if_set = {f.name: override(omit_if_default=True) for f in fields(cls) if f.metadata.get("written") == "if set"}
+        never = [f for f in fields(cls) if f.metadata.get("written") == "never" or (is_canonical and not f.eq)]
+        return if_set | {f.name: override(omit=True) for f in never}
 
-    if is_canonical:
-        converter.register_unstructure_hook_factory(_has_more_than_equality, equal_part)
+    def written(cls: Any) -> Callable[[Any], dict[str, Any]]:
+        return make_dict_unstructure_fn(cls, converter, **overrides(cls))
+
+    converter.register_unstructure_hook_factory(lambda cls: has(cls) and bool(overrides(cls)), written)
     for union in (What, Call, Source, Step, ExampleInput):  # a union comes before the unions that contain it
         configure_tagged_union(union, converter, tag_name="is")
     converter.register_structure_hook_func(_is_frozendict, lambda value, _: deepfreeze(_expect(value, dict)))
@@ -63,10 +67,6 @@ def canonical_json(texts: Mapping[str, str]) -> str:
     '{"data":1,"pipe":2}'
     """
     return f"{{{','.join(f'{json.dumps(name)}:{text}' for name, text in texts.items())}}}"
-
-
-def _has_more_than_equality(cls: Any) -> bool:
-    return has(cls) and not all(field.eq for field in fields(cls))
 
 
 def _is_frozendict(cls: Any) -> bool:

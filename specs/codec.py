@@ -6,7 +6,6 @@ import json
 from typing import Any, cast
 
 import cattrs
-from cattrs.gen import make_dict_unstructure_fn, override
 from cattrs.v import format_exception
 
 from .canonical import record_converter
@@ -86,12 +85,6 @@ def _damage(cause: str) -> Problem:
     return Problem("plan", f"it is damaged: {cause}", "Plan again, or copy the file again")
 
 
-def _plan_converter() -> cattrs.Converter:
-    converter = record_converter()
-    converter.register_unstructure_hook(Plan, make_dict_unstructure_fn(Plan, converter, runtime=override(omit=True)))
-    return converter
-
-
 def _format(error: BaseException, cls: type | None) -> str:
     match error:
         case PlanError(problems=problems):
@@ -104,4 +97,4 @@ def _format(error: BaseException, cls: type | None) -> str:
             return format_exception(error, cls)
 
 
-_CONVERTER = _plan_converter()
+_CONVERTER = record_converter()

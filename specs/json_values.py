@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from attrs import Attribute
 
 
+WRITTEN_IF_SET = {"written": "if set"}
+"""Metadata of an attrs field that is written to JSON only where it is not its default: older records lack it."""
+
+NEVER_WRITTEN = {"written": "never"}
+"""Metadata of an attrs field that JSON cannot hold."""
+
+
 def is_plain(value: object) -> bool:
     """Tell whether a value is made of finite numbers, strings, booleans, None, lists and dictionaries with string keys.
 

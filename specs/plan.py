@@ -11,9 +11,10 @@ from attrs import field, frozen
 from frozendict import deepfreeze, frozendict
 
 from .canonical import canonical_fields, canonical_json
+from .equality import Equality, Trust, layout_digest
 from .errors import PlanError, Problem
 from .finding import Silence
-from .json_values import check_plain
+from .json_values import NEVER_WRITTEN, WRITTEN_IF_SET, check_plain
 from .layout_steps import LayoutStep, Sync, SyncOp
 from .listing import listing
 from .mesh import SPLIT_AXES, Mesh
@@ -81,6 +82,9 @@ class Plan:
         folder: The files that values are read from; None if none are.
         silences: Findings that are known and meant.
         runtime: Model and callables; outside equality, hash, repr and JSON.
+        trusts: Modules that nobody can follow, and the user's word for them.
+        equality: The evidence that it computes what the whole model computes; None if no example inputs were followed.
+            It is saved, and stands outside equality, hash and fingerprint.
 
     Raises:
         PlanError: If tensors do not fit the mesh, or steps name tensors that are not there.
@@ -98,7 +102,9 @@ class Plan:
     microbatch: Microbatch | None = None
     folder: Folder | None = None
     silences: tuple[Silence, ...] = field(default=(), converter=tuple)
-    runtime: Runtime = field(factory=Runtime, eq=False)
+    runtime: Runtime = field(factory=Runtime, eq=False, metadata=NEVER_WRITTEN)
+    trusts: tuple[Trust, ...] = field(default=(), converter=tuple, metadata=WRITTEN_IF_SET)
+    equality: Equality | None = field(default=None, eq=False, metadata=WRITTEN_IF_SET)
 
     def __attrs_post_init__(self) -> None:
         problems = [
@@ -137,6 +143,11 @@ class Plan:
                 case _:
                     pass
         return tuple(names)
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """Digest of what decides how the split model computes; evidence of another layout is none."""
+        return layout_digest(self.mesh, self.tree, self.steps)
 
     @cached_property
     def canonical_fields(self) -> Mapping[str, str]:

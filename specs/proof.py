@@ -1,4 +1,4 @@
-"""Proofs of laws for all ranks of a plan, with their failures."""
+"""Proofs of laws for all ranks of a plan, with their failures, and with what nobody could follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Literal
 
 from attrs import frozen
 
-Law = Literal["cover", "source", "ties", "once", "stages", "order", "values"]
+from .equality import Unfollowed
+from .fold_layers import fold
+
+Law = Literal["cover", "source", "ties", "once", "stages", "order", "values", "equal"]
 
 LAWS: dict[Law, str] = {
     "cover": "every element of every tensor is held exactly once per replica group",
@@ -16,8 +19,11 @@ LAWS: dict[Law, str] = {
     "stages": "no rank touches a tensor of another stage",
     "order": "all members of a process group issue the same collectives in the same order",
     "values": "values do not depend on the layout",
+    "equal": "the split model computes what the whole one does",
 }
 """Laws that are proven, by name."""
+
+_FEW = 5
 
 
 @frozen
@@ -35,23 +41,54 @@ class Failure:
 
 @frozen
 class Proof:
-    """A law, and where it fails: nowhere, if it is proven.
+    """A law, where it fails, and where nobody could follow it: nowhere, if it is proven.
 
     Args:
         law: Its name.
-        num_cases: How many tensors, or messages, were looked at.
+        num_cases: How many tensors, messages or computed activations were looked at.
         failures: Where it does not hold.
+        unfollowed: Where it is not known whether it holds.
+        remark: What else is to be known of the proof; empty for nothing.
     """
 
     law: Law
     num_cases: int
     failures: tuple[Failure, ...] = ()
+    unfollowed: tuple[Unfollowed, ...] = ()
+    remark: str = ""
+
+    @property
+    def answer(self) -> Literal["holds", "fails", "not followed"]:
+        """Whether it is proven, or is found to fail, or neither."""
+        if self.failures:
+            return "fails"
+        return "not followed" if self.unfollowed else "holds"
 
     @property
     def holds(self) -> bool:
         """Whether it is proven."""
-        return not self.failures
+        return self.answer == "holds"
+
+    @property
+    def open_cases(self) -> list[str]:
+        """What nobody could follow, in words, repeated layers folded."""
+        return [
+            str(Unfollowed(path, operator, cause)) if path or operator else cause
+            for path, (operator, cause) in fold((u.path, (u.operator, u.cause)) for u in self.unfollowed)
+        ]
 
     def __str__(self) -> str:
-        verdict = f"holds ({self.num_cases} cases)" if self.holds else f"fails in {len(self.failures)} cases"
-        return f"{self.law:<6}  {LAWS[self.law]}: {verdict}"
+        head = f"{self.law:<6}  {LAWS[self.law]}: {self.answer}"
+        match self.answer:
+            case "holds":
+                return f"{head} ({'; '.join(filter(None, (f'{self.num_cases} cases', self.remark)))})"
+            case "fails":
+                return f"{head} in {len(self.failures)} cases"
+            case "not followed":
+                first, *more = self.open_cases
+                if not more:
+                    return f"{head}: {first}"
+                shown = [f"        {case}" for case in (first, *more)[:_FEW]]
+                rest = len(more) + 1 - len(shown)
+                shown += [f"        and {rest} more"] if rest else []
+                return "\n".join([f"{head} in {len(more) + 1} places", *shown])

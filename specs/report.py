@@ -9,6 +9,7 @@ from attrs import frozen
 
 from .distinct_ranks import Distinct
 from .dtypes import human_bytes
+from .equality import Trust
 from .file_reads import FileRead, rows, total_bytes
 from .finding import Finding, Silenced, folded
 from .fold_layers import fold
@@ -42,7 +43,7 @@ _TOO_LARGE = "SP030"
 
 @frozen
 class Report:
-    """Memory, messages and findings of all ranks.
+    """Memory, messages, proofs and findings of all ranks.
 
     Args:
         title: The plan in a line.
@@ -58,6 +59,7 @@ class Report:
         folder: The files; None if the plan reads none.
         findings: Findings that are not silenced.
         silenced: Silenced findings, with reasons.
+        trusts: Modules that nobody could follow and that the user trusts, with reasons.
         num_microbatches: Micro-batches of a training step, on a rank.
         ranks_per_node: Ranks that share a node and its host memory; None if nobody said.
         device_memory: Bytes of a device; None if nobody said.
@@ -76,13 +78,14 @@ class Report:
     folder: Folder | None = None
     findings: tuple[Finding, ...] = ()
     silenced: tuple[Silenced, ...] = ()
+    trusts: tuple[Trust, ...] = ()
     num_microbatches: int = 1
     ranks_per_node: int | None = None
     device_memory: int | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether no finding is an error."""
+        """Whether no finding is an error. It proves nothing: what could not be followed is in ``proof("equal")``."""
         return not any(finding.severity == "error" for finding in self.findings)
 
     @property
@@ -136,20 +139,31 @@ class Report:
             largest = [f"        {path}  {type_}  {human_bytes(size)}" for path, type_, size in self.replicated[:_FEW]]
             count = f"{len(self.replicated)} tensors of {human_bytes(total)} on every rank of their stage; the largest:"
             lines += ["", f"whole   {count}", *largest]
-        lines += ["", *(f"{'proofs' if not number else '':<8}{proof}" for number, proof in enumerate(self.proofs))]
+        proofs = [line for proof in self.proofs for line in str(proof).splitlines()]
+        lines += ["", *(f"{'proofs' if not number else '':<8}{line}" for number, line in enumerate(proofs))]
         lines += ["", *map(str, folded(self.findings))] if self.findings else []
         quiet = fold((s.finding.path, (s.finding.code, s.reason)) for s in self.silenced)
         lines += ["", *(f"silenced  {code} {path or '(plan)'}: {reason}" for path, (code, reason) in quiet)] if quiet else []
+        trusted = fold((trust.module, (str(trust),)) for trust in self.trusts)
+        lines += ["", *(f"trusted   {path or '(model)'}, {told}" for path, (told,) in trusted)] if trusted else []
         return "\n".join([*lines, "", f"ok      {self.verdict}"])
 
     @property
     def verdict(self) -> str:
-        """The verdict of all findings, in a few words."""
+        """The verdict of all findings in a few words, and whether the law ``equal`` is proven."""
         if self.ok:
-            return "yes"
+            return self._proven
         if self.is_refused:
             return "no: execute refuses this plan"
         return "no: it needs more memory than a device has, for which execute does not look"
+
+    @property
+    def _proven(self) -> str:
+        equal = self.proof("equal")
+        if equal.holds:
+            return "yes, equal proven"
+        first, *more = equal.open_cases
+        return f"yes, but equal not followed: {first}{f', and {len(more)} more' if more else ''}"
 
     def _holds(self) -> Iterator[tuple[str, ...]]:
         alike: dict[tuple[int, Memory], list[Share]] = {}

@@ -1,4 +1,4 @@
-"""The seven laws of a plan, proven for all its ranks from the traces of its distinct coordinates."""
+"""The laws of a plan, proven for all its ranks from the traces of its distinct coordinates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ...specs.layout_steps import LayoutStep, SumGradient
+from ...specs.equality import Unfollowed
+from ...specs.layout_steps import LayoutStep, SetAttributes, SetToLocalSize, SumGradient
 from ...specs.mesh import MESH_AXES, STAGE_AXES, Coordinate, Mesh
 from ...specs.paths import join
 from ...specs.proof import Failure, Law, Proof
@@ -28,7 +29,8 @@ def prove(plan: Plan, distinct: Distinct, traces: Traces) -> tuple[Proof, ...]:
 
     The interpreter itself follows the steps at each distinct coordinate; the entries of a split axis are checked at every
     place along its mesh axis. The order of collectives is proven for the execution alone: while training, the model's code
-    issues them in its own order, and their groups are checked to exist.
+    issues them in its own order, and their groups are checked to exist. Whether the split model computes what the whole one
+    does is not found here: the plan has evidence of it, or none.
 
     Args:
         plan: The plan.
@@ -56,7 +58,7 @@ def prove(plan: Plan, distinct: Distinct, traces: Traces) -> tuple[Proof, ...]:
         ("order", num_joined, _order(plan, distinct, traces)),
         ("values", num_tensors, _values(plan)),
     ]
-    return tuple(Proof(law, num, tuple(dict.fromkeys(failures))) for law, num, failures in found)
+    return (*(Proof(law, num, tuple(dict.fromkeys(failures))) for law, num, failures in found), _equal(plan))
 
 
 def _cover(plan: Plan, traces: Traces) -> Iterator[Failure]:
@@ -298,3 +300,30 @@ def _values(plan: Plan) -> Iterator[Failure]:
                 yield Failure(spec.path, "it has no values: whatever the memory holds")
             case _:
                 pass
+
+
+def _equal(plan: Plan) -> Proof:
+    """The split model computes what the whole one does: by the plan's evidence, or as nothing is split."""
+    found = plan.equality
+    if found is None:
+        return Proof("equal", 0, unfollowed=tuple(_unfollowed(plan)))
+    if found.layout != plan.layout_digest:
+        cause = "the plan has another layout than the one that was followed: plan again with plan_build"
+        return Proof("equal", 0, unfollowed=(Unfollowed("", "", cause),))
+    remark = "inputs made from the configuration" if found.inputs == "made" else ""
+    return Proof("equal", len(found.calls), unfollowed=found.unfollowed, remark=remark)
+
+
+def _unfollowed(plan: Plan) -> Iterator[Unfollowed]:
+    """Iterate over what makes a split model another one than the whole, if no inputs were followed: nothing on one rank."""
+    first = plan.mesh.coordinate(0)
+    matter = [step for step in plan.steps if isinstance(step, LayoutStep) and step.matters(plan.mesh)]
+    if any(spec.mesh_axes(first) for spec in plan.tree.values()) or any(
+        not isinstance(step, (SetAttributes, SetToLocalSize)) for step in matter
+    ):
+        cause = "no example inputs" if plan.microbatch is None else "its activations were not followed while planning"
+        yield Unfollowed("", "", cause)
+        return
+    for step in matter:
+        if isinstance(step, SetAttributes):
+            yield Unfollowed(step.module, "", f"no example inputs, and {step.describe()} is set")

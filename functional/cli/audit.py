@@ -77,7 +77,15 @@ def command(
         write(html, html_report(loaded, report))
     if as_json:
         of_rank = {} if rank is None else {"rank": _rank_json(loaded, report, rank)}
-        echo_json({"ok": report.ok, "fingerprint": loaded.fingerprint, **as_plain(report), **of_rank})
+        echo_json(
+            {
+                "ok": report.ok,
+                "equal": report.proof("equal").answer,
+                "fingerprint": loaded.fingerprint,
+                **as_plain(report),
+                **of_rank,
+            }
+        )
     else:
         echo(str(report))
         if rank is not None:

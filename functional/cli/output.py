@@ -18,12 +18,13 @@ _STYLES = {
     r"\S+@expert\S*?(?=[,\]\s])": "magenta",
     r"(?m)^SP\d{3} error": "bold red",
     r"(?m)^SP\d{3} warning": "bold yellow",
-    r"(?m)^ok      yes": "bold green",
+    r"(?m)^ok      yes, equal proven": "bold green",
+    r"(?m)^ok      yes, but equal not followed": "bold yellow",
     r"(?m)^ok      no": "bold red",
     r"(?m)^.{8}\+ .*$": "green",
     r"(?m)^.{8}- .*$": "red",
     r"(?m)^stage \d+": "dim",
-    r"(?m)^(holds|sends|step|crosses|whole|proofs|silenced|tensors|modules|finds|moves)  ": "bold",
+    r"(?m)^(holds|sends|step|crosses|whole|proofs|silenced|trusted|tensors|modules|finds|moves)  ": "bold",
 }
 """Styles by pattern: split axes by mesh axis, findings, lines that a diff adds or removes, headings of tables."""
 

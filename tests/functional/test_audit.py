@@ -90,7 +90,7 @@ def test_a_sound_plan_is_ok_and_prints():
     report = audit(plan_build(schedule("llama", Mesh(tensor=2)), strategy="scatter"))
     assert report.ok
     text = str(report)
-    assert text.splitlines()[-1] == "ok      yes"
+    assert text.splitlines()[-1] == "ok      yes, but equal not followed: no example inputs"
     assert "scatter" in text
 
 

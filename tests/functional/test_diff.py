@@ -134,7 +134,7 @@ def test_swapping_mirrors_what_came_and_what_is_held():
     assert there.removed == back.added == ("layers.0.weight",)
     mirrored = [(c.path, c.after, c.before) for c in there.fields]
     assert sorted(mirrored, key=str) == sorted([(c.path, c.before, c.after) for c in back.fields], key=str)
-    assert {c.path for c in there.fields} == {"target", "seed", "config.a.b"}
+    assert {c.path for c in there.fields} == {"target", "seed", "config.a.b", "equal"}
     assert [(r.num_ranks, r.after, r.before) for r in there.ranks] == [(r.num_ranks, r.before, r.after) for r in back.ranks]
     assert [(s.what, s.after, s.before) for s in there.spreads] == [(s.what, s.before, s.after) for s in back.spreads]
     assert (there.came, there.went) == (back.went, back.came)

@@ -36,6 +36,7 @@ from shardplan.specs import (
     SyncCall,
     TensorCall,
     TensorInput,
+    Trust,
     Uninitialised,
     VariableSize,
 )
@@ -399,6 +400,8 @@ microbatches = st.builds(
     without_gradient=st.lists(words, max_size=2).map(tuple),
 )
 silences = st.lists(st.builds(Silence, st.sampled_from(["SP010", "SP021"]), words, words), max_size=2)
+split_trusts = st.builds(Trust, words, words, st.just("split"), st.integers())
+trusts = st.lists(st.builds(Trust, words, words) | split_trusts, max_size=2)
 
 
 def folder_of(tree):
@@ -423,4 +426,5 @@ def plans(draw):
         microbatch=draw(st.none() | microbatches),
         folder=folder_of(tree),
         silences=draw(silences),
+        trusts=draw(trusts),
     )

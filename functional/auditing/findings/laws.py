@@ -34,8 +34,8 @@ def unproven(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
         causes: dict[str, list[str]] = {}
         for failure in proof.failures:
             causes.setdefault(failure.path, []).append(failure.cause)
-        code, severity, fix = _KINDS[proof.law]
         for path, (first, *others) in causes.items():
+            code, severity, fix = _KINDS[proof.law]
             more = f", and {len(others)} cases more" if len(others) > 1 else ", and one case more" if others else ""
             yield Finding(code, severity, path, f"{first}{more}; against the law that {LAWS[proof.law]}", fix)
 

@@ -87,13 +87,19 @@ def _head(plan: Plan, report: Report) -> dict[str, Any]:
         "heading": report.title.partition(",")[0],
         "fingerprint": plan.fingerprint,
         "ok": report.ok,
-        "verdict": "execute takes this plan" if report.ok else report.verdict.removeprefix("no: "),
+        "verdict": _verdict(report),
         "num_errors": sum(finding.severity == "error" for finding in report.findings),
         "num_warnings": sum(finding.severity == "warning" for finding in report.findings),
         "num_silenced": len(report.silenced),
         "num_stages": plan.mesh.pipe,
         "facts": [list(fact) for fact in _facts(plan, report)],
     }
+
+
+def _verdict(report: Report) -> str:
+    if report.ok:
+        return f"execute takes this plan, {report.verdict.removeprefix('yes, ')}"
+    return report.verdict.removeprefix("no: ")
 
 
 def _facts(plan: Plan, report: Report) -> Iterator[tuple[str, str]]:

@@ -46,14 +46,22 @@ function choose(name, choices, changed) {
 }
 
 function drawProofs(data) {
-  body("proofs").append(make("ul", { class: "proofs" }, ...data.verdicts.proofs.map(proof)));
+  const { proofs, trusted } = data.verdicts;
+  body("proofs").append(make("ul", { class: "proofs" }, ...proofs.map(proof)));
+  if (trusted.length) {
+    const rows = trusted.map(([path, said]) => make("li", {}, pathText(path), make("p", {}, said)));
+    body("proofs").append(details(`${plural(trusted.length, "module")} trusted`, make("ul", { class: "trusted" }, ...rows)));
+  }
 }
 
-function proof({ law, says, holds, num_cases, failures }) {
+const CLASSES = { holds: "holds", fails: "fails", "not followed": "open" };
+
+function proof({ law, says, answer, result, open, failures }) {
   const rows = failures.map(([path, causes, numMore]) => make("li", {},
     pathText(path), ...causes.map((cause) => make("p", {}, cause)), numMore ? make("p", {}, `and ${plural(numMore, "case")} more`) : null));
-  return make("li", { class: holds ? "holds" : "fails", "data-law": law },
+  rows.push(...open.map((cause) => make("li", {}, make("p", {}, cause))));
+  return make("li", { class: CLASSES[answer], "data-law": law },
     make("b", {}, law), make("span", { class: "says" }, says),
-    make("span", { class: "result" }, `${holds ? "holds" : "fails"} in ${plural(num_cases.toLocaleString("en"), "case")}`),
-    holds ? null : make("ul", { class: "failures" }, ...rows));
+    make("span", { class: "result" }, result),
+    rows.length ? make("ul", { class: "failures" }, ...rows) : null);
 }

@@ -1,4 +1,4 @@
-"""The proofs, the findings, and the silenced findings."""
+"""The proofs, the findings, the silenced findings, and the modules that are trusted."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def verdicts(report: Report) -> dict[str, Any]:
         "findings": _findings(report.findings),
         "silenced": [{**kind, "reason": why} for why, findings in reasons.items() for kind in _findings(findings)],
         "proofs": [_proof(proof) for proof in report.proofs],
+        "trusted": [[path, said] for path, (said,) in fold((t.module, (str(t),)) for t in report.trusts)],
     }
 
 
@@ -53,7 +54,22 @@ def _proof(proof: Proof) -> dict[str, Any]:
     return {
         "law": proof.law,
         "says": LAWS[proof.law],
-        "holds": proof.holds,
-        "num_cases": len(proof.failures) or proof.num_cases,
+        "answer": proof.answer,
+        "result": _result(proof),
+        "open": proof.open_cases,
         "failures": [[path, few, len(all_) - len(few)] for path, all_ in causes.items() for few in [all_[:_MOST_CAUSES]]],
     }
+
+
+def _result(proof: Proof) -> str:
+    match proof.answer:
+        case "holds":
+            return "; ".join(filter(None, [f"holds in {_cases(proof.num_cases)}", proof.remark]))
+        case "fails":
+            return f"fails in {_cases(len(proof.failures))}"
+        case "not followed":
+            return "not followed"
+
+
+def _cases(num: int) -> str:
+    return f"{num:,} case{'' if num == 1 else 's'}"
