@@ -295,7 +295,7 @@ def _take_parts(axis: Axis, wanted: tuple[int, int], local: tuple[int, int], ran
         places = np.flatnonzero(is_wanted)
         fitting = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
         low, high = (
-            _bound(bound, of_whole, fit, (length, lengths, rank), size_of(units))
+            _bound(bound, of_whole, fit, (length, lengths[rank]), size_of(units))
             for bound, of_whole, fit in zip((local[0] // unit, local[1] // unit), (start, stop), fitting, strict=True)
         )
         high = max(low, high)
@@ -312,20 +312,18 @@ def _take_parts(axis: Axis, wanted: tuple[int, int], local: tuple[int, int], ran
     return canonical([parts_of(stop - start, held), Whole(unit)])
 
 
-def _bound(bound: int, of_whole: int, fitting: int, sizes: tuple[int, list[int], int], size: int) -> int:
+def _bound(bound: int, of_whole: int, fitting: int, sizes: tuple[int, int], size: int) -> int:
     """Return where a rank begins or ends, if ``rank`` does at ``bound`` and the whole at ``of_whole``.
 
     Ranks do the same where they have equally many entries. Where not, a number that is also the whole's is a constant, the
     end is the end, and anything else is a size that each rank has in its own way.
     """
-    length, lengths, rank = sizes
-    if len(set(lengths)) == 1:
-        return bound
-    if of_whole == size and bound == lengths[rank]:
+    length, own_length = sizes
+    if of_whole == size and bound == own_length:
         return length
     if bound == of_whole:
         return min(bound, length)
-    return bound if length == lengths[rank] else fitting
+    return bound if length == own_length else fitting
 
 
 def _why_not_taken(
