@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any, assert_never, get_args
 
@@ -43,11 +46,25 @@ class RankContext:
         coordinate: Its place in the mesh.
         groups: Its synchronisation group along each mesh axis, and its groups of neighbours, by name.
         callables: The user's functions by name.
+        around: Returns a context manager that is entered while the code of a step runs in a forward pass.
     """
 
     coordinate: Coordinate
     groups: Mapping[str, SyncGroup]
     callables: Mapping[str, Any]
+    around: Callable[[LayoutStep], AbstractContextManager[Any]] = nullcontext
+
+    def within(self, step: LayoutStep, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a hook that runs as the code of a step."""
+        if self.around is nullcontext:
+            return hook
+
+        @functools.wraps(hook)
+        def running(*args: Any, **kwargs: Any) -> Any:
+            with self.around(step):
+                return hook(*args, **kwargs)
+
+        return running
 
 
 def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:  # noqa: C901, PLR0912  one case a step
@@ -65,22 +82,22 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
         case AddBiasAfterSync():
             assert linear_of(module), "the plan checks it"
             module.forward = MethodType(forward_without_bias, module)
-            _hook_after(module, _add_bias)
+            _hook_after(module, rank.within(step, _add_bias))
         case Sync(when=when, op=op, mesh_axis=mesh_axis, which=which):
             function = sync_function(step) if op in get_args(SyncOp) else find_callable(op, rank.callables)
             hook = SyncHook(function, rank.groups[mesh_axis], which)
             if when in ("forward_post", "backward_pre"):
-                _hook_after(module, hook.after)
+                _hook_after(module, rank.within(step, hook.after))
             else:
-                _hook_before(module, hook.before)
+                _hook_before(module, rank.within(step, hook.before))
         case SumGradient():
             _sum_gradient(module, step, rank)
         case DispatchTokens():
             dispatch = DispatchTokensHook(step, rank.groups[step.mesh_axis])
             if hasattr(module, "_is_expert_parallel"):  # transformers' mark of a module with part of the experts
                 setattr(module, "_is_expert_parallel", True)  # noqa: B010
-            _hook_before(module, dispatch.before)
-            module.register_forward_hook(dispatch.after, with_kwargs=True)
+            _hook_before(module, rank.within(step, dispatch.before))
+            module.register_forward_hook(rank.within(step, dispatch.after), with_kwargs=True)
             _move_user_hooks_last(module._forward_hooks)  # noqa: SLF001
         case ForkRng():
             forked = ForkRngHook(rank.coordinate.index(step.mesh_axis))
@@ -91,20 +108,21 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
             _hook_before(module, shared.before)
             _hook_after(module, shared.after, also_after_errors=True)
         case MaskPadding(sizes=(part, size)):
-            _hook_after(module, MaskPaddingHook(part, size, rank.groups[step.mesh_axis]).after)
+            mask = MaskPaddingHook(part, size, rank.groups[step.mesh_axis])
+            _hook_after(module, rank.within(step, mask.after))
         case _:
             assert_never(step)
 
 
 def _sum_gradient(module: nn.Module, step: SumGradient, rank: RankContext) -> None:
     """Sum the gradient of a tensor, after the sums that it has already."""
-    hooks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())  # noqa: SLF001
+    hooks = map(_owner, module._forward_pre_hooks.values())  # noqa: SLF001
     summing = next((hook for hook in hooks if isinstance(hook, SumGradientHook) and hook.name == step.name), None)
     if summing is None:
         summing = SumGradientHook(step.name)
         _hook_before(module, summing.before)
         _hook_after(module, summing.after, also_after_errors=True)
-    summing.sums.append((step, rank.groups))
+    summing.sums.append((step, rank.groups, rank.around))
 
 
 _LAYOUT_HOOKS = (SyncHook, SumGradientHook, DispatchTokensHook, MaskPaddingHook, ForkRngHook, ShareRngHook)
@@ -113,8 +131,13 @@ _LAYOUT_HOOKS = (SyncHook, SumGradientHook, DispatchTokensHook, MaskPaddingHook,
 def _move_user_hooks_last(hooks: dict[int, Any]) -> None:
     """Move the user's hooks behind the layout's hooks, so that they see the tensors of the unsplit module."""
     for key, hook in list(hooks.items()):
-        if hook is not _add_bias and not isinstance(getattr(hook, "__self__", None), _LAYOUT_HOOKS):
+        if inspect.unwrap(hook) is not _add_bias and not isinstance(_owner(hook), _LAYOUT_HOOKS):
             hooks[key] = hooks.pop(key)
+
+
+def _owner(hook: Callable[..., Any]) -> Any:
+    """Return the object whose method a hook is, None for a function."""
+    return getattr(inspect.unwrap(hook), "__self__", None)
 
 
 def _hook_before(module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -158,13 +181,16 @@ def _look_up_own_rows(module: nn.Embedding, step: VocabParallel, rank: RankConte
     def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:
         ids = args[0] if args else kwargs[name]
         if num_rows == 0:  # uneven splits may leave a rank without rows
-            return self.weight.sum() + self.weight.new_zeros(*ids.shape, self.weight.shape[1])
-        own = own_ids(ids, part, index, group)
-        is_mine = (own >= 0) & (own < num_rows)
-        mine = torch.where(is_mine, own, 0)
+            with rank.around(step):
+                return self.weight.sum() + self.weight.new_zeros(*ids.shape, self.weight.shape[1])
+        with rank.around(step):
+            own = own_ids(ids, part, index, group)
+            is_mine = (own >= 0) & (own < num_rows)
+            mine = torch.where(is_mine, own, 0)
         rows = whole_forward(self, mine, *args[1:], **kwargs) if args else whole_forward(self, **{**kwargs, name: mine})
-        if padding is not None:  # the row of the padding token is not trained
-            rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
-        return rows.masked_fill(~is_mine.unsqueeze(-1), 0)
+        with rank.around(step):
+            if padding is not None:  # the row of the padding token is not trained
+                rows = torch.where((ids == padding).unsqueeze(-1), rows.detach(), rows)
+            return rows.masked_fill(~is_mine.unsqueeze(-1), 0)
 
     module.forward = MethodType(forward, module)

@@ -18,8 +18,12 @@ from ..model.rng_state import derive_seed
 from .collectives import average_gradient, gather_parts, gather_sum, own_ids, reduce_scatter, sum_gradient
 
 if TYPE_CHECKING:
-    from ...specs.layout_steps import DispatchTokens, SumGradient
+    from contextlib import AbstractContextManager
+
+    from ...specs.layout_steps import DispatchTokens, LayoutStep, SumGradient
     from .collectives import SyncGroup
+
+    Around = Callable[[LayoutStep], AbstractContextManager[Any]]
 
 
 def group_name(mesh_axis: str, num_sharing: int) -> str:
@@ -88,18 +92,20 @@ class SumGradientHook:
 
     Args:
         name: The tensor's name.
-        sums: How its gradient is summed, each with this rank's groups by name; several sums follow each other.
+        sums: How its gradient is summed, each with this rank's groups by name, and with what is entered meanwhile; several
+            sums follow each other.
     """
 
     name: str
-    sums: list[tuple[SumGradient, Mapping[str, SyncGroup]]] = Factory(list)
+    sums: list[tuple[SumGradient, Mapping[str, SyncGroup], Around]] = Factory(list)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put the operator's result under the tensor's name."""
         tensor = module._parameters[self.name]  # noqa: SLF001  getattr may find the result of an outer call
         if tensor is not None:
-            for step, groups in self.sums:
-                tensor = _with_summed_gradient(tensor, step, groups)
+            for step, groups, around in self.sums:
+                with around(step):
+                    tensor = _with_summed_gradient(tensor, step, groups)
             module.__dict__[self.name] = tensor
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -219,8 +225,8 @@ class MaskPaddingHook:
         return output.masked_fill(places >= end, torch.finfo(output.dtype).min)
 
 
-RngState = tuple[Tensor, Tensor | None]
-"""States of torch's generators on the CPU, and on the GPU if it is used."""
+RngState = tuple[Tensor, Tensor | None] | bool
+"""States of torch's generators on the CPU, and on the GPU if it is used; on fake tensors, whether their numbers differ."""
 
 
 class _Forks(threading.local):
@@ -229,9 +235,16 @@ class _Forks(threading.local):
     def __init__(self) -> None:
         self.outside: list[RngState | None] = []
         """States of the generators outside of each call; None where these run again."""
+        self.differ = False
+        """Whether numbers would differ along ``tensor``, on fake tensors, which draw none."""
 
 
 _FORKS = _Forks()
+
+
+def random_numbers_differ() -> bool:
+    """Tell whether random numbers that are drawn now, on fake tensors, differ along ``tensor``."""
+    return _FORKS.differ
 
 
 @frozen
@@ -251,16 +264,21 @@ class ForkRngHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the states of the generators, and seed them."""
-        if detect_fake_mode() is not None:
-            return  # no number is drawn
+        if detect_fake_mode() is not None:  # no number is drawn
+            self._open()
+            _FORKS.differ = True
+            return
         common = int(torch.randint(2**62, ()))
+        self._open()
+        torch.manual_seed(derive_seed(common, f"tensor {self.index}"))
+
+    def _open(self) -> None:
         self.running.append(len(_FORKS.outside))
         _FORKS.outside.append(_rng_state())
-        torch.manual_seed(derive_seed(common, f"tensor {self.index}"))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Restore the generators, also after an error."""
-        if detect_fake_mode() is not None or not self.running:
+        if not self.running:
             return
         around = self.running.pop()
         if (outside := _FORKS.outside[around]) is not None:
@@ -282,8 +300,6 @@ class ShareRngHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Go on with the common random numbers."""
-        if detect_fake_mode() is not None:
-            return
         common = next((state for state in _FORKS.outside if state is not None), None)
         self.inside.append(_rng_state() if common is not None and not self.onwards else None)
         if common is not None:
@@ -293,7 +309,7 @@ class ShareRngHook:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Go back to the random numbers around it, also after an error."""
-        if detect_fake_mode() is not None or not self.inside:
+        if not self.inside:
             return
         around = self.inside.pop()
         if around is not None:
@@ -303,11 +319,16 @@ class ShareRngHook:
 
 
 def _rng_state() -> RngState:
+    if detect_fake_mode() is not None:
+        return _FORKS.differ
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
 
 
 def _restore_rng(state: RngState) -> None:
+    if isinstance(state, bool):
+        _FORKS.differ = state
+        return
     cpu, gpu = state
     torch.set_rng_state(cpu)
     if gpu is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ...specs.layout_steps import LayoutStep
+    from ...specs.mesh import Coordinate
     from ...specs.tree import SpecTree
 
 
@@ -53,8 +54,16 @@ class LocalModel:
     example_inputs: Mapping[str, Any] | None = None
     leaves: tuple[str, ...] = ()
 
-    def fake_copy(self, mode: FakeTensorMode, *, named: bool = False, numbered: bool = False) -> nn.Module:
-        """Return a copy of the model with fake CPU tensors of the first rank's shapes, changed as the layout says.
+    def fake_copy(
+        self,
+        mode: FakeTensorMode,
+        *,
+        named: bool = False,
+        numbered: bool = False,
+        coordinate: Coordinate | None = None,
+        around: Callable[[LayoutStep], AbstractContextManager[Any]] = nullcontext,
+    ) -> nn.Module:
+        """Return a copy of the model with fake CPU tensors of one rank's shapes, changed as the layout says.
 
         Args:
             mode: The mode of the fake tensors.
@@ -62,24 +71,26 @@ class LocalModel:
                 export keeps them.
             numbered: Whether their names also end in the place of the layout step that communicates, which tells whose an
                 operator is.
+            coordinate: The rank; the first by default.
+            around: As in ``RankContext``.
         """
-        first = self.mesh.coordinate(0)
+        here = coordinate or self.mesh.coordinate(0)
         tensors = named_tensors(self.model)
-        shapes = {id(tensor): self.tree[path].local_shape(first) for path, _, tensor in tensors if path in self.tree}
+        shapes = {id(tensor): self.tree[path].local_shape(here) for path, _, tensor in tensors if path in self.tree}
 
         def fake(tensor: Tensor) -> Tensor:
             with mode:
                 return torch.empty(shapes[id(tensor)], dtype=tensor.dtype, device="cpu")
 
         local = copy_module(self.model, fake, for_planning=True)
-        sizes: dict[str, tuple[int, int]] = {m: (self.mesh.num(m), first.index(m)) for m in AXIS_NAMES}
-        sizes |= {group_name(m, num): (num, first.index(m) % num) for m, num in needed_neighbours(self.layout)}
+        sizes: dict[str, tuple[int, int]] = {m: (self.mesh.num(m), here.index(m)) for m in AXIS_NAMES}
+        sizes |= {group_name(m, num): (num, here.index(m) % num) for m, num in needed_neighbours(self.layout)}
         # messages between experts are told from those of tensor parallelism, also where no other group has a name
         groups = {name: SyncGroup(name if named or name.startswith("expert") else "", *size) for name, size in sizes.items()}
         with mode:
             for number, step in enumerate(self.layout):
                 own = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
-                apply_layout(local, step, RankContext(first, own, self.callables))
+                apply_layout(local, step, RankContext(here, own, self.callables, around))
         return local
 
     def fake_inputs(self) -> dict[str, Any]:
