@@ -62,12 +62,12 @@ def record_local(subject: LocalModel, *, skip: bool = True, coordinate: Coordina
 
     >>> from shardplan.functional import create_schedule
     >>> with torch.device("meta"):
-    ...     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8, bias=False))
+    ...     model = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.1), nn.Linear(32, 8, bias=False))
     >>> sch = create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["2"].rowwise()
     >>> example_inputs = {"input": torch.empty(4, 8, device="meta")}
     >>> tape = record_local(LocalModel(model, sch.mesh, sch.tree, sch.layout, example_inputs=example_inputs))
     >>> [(call.name, call.module, *(tape.values[n].shape for n in call.results)) for call in tape.calls]
-    [('shardplan::sum_gradient', '0', (4, 8)), ('linear', '0', (4, 16)), ('relu', '1', (4, 16)), ('linear', '2', (4, 8)),
+    [('shardplan::sum_gradient', '0', (4, 8)), ('linear', '0', (4, 16)), ('dropout', '1', (4, 16)), ('linear', '2', (4, 8)),
      ('shardplan::all_reduce', '2', (4, 8))]
     """
     return _recorded(subject, subject, coordinate or subject.mesh.coordinate(0), skip=skip)

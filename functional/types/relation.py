@@ -13,11 +13,6 @@ from frozendict import frozendict
 
 Shape = tuple[int, ...]
 
-
-def _frozen(reasons: Mapping[str, str]) -> Mapping[str, str]:
-    return frozendict(reasons)
-
-
 Label = str
 """Name of an axis, ``""`` for an axis that cannot be split: of a single entry that is broadcast, or made in the operator."""
 
