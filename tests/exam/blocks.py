@@ -74,6 +74,31 @@ class Behind(nn.Module):
         return self.body(self.first(x))
 
 
+class Changed(nn.Module):
+    """A linear layer whose weight is changed by a function in each forward pass."""
+
+    def __init__(self, num_in, num_out, change):
+        super().__init__()
+        self.weight, self.change = nn.Parameter(torch.empty(num_out, num_in)), change
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+    def forward(self, x):
+        return functional.linear(x, self.change(self.weight))
+
+
+class Pair(nn.Module):
+    """Two layers in a chain, the first of which is split along its outputs, the second along its inputs."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(WIDTH, WIDTH), up, down
+
+    def forward(self, x):
+        return self.down(self.up(self.first(x)).tanh())
+
+
 class Language(nn.Module):
     """An embedding, a body, and a head that may be tied to the embedding."""
 
@@ -105,6 +130,28 @@ def split_between(middle):
     """Return the schedule and inputs of a middle module between a column split and a row split."""
     sch = scheduled(lambda: Between(middle))
     return sch.at["up"].colwise().at["down"].rowwise(), x()
+
+
+def changed_columns(change):
+    """Return the schedule and inputs of two layers, of which the first changes its weight, and has some of its rows."""
+    sch = scheduled(lambda: Pair(Changed(WIDTH, WIDE, change), nn.Linear(WIDE, WIDTH))).at["down"].rowwise()
+    return sch.at["up"].shard("weight", axis=0).sync("backward_post", "all_reduce"), x()
+
+
+def changed_rows(change):
+    """Return the schedule and inputs of two layers, of which the second changes its weight, and has some of its columns."""
+    sch = scheduled(lambda: Pair(nn.Linear(WIDTH, WIDE), Changed(WIDE, WIDTH, change))).at["up"].colwise()
+    return sch.at["down"].shard("weight", axis=1).sync("forward_post", "all_reduce"), x()
+
+
+def columns_alone(sch, path):
+    """Split the outputs of a linear layer, without the sum of its input's gradient."""
+    return sch.at[f"{path}.{{weight,bias}}"].shard(axis=0).at[path].set(out_features=WIDE // 2)
+
+
+def rows_alone(sch, path):
+    """Split the inputs of a linear layer, without the sum of its outputs."""
+    return sch.at[path].shard("weight", axis=1).set(in_features=WIDE // 2)
 
 
 def split_mlp(sch, path=""):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from attrs import frozen
 from torch import nn
 from torch.nn import functional
 
@@ -50,39 +53,45 @@ def _split_heads(make, **options):
     return sch.at["o"].rowwise(granule=HEAD_DIM)
 
 
-@wrong("attention sinks of the first heads on every rank", where="o", report="family of Megatron-LM#7452 (8)")
-def sinks_of_first_heads():
-    """The report is of sinks that a gradient's norm counts as if each rank held the same ones.
+@frozen
+class _OfHeads:
+    """A tensor with an entry for each head.
 
-    A layout with the same cause: nobody says that they are split.
+    Args:
+        name: What it is.
+        option: Which option of the module it goes with.
+        tensor: The tensor's path.
+        axis: Axis of the heads.
+        report: The report of an attention where every rank took the entries of the first heads.
     """
-    return _split_heads(_PerHead, sinks=True), x()
+
+    name: str
+    option: str
+    tensor: str
+    axis: int
+    report: str
 
 
-@right("attention sinks split with the heads", report="family of Megatron-LM#7452 (8)")
-def sinks_of_local_heads():
-    return _split_heads(_PerHead, sinks=True).at["sinks"].shard(axis=0), x()
+OF_HEADS = (
+    # the report is of sinks that a gradient's norm counts as if each rank held the same ones: nobody said they were split
+    _OfHeads("attention sinks", "sinks", "sinks", 0, "family of Megatron-LM#7452 (8)"),
+    _OfHeads("ALiBi slopes", "slopes", "slopes", 0, "Megatron-DeepSpeed#227"),  # also flashinfer#1606
+    _OfHeads("T5's biases of distances", "distances", "distances.weight", 1, "family of tensor_parallel#14"),
+)
 
 
-@wrong("ALiBi slopes of the first heads on every rank", where="o", report="Megatron-DeepSpeed#227")
-def slopes_of_first_heads():
-    """Also flashinfer#1606."""
-    return _split_heads(_PerHead, slopes=True), x()
+def _first_heads(held):
+    return _split_heads(_PerHead, **{held.option: True}), x()
 
 
-@right("ALiBi slopes of the local heads", report="Megatron-DeepSpeed#227")
-def slopes_of_local_heads():
-    return _split_heads(_PerHead, slopes=True).at["slopes"].shard(axis=0), x()
+def _local_heads(held):
+    sch, inputs = _first_heads(held)
+    return sch.at[held.tensor].shard(axis=held.axis), inputs
 
 
-@wrong("T5's biases of distances of the first heads on every rank", where="o", report="family of tensor_parallel#14")
-def distances_of_first_heads():
-    return _split_heads(_PerHead, distances=True), x()
-
-
-@right("T5's biases of distances split with the heads", report="family of tensor_parallel#14")
-def distances_of_local_heads():
-    return _split_heads(_PerHead, distances=True).at["distances.weight"].shard(axis=1), x()
+for _held in OF_HEADS:
+    wrong(f"{_held.name} of the first heads on every rank", where="o", report=_held.report)(partial(_first_heads, _held))
+    right(f"{_held.name} of the local heads", report=_held.report)(partial(_local_heads, _held))
 
 
 class _SharedKey(nn.Module):

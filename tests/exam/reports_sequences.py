@@ -26,10 +26,15 @@ class _Block(nn.Module):
         return self.head(self.last_norm(y))
 
 
-def _block():
-    sch = scheduled(_Block).at["start"].sync("backward_pre", "all_gather", axis=1)
-    sch = sch.at["up"].colwise(sequence_axis=1).at["down"].rowwise(sequence_axis=1).at["norm"].sum_gradient()
+def _split_tokens(make, *, columns="up", rows="down", norms="{norm,last_norm}"):
+    """Split the sequence behind the first layer, but not within the block's layers, and gather it behind the last norm."""
+    sch = scheduled(make).at["start"].sync("backward_pre", "all_gather", axis=1)
+    sch = sch.at[columns].colwise(sequence_axis=1).at[rows].rowwise(sequence_axis=1).at[norms].sum_gradient()
     return sch.at["last_norm"].sync("forward_post", "all_gather", axis=1)
+
+
+def _block():
+    return _split_tokens(_Block, norms="norm")
 
 
 @wrong("the last norm of a split sequence without the sum of its gradient", where="last_norm", report="Megatron-LM#1446")
@@ -105,9 +110,7 @@ class _RowBlock(_Block):
 
 
 def _row_block():
-    sch = scheduled(_RowBlock).at["start"].sync("backward_pre", "all_gather", axis=1)
-    sch = sch.at["up"].colwise(sequence_axis=1).at["down.inner"].rowwise(sequence_axis=1)
-    return sch.at["{norm,last_norm}"].sum_gradient().at["last_norm"].sync("forward_post", "all_gather", axis=1)
+    return _split_tokens(_RowBlock, rows="down.inner")
 
 
 @wrong("a bias on a scattered sum without the sum of its gradient", where="down.bias", report="Megatron-LM#236")
@@ -136,9 +139,7 @@ class _AdaptedBlock(_Block):
 
 
 def _adapted_block():
-    sch = scheduled(_AdaptedBlock).at["start"].sync("backward_pre", "all_gather", axis=1)
-    sch = sch.at["{up,up_b}"].colwise(sequence_axis=1).at["{down,down_a}"].rowwise(sequence_axis=1)
-    return sch.at["{norm,last_norm}"].sum_gradient().at["last_norm"].sync("forward_post", "all_gather", axis=1)
+    return _split_tokens(_AdaptedBlock, columns="{up,up_b}", rows="{down,down_a}")
 
 
 @wrong("adapters on parts of a sequence without sums of their gradients", where="down_b", report="mcore-bridge#173")
@@ -169,21 +170,15 @@ class _Dropped(_Block):
         return self.head(self.last_norm(y))
 
 
-def _dropped():
-    sch = scheduled(_Dropped).at["start"].sync("backward_pre", "all_gather", axis=1)
-    sch = sch.at["up"].colwise(sequence_axis=1).at["down"].rowwise(sequence_axis=1)
-    return sch.at["{norm,last_norm}"].sum_gradient().at["last_norm"].sync("forward_post", "all_gather", axis=1)
-
-
 @wrong("equal dropout on all parts of a sequence", where="dropout", report="PaddleFleetX#1005")
 def equal_dropout_of_parts():
     """Also anemoi-core#595, tt-metal#55947."""
-    return _dropped(), x(3, TOKENS)
+    return _split_tokens(_Dropped), x(3, TOKENS)
 
 
 @right("dropout of its own on each part of a sequence", report="PaddleFleetX#1005")
 def own_dropout_of_parts():
-    return _dropped().at["dropout"].fork_rng(), x(3, TOKENS)
+    return _split_tokens(_Dropped).at["dropout"].fork_rng(), x(3, TOKENS)
 
 
 class _DroppedAttention(nn.Module):

@@ -10,33 +10,22 @@ from torch.nn.utils.parametrizations import weight_norm
 from shardplan.functional import create_schedule
 from shardplan.specs import Mesh
 
-from .blocks import HEAD_DIM, HEADS, TENSOR, WIDE, WIDTH, Between, Do, scheduled, split_between, x
+from .blocks import (
+    HEAD_DIM,
+    HEADS,
+    TENSOR,
+    WIDE,
+    WIDTH,
+    Between,
+    Do,
+    Pair,
+    changed_columns,
+    changed_rows,
+    scheduled,
+    split_between,
+    x,
+)
 from .entry import right, wrong
-
-
-class _Weighted(nn.Module):
-    """A linear layer whose weight is changed before it is used."""
-
-    def __init__(self, num_in, num_out, change):
-        super().__init__()
-        self.weight, self.change = nn.Parameter(torch.empty(num_out, num_in)), change
-
-    def reset_parameters(self):
-        nn.init.normal_(self.weight)
-
-    def forward(self, x):
-        return functional.linear(x, self.change(self.weight))
-
-
-class _Layers(nn.Module):
-    """Layers in a chain, of which the last two are split."""
-
-    def __init__(self, up, down):
-        super().__init__()
-        self.first, self.up, self.down = nn.Linear(WIDTH, WIDTH), up, down
-
-    def forward(self, x):
-        return self.down(self.up(self.first(x)).relu())
 
 
 def _of_norm_one(weight):
@@ -47,35 +36,25 @@ def _rows_of_norm_one(weight):
     return weight / weight.norm(dim=1, keepdim=True)
 
 
-def _changed(change, place):
-    """Return the schedule of two layers, of which the one at a place changes its weight."""
-    layers = {"up": nn.Linear(WIDTH, WIDE), "down": nn.Linear(WIDE, WIDTH, bias=False)}
-    shape = {"up": (WIDTH, WIDE), "down": (WIDE, WIDTH)}[place]
-    sch = scheduled(lambda: _Layers(**(layers | {place: _Weighted(*shape, change)})))
-    if place == "up":
-        return sch.at["up"].shard("weight", axis=0).sync("backward_post", "all_reduce").at["down"].rowwise(), x()
-    return sch.at["up"].colwise().at["down"].shard("weight", axis=1).sync("forward_post", "all_reduce"), x()
-
-
 @wrong("a weight divided by the norm of its local rows", where="up", report="family of pytorch#61470")
 def norm_of_local_rows():
     """The report is of normalised weights that distributed training cannot copy; here it trains, on another weight."""
-    return _changed(_of_norm_one, "up")
+    return changed_columns(_of_norm_one)
 
 
 @wrong("rows of a weight divided by the norms of their local parts", where="down", report="family of pytorch#61470")
 def norms_of_parts_of_rows():
-    return _changed(_rows_of_norm_one, "down")
+    return changed_rows(_rows_of_norm_one)
 
 
 @right("rows of a weight divided by their norms, on the rank that holds them", report="family of pytorch#61470")
 def norms_of_whole_rows():
-    return _changed(_rows_of_norm_one, "up")
+    return changed_columns(_rows_of_norm_one)
 
 
 def _parametrised(place):
     """Return a schedule of two layers with values, of which the one at a place has torch's ``weight_norm``."""
-    layers = _Layers(nn.Linear(WIDTH, WIDE), nn.Linear(WIDE, WIDTH, bias=False))
+    layers = Pair(nn.Linear(WIDTH, WIDE), nn.Linear(WIDE, WIDTH, bias=False))
     weight_norm(layers.get_submodule(place))
     return create_schedule(layers, TENSOR)
 

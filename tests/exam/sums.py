@@ -6,18 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .blocks import WIDE, WIDTH, Behind, mlp, scheduled, split_mlp, x
+from .blocks import WIDE, WIDTH, Behind, columns_alone, mlp, rows_alone, scheduled, split_mlp, x
 from .entry import right, wrong
-
-
-def _columns(sch, path="body.0"):
-    """Split the outputs of a linear layer, without the sum of its input's gradient."""
-    return sch.at[f"{path}.{{weight,bias}}"].shard(axis=0).at[path].set(out_features=WIDE // 2)
-
-
-def _rows(sch, path="body.2"):
-    """Split the inputs of a linear layer, without the sum of its outputs."""
-    return sch.at[path].shard("weight", axis=1).set(in_features=WIDE // 2)
 
 
 class _Stack(nn.Module):
@@ -41,25 +31,25 @@ def stack():
 @wrong("outputs of a row split never summed", where="act")
 def never_summed():
     sch = scheduled(lambda: _Stack(bias=False)).at["{a,c}"].colwise().at["d"].rowwise()
-    return _rows(sch, "b"), x()
+    return rows_alone(sch, "b"), x()
 
 
 @wrong("outputs of a row split summed behind the activation", where="act")
 def summed_behind_the_activation():
     sch = scheduled(lambda: _Stack(bias=False)).at["{a,c}"].colwise().at["d"].rowwise()
-    return _rows(sch, "b").at["act"].sync("forward_post", "all_reduce"), x()
+    return rows_alone(sch, "b").at["act"].sync("forward_post", "all_reduce"), x()
 
 
 @right("outputs of a row split summed before the activation")
 def summed_before_the_activation():
     sch = scheduled(lambda: _Stack(bias=False)).at["{a,c}"].colwise().at["d"].rowwise()
-    return _rows(sch, "b").at["act"].sync("forward_pre", "all_reduce"), x()
+    return rows_alone(sch, "b").at["act"].sync("forward_pre", "all_reduce"), x()
 
 
 @wrong("inputs of a row split summed", where="body.2")
 def inputs_summed():
     sch = scheduled(lambda: Behind(mlp())).at["body.0"].colwise()
-    return _rows(sch).at["body.2"].sync("forward_pre", "all_reduce"), x()
+    return rows_alone(sch, "body.2").at["body.2"].sync("forward_pre", "all_reduce"), x()
 
 
 @wrong("outputs of a row split summed twice", where="body")
@@ -90,13 +80,13 @@ def equal_outputs_averaged():
 
 @wrong("gradient behind a column split never summed", where="first")
 def gradient_never_summed():
-    return _columns(scheduled(lambda: Behind(mlp()))).at["body.2"].rowwise(), x()
+    return columns_alone(scheduled(lambda: Behind(mlp())), "body.0").at["body.2"].rowwise(), x()
 
 
 @right("no sum of a gradient that nobody needs")
 def gradient_not_needed():
     """The layers are split, and what comes before them is the model's input."""
-    return _columns(scheduled(mlp), "0").at["2"].rowwise(), {"input": x()["x"]}
+    return columns_alone(scheduled(mlp), "0").at["2"].rowwise(), {"input": x()["x"]}
 
 
 @right("no sum of a gradient behind frozen layers")
@@ -106,7 +96,7 @@ def gradient_of_frozen_layers():
         model.first.requires_grad_(False)
         return model
 
-    return _columns(scheduled(frozen)).at["body.2"].rowwise(), x()
+    return columns_alone(scheduled(frozen), "body.0").at["body.2"].rowwise(), x()
 
 
 @wrong("gradient behind a column split summed twice", where="first")
@@ -117,14 +107,14 @@ def gradient_summed_twice():
 @right("gradient of two column splits summed once for both")
 def gradient_summed_once():
     sch = scheduled(lambda: Behind(_Gate())).at["body.down"].rowwise()
-    sch = _columns(_columns(sch, "body.gate"), "body.up")
+    sch = columns_alone(columns_alone(sch, "body.gate"), "body.up")
     return sch.at["body"].sync("backward_post", "all_reduce"), x()
 
 
 @wrong("gradient of one of two column splits summed", where="first")
 def gradient_of_one_summed():
     sch = scheduled(lambda: Behind(_Gate())).at["body.down"].rowwise().at["body.up"].colwise()
-    return _columns(sch, "body.gate"), x()
+    return columns_alone(sch, "body.gate"), x()
 
 
 class _Gate(nn.Module):
@@ -148,7 +138,7 @@ class _Residual(nn.Module):
 @wrong("a sum behind the residual instead of before it", where="body")
 def residual_summed():
     sch = scheduled(lambda: Behind(_Residual(mlp(bias=False)))).at["body.inner.0"].colwise()
-    return _rows(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()
+    return rows_alone(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()
 
 
 @right("a sum before the residual")
@@ -170,14 +160,14 @@ class _Parallel(nn.Module):
 @right("two blocks side by side, summed once")
 def parallel_blocks():
     sch = scheduled(lambda: Behind(_Parallel()))
-    sch = _rows(_rows(sch.at["body.*.0"].colwise(), "body.left.2"), "body.right.2")
+    sch = rows_alone(rows_alone(sch.at["body.*.0"].colwise(), "body.left.2"), "body.right.2")
     return sch.at["body"].sync("forward_post", "all_reduce"), x()
 
 
 @wrong("two blocks side by side, one whole, summed once", where="body")
 def one_block_whole():
     sch = scheduled(lambda: Behind(_Parallel())).at["body.left.0"].colwise()
-    return _rows(sch, "body.left.2").at["body"].sync("forward_post", "all_reduce"), x()
+    return rows_alone(sch, "body.left.2").at["body"].sync("forward_post", "all_reduce"), x()
 
 
 class _Affine(nn.Module):
@@ -321,11 +311,11 @@ class _Factor(nn.Module):
 def gate_of_a_summand():
     """Outputs are right; each rank's gate has seen its own summand alone."""
     sch = scheduled(lambda: Behind(_Factor())).at["body.inner.0"].colwise()
-    return _rows(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()
+    return rows_alone(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()
 
 
 @right("a whole gate times a summand, the gate's gradient summed")
 def gate_of_a_summand_summed():
     sch = scheduled(lambda: Behind(_Factor())).at["body.inner.0"].colwise()
     sch = sch.at["body.gate"].sync("backward_pre", "all_reduce")
-    return _rows(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()
+    return rows_alone(sch, "body.inner.2").at["body"].sync("forward_post", "all_reduce"), x()

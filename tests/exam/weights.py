@@ -4,52 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from shardplan.functional import create_schedule
 
-from .blocks import TENSOR, WIDE, WIDTH, scheduled, x
+from .blocks import TENSOR, WIDE, WIDTH, Changed, Pair, changed_columns, changed_rows, scheduled, x
 from .entry import right, wrong
-
-
-class _Changed(nn.Module):
-    """A linear layer whose weight is changed by a function in each forward pass."""
-
-    def __init__(self, num_in, num_out, change):
-        super().__init__()
-        self.weight, self.change = nn.Parameter(torch.empty(num_out, num_in)), change
-
-    def reset_parameters(self):
-        nn.init.normal_(self.weight)
-
-    def forward(self, x):
-        return functional.linear(x, self.change(self.weight))
-
-
-class _Pair(nn.Module):
-    """Two layers, the first of which is split along its outputs, the second along its inputs."""
-
-    def __init__(self, up, down):
-        super().__init__()
-        self.first, self.up, self.down = nn.Linear(WIDTH, WIDTH), up, down
-
-    def forward(self, x):
-        return self.down(self.up(self.first(x)).tanh())
-
-
-def _columns(change):
-    """The changed weight is split along axis 0."""
-    sch = scheduled(lambda: _Pair(_Changed(WIDTH, WIDE, change), nn.Linear(WIDE, WIDTH))).at["down"].rowwise()
-    return sch.at["up"].shard("weight", axis=0).sync("backward_post", "all_reduce"), x()
-
-
-def _rows(change):
-    """The changed weight is split along axis 1."""
-    sch = scheduled(lambda: _Pair(nn.Linear(WIDTH, WIDE), _Changed(WIDE, WIDTH, change))).at["up"].colwise()
-    return sch.at["down"].shard("weight", axis=1).sync("forward_post", "all_reduce"), x()
 
 
 def _straight_through(w, values):
@@ -109,45 +71,45 @@ ROWS_APART = {
 """Changes that need one row at a time."""
 
 for _name, _change in ROWS_MIXED.items():
-    wrong(_name, where="up")(partial(_columns, _change))
+    wrong(_name, where="up")(partial(changed_columns, _change))
 for _name, _change in ROWS_APART.items():
-    right(_name)(partial(_columns, _change))
+    right(_name)(partial(changed_columns, _change))
 
 
 @right("columns of a weight over their norms, rows split")
 def columns_over_norms():
-    return _rows(lambda w: functional.normalize(w, dim=0))
+    return changed_rows(lambda w: functional.normalize(w, dim=0))
 
 
 @wrong("a weight scaled by its local fan-in", where="down")
 def local_fan_in():
-    return _rows(lambda w: w * (2 / w.shape[1]) ** 0.5)
+    return changed_rows(lambda w: w * (2 / w.shape[1]) ** 0.5)
 
 
 @wrong("a row-split weight quantised with one scale a row", where="down")
 def scales_of_split_rows():
-    return _rows(lambda w: _absmax_int4(w, 1))
+    return changed_rows(lambda w: _absmax_int4(w, 1))
 
 
 @right("a row-split weight quantised with one scale a column")
 def scales_of_columns():
-    return _rows(lambda w: _absmax_int4(w, 0))
+    return changed_rows(lambda w: _absmax_int4(w, 0))
 
 
 @wrong("cosine similarity with split keys", where="down")
 def cosine_of_parts():
     """Each rank divides by the norms of its parts of the activations and of the weight."""
-    sch = scheduled(lambda: _Pair(nn.Linear(WIDTH, WIDE), _Cosine(WIDE, WIDTH))).at["up"].colwise()
+    sch = scheduled(lambda: Pair(nn.Linear(WIDTH, WIDE), _Cosine(WIDE, WIDTH))).at["up"].colwise()
     return sch.at["down"].shard("weight", axis=1).sync("forward_post", "all_reduce"), x()
 
 
 @right("cosine similarity with some of the keys on each rank")
 def cosine_of_rows():
-    sch = scheduled(lambda: _Pair(_Cosine(WIDTH, WIDE), nn.Linear(WIDE, WIDTH))).at["down"].rowwise()
+    sch = scheduled(lambda: Pair(_Cosine(WIDTH, WIDE), nn.Linear(WIDE, WIDTH))).at["down"].rowwise()
     return sch.at["up"].shard("weight", axis=0).sync("backward_post", "all_reduce"), x()
 
 
-class _Cosine(_Changed):
+class _Cosine(Changed):
     def __init__(self, num_in, num_out):
         super().__init__(num_in, num_out, lambda w: functional.normalize(w, dim=-1))
 
@@ -157,7 +119,7 @@ class _Cosine(_Changed):
 
 def _parametrized(parametrize, tensors):
     """The first layer has a weight that is computed from other tensors, some of which have rows to split."""
-    sch = create_schedule(_Pair(parametrize(nn.Linear(WIDTH, WIDE)), nn.Linear(WIDE, WIDTH)), TENSOR).at["down"].rowwise()
+    sch = create_schedule(Pair(parametrize(nn.Linear(WIDTH, WIDE)), nn.Linear(WIDE, WIDTH)), TENSOR).at["down"].rowwise()
     sch = sch.at[f"up.{{bias,{tensors}}}"].shard(axis=0)
     return sch.at["up"].sync("backward_post", "all_reduce"), x()
 
