@@ -126,6 +126,11 @@ def scheduled(make, mesh=TENSOR):
     return create_schedule(model, mesh)
 
 
+def as_heads(y):
+    """Return features as heads and the features of each."""
+    return y.unflatten(-1, (-1, HEAD_DIM))
+
+
 def split_between(middle):
     """Return the schedule and inputs of a middle module between a column split and a row split."""
     sch = scheduled(lambda: Between(middle))

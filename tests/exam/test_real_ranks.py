@@ -18,8 +18,16 @@ NUM = 50
 TOLERANCE = 1e-5
 """Relative difference up to which values are equal: some modules compute in single precision."""
 
-LEFT_OUT = ("dropout", "stochastic depth", "drawn by each rank", "the second rank does not join", "Qwen2-MoE")
-"""Parts of names of entries that are not judged: of masks, of ranks that wait for ever, and of a kernel without doubles."""
+LEFT_OUT = (
+    "dropout",
+    "stochastic depth",
+    "drawn by each rank",
+    "the second rank does not join",
+    "Qwen2-MoE",
+    "kept in a buffer",
+)
+"""Parts of names of entries that are not judged: of masks, of ranks that wait for ever, of a kernel without doubles, and of
+buffers."""
 
 
 def test_real_ranks_tell_wrong_entries_from_right_ones():
@@ -142,4 +150,4 @@ def _is_replica(plan, spec, other, rank):
 def _is_off(mine, whole):
     if mine.shape != whole.shape:
         return True
-    return bool((mine - whole).norm() > TOLERANCE * whole.norm().clamp(min=1e-6))
+    return bool((mine - whole).double().norm() > TOLERANCE * whole.double().norm().clamp(min=1e-6))
