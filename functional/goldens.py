@@ -62,7 +62,7 @@ def assert_plan_matches(plan: Plan, file: str | Path) -> None:
     # relative to the test file, wherever pytest was started
     path = Path(sys._getframe(1).f_code.co_filename).resolve().parent / file  # noqa: SLF001
     head = f"{plan.mesh}  target={plan.target}" if plan.target else str(plan.mesh)
-    text = "\n".join([head, *listing(plan.mesh, plan.tree, plan.steps, plan.pipeline, plan.silences), ""])
+    text = "\n".join([head, *listing(plan.mesh, plan.tree, plan.steps, plan.pipeline, plan.silences, plan.trusts), ""])
     kept = path.read_text(encoding="utf-8") if path.exists() else None
     if kept == text:
         return

@@ -122,6 +122,7 @@ def plan_build(
         pipeline=pipeline,
         folder=folder,
         silences=sch.silences,
+        trusts=sch.trusts,
         runtime=evolve(sch.runtime, callables=subject.callables, partition=partition),
         microbatch=None if example_inputs is None else follow_microbatch(subject),
     )

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import nn
 
 from ..specs.declaration import Declaration
-from ..specs.layout_steps import SyncOp, When
+from ..specs.layout_steps import Gives, SyncOp, When
 from ..specs.mesh import Mesh, MeshAxis
 from ..specs.pipeline import By
 from ..specs.plan import Runtime
@@ -111,6 +111,7 @@ class Schedule(Declaration):
         mesh_axis: MeshAxis = "tensor",
         which: int = 0,
         features: tuple[int, int] | None = None,
+        gives: Gives | None = None,
     ) -> Schedule:
         """Send a module's input or output through a collective operator, with its own autograd formula.
 
@@ -124,12 +125,16 @@ class Schedule(Declaration):
                 or ``backward_pre`` (the gradient of the output).
             op: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``divide`` (by the number of ranks), or a function
                 ``(tensor, group) -> tensor``.
-            axis: Axis of the activation that is gathered or scattered, negative from the end.
+            axis: Axis of the activation that is gathered or scattered, or along which a function gives parts; negative from
+                the end.
             mesh_axis: Mesh axis along which it communicates.
             which: Number of the floating-point tensor, from 0.
             features: Entries of the last axis to which the sum of a gradient is limited, as ``(start, stop)``.
+            gives: What a function returns on each rank, which nobody can follow: ``whole`` (the tensor that the whole model
+                has there), ``split`` (its parts along ``axis``) or ``summand``. Without it the law ``equal`` is not followed
+                beyond the function.
         """
-        return syncs.sync(self, when, op, axis, mesh_axis, which, features)
+        return syncs.sync(self, when, op, axis, mesh_axis, which, features, gives)
 
     def sum_gradient(self, name: str | None = None, *, mesh_axis: MeshAxis = "tensor") -> Schedule:
         """Sum the gradient of tensors that are whole on every rank, and work on parts of activations there.
@@ -223,6 +228,18 @@ class Schedule(Declaration):
             reason: Why they are meant. The plan keeps it.
         """
         return values.silence(self, code, reason)
+
+    def trust(self, reason: str, *, gives: Gives = "whole", axis: int | None = None) -> Schedule:
+        """Declare that modules give what they should, where nobody can follow their code: the audit lists them.
+
+        The word is for the backward pass too: the gradient of each input is what the input asks for, whole for whole inputs.
+
+        Args:
+            reason: Why the modules can be trusted. The plan keeps it.
+            gives: ``whole``, ``split`` (parts along ``axis``) or ``summand``.
+            axis: Axis of the outputs that is split, negative from the end.
+        """
+        return values.trust(self, reason, gives, axis)
 
     def cut_evenly(self, num_stages: int, by: By = "parameters") -> Schedule:
         """Cut the longest chain of repeated modules so that the stages weigh alike, embeddings and head counted.

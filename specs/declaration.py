@@ -7,6 +7,7 @@ from typing import TypeVar
 from attrs import field, frozen
 from attrs.validators import instance_of
 
+from .equality import Trust
 from .errors import Problem
 from .finding import Silence
 from .layout_steps import LayoutStep
@@ -32,6 +33,7 @@ class Declaration:
         handed: The modules of each stage, where the user gave them.
         even: The wish for balanced stages, if any.
         silences: Findings of the audit that are known and meant.
+        trusts: Modules that nobody can follow, and the user's word for what they give.
         problems: Everything that is wrong so far.
         pattern: The selection that the next verb applies to.
         runtime: Model and callables; outside equality.
@@ -46,12 +48,13 @@ class Declaration:
     handed: tuple[tuple[str, ...], ...] = ()
     even: Even | None = None
     silences: tuple[Silence, ...] = ()
+    trusts: tuple[Trust, ...] = ()
     problems: tuple[Problem, ...] = field(default=(), converter=tuple, repr=False)
     pattern: str | None = field(default=None, eq=False)
     runtime: Runtime = field(factory=Runtime, eq=False, repr=False)
 
     def __str__(self) -> str:
-        return declared(self.mesh, self.tree, self.layout, self.cuts, self.silences)
+        return declared(self.mesh, self.tree, self.layout, self.cuts, self.silences, self.trusts)
 
     @property
     def selected(self) -> str:

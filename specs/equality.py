@@ -10,7 +10,8 @@ from attrs import Attribute, field, frozen
 
 from .canonical import canonical_fields, canonical_json
 from .dtypes import is_known, short_name
-from .layout_steps import LayoutStep
+from .fold_layers import fold
+from .layout_steps import Gives, LayoutStep
 from .mesh import Mesh
 from .shard import Shard
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 TypeKind = Literal["whole", "split", "summand", "own", "unknown"]
 """What ranks along ``tensor`` hold of an activation: the same values, parts along an axis, summands of it, values of their
 own that no other rank needs; or nobody knows."""
-
-Gives = Literal["whole", "split", "summand"]
-"""What the user says that code gives which nobody can follow."""
 
 _MARKS: Mapping[TypeKind, str] = {"whole": "", "split": "", "summand": "{+tensor}", "own": "{own tensor}", "unknown": "{?}"}
 
@@ -97,7 +95,7 @@ class Unfollowed:
     """An operator, or a part of the model, that nobody could follow.
 
     Args:
-        path: The module that calls it.
+        path: The module that calls it; empty for the model.
         operator: Its name; empty if no operator is the cause.
         cause: Why it is not followed.
     """
@@ -107,8 +105,9 @@ class Unfollowed:
     cause: str
 
     def __str__(self) -> str:
-        where = f"{self.path or '(model)'} ({self.operator})" if self.operator else self.path or "(model)"
-        return f"{where}: {self.cause}"
+        if not self.path and not self.operator:
+            return self.cause
+        return f"{self.path or '(model)'}{f' ({self.operator})' if self.operator else ''}: {self.cause}"
 
 
 @frozen
@@ -118,9 +117,9 @@ class Trust:
     Args:
         module: Its path.
         reason: Why it can be trusted.
-        outputs: What ranks along ``tensor`` hold of each floating-point tensor that it returns: the tensor that the whole
-            module returns, parts of it, or summands.
-        axis: Axis along which the outputs are split, negative from the end; None if they are not.
+        gives: What ranks along ``tensor`` hold of each floating-point tensor that it returns: the tensor that the whole
+            module returns, parts of it along an axis, or summands of it.
+        axis: Axis along which these are parts, negative from the end; None if they are none.
 
     Raises:
         ValueError: If no reason is given, or an axis without a split, or a split without an axis.
@@ -128,20 +127,20 @@ class Trust:
 
     module: str
     reason: str
-    outputs: Gives = "whole"
+    gives: Gives = "whole"
     axis: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.reason.strip():
             msg = f"{self.module or '(model)'} is trusted without a reason"
             raise ValueError(msg)
-        if (self.outputs == "split") != (self.axis is not None):
-            msg = f"axis is for outputs that are split: outputs={self.outputs!r} has axis={self.axis}"
+        if (self.gives == "split") != (self.axis is not None):
+            msg = f"axis is for what is split: gives={self.gives!r} has axis={self.axis}"
             raise ValueError(msg)
 
     def __str__(self) -> str:
         along = "" if self.axis is None else f" along axis {self.axis}"
-        return f"outputs {self.outputs}{along}: {self.reason}"
+        return f"gives {self.gives}{along}: {self.reason}"
 
 
 @frozen
@@ -173,6 +172,16 @@ class Equality:
     def answer(self) -> Literal["holds", "not followed"]:
         """Whether all of the model was followed."""
         return "not followed" if self.unfollowed else "holds"
+
+
+def in_words(unfollowed: Iterable[Unfollowed]) -> list[str]:
+    """Return in words what nobody could follow, repeated layers folded.
+
+    >>> in_words([Unfollowed(f"layers.{number}.mlp", "topk", "it has no rule") for number in range(32)])
+    ['layers.{0..31}.mlp (topk): it has no rule']
+    """
+    rows = fold((case.path, (case.operator, case.cause)) for case in unfollowed)
+    return [str(Unfollowed(path, operator, cause)) for path, (operator, cause) in rows]
 
 
 def layout_digest(mesh: Mesh, tree: Mapping[str, ParamSpec], steps: Iterable[object]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from attrs import field, frozen
 from frozendict import deepfreeze, frozendict
 
-from .json_values import check_plain
+from .json_values import WRITTEN_IF_SET, check_plain
 from .mesh import MeshAxis
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ of its output), or after that (the gradient of its input)."""
 
 SyncOp = Literal["all_reduce", "all_gather", "reduce_scatter", "divide"]
 """The operator of a synchronisation along its mesh axis; ``divide`` sends nothing, and divides by the number of ranks."""
+
+Gives = Literal["whole", "split", "summand"]
+"""What the user's word is that code gives on ranks along a mesh axis, where nobody can follow it: the tensor that the whole
+model has, parts of it along an axis, or summands of it."""
 
 RING_PASSES: Mapping[str, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """How often the ring algorithm of a collective sends (n - 1) / n of the bytes along n ranks."""
@@ -119,11 +123,12 @@ class Sync(_Along):
         module: Path of the module.
         when: Where it stands.
         op: A collective, or ``module:qualname`` of a function of the user's, called as ``function(tensor, group)``.
-        axis: Axis of the activation that is gathered or scattered.
+        axis: Axis of the activation that is gathered or scattered, or along which a function of the user's gives parts.
         mesh_axis: Mesh axis along which it communicates.
         which: Which of the floating-point tensors among the arguments, or of the result, from 0.
         features: Entries of the last axis of a gradient that are summed, as an interval; None for all.
         sizes: Entries of the gathered axis on the first rank and in all; None if all ranks have equally many.
+        gives: What a function of the user's returns; None for a collective, and where the user does not say.
     """
 
     when: When
@@ -133,12 +138,14 @@ class Sync(_Along):
     which: int = 0
     features: tuple[int, int] | None = None
     sizes: tuple[int, int] | None = None
+    gives: Gives | None = field(default=None, metadata=WRITTEN_IF_SET)
 
     def describe(self) -> str:
         told = [] if self.axis is None else [f"axis={self.axis}"]
         told += [f"which={self.which}"] if self.which else []
         told += [f"features={list(self.features)}"] if self.features else []
         told += [f"size={self.sizes[1]}"] if self.sizes else []
+        told += [f"gives={self.gives}"] if self.gives else []
         how = f"({', '.join(told)})" if told else ""
         return f"{self.when} {self.op}{how}@{self.mesh_axis}"
 

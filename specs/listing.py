@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .dtypes import human_bytes, short_name
+from .equality import in_words
 from .fold_layers import fold
 from .layout_steps import LayoutStep
 from .source import Loaded, Made
@@ -14,6 +15,7 @@ from .text_table import table
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from .equality import Equality, Trust
     from .finding import Silence
     from .mesh import Mesh
     from .param import ParamSpec
@@ -26,7 +28,12 @@ _FEW = 5
 
 
 def listing(
-    mesh: Mesh, tree: SpecTree, steps: Iterable[Step], pipeline: Pipeline | None, silences: Iterable[Silence]
+    mesh: Mesh,
+    tree: SpecTree,
+    steps: Iterable[Step],
+    pipeline: Pipeline | None,
+    silences: Iterable[Silence],
+    trusts: Iterable[Trust],
 ) -> list[str]:
     """Return the lines of a plan that a person reads: its tensors, its stages, and the changes of layout."""
     first, steps = mesh.coordinate(0), tuple(steps)
@@ -47,16 +54,21 @@ def listing(
     if pipeline:
         lines += ["", *_stages(pipeline)]
         lines += [_tied(tree[step.path]) for step in steps if isinstance(step, SumTied)]
-    return [*lines, *changes(steps), *_silenced(silences)]
+    return [*lines, *changes(steps), *_silenced(silences), *trusted(trusts)]
 
 
 def declared(
-    mesh: Mesh, tree: SpecTree, layout: Iterable[LayoutStep], cuts: Iterable[str], silences: Iterable[Silence]
+    mesh: Mesh,
+    tree: SpecTree,
+    layout: Iterable[LayoutStep],
+    cuts: Iterable[str],
+    silences: Iterable[Silence],
+    trusts: Iterable[Trust],
 ) -> str:
     """Return the text of ``print(schedule)``: the declarations so far, by tensor and module."""
     rows = ((spec.path, (spec.type, *_notes(spec))) for spec in tree.values())
     lines = [f"schedule for {mesh}", *table((path, *cells) for path, cells in fold(rows)), *changes(layout)]
-    return "\n".join([*lines, *(f"cut after {path}" for path in cuts), *_silenced(silences)])
+    return "\n".join([*lines, *(f"cut after {path}" for path in cuts), *_silenced(silences), *trusted(trusts)])
 
 
 def changes(steps: Iterable[Step]) -> list[str]:
@@ -72,6 +84,24 @@ def layout_words(steps: Iterable[Step]) -> dict[str, list[str]]:
         if isinstance(step, LayoutStep):
             layout.setdefault(step.module, []).append(step.describe())
     return layout
+
+
+def trusted(trusts: Iterable[Trust]) -> list[str]:
+    """Write which modules are trusted to give what, and why, after an empty line."""
+    rows = fold((trust.module, (str(trust),)) for trust in trusts)
+    lines = [f"trusted   {path or '(model)'} {told}" for path, (told,) in rows]
+    return ["", *lines] if lines else []
+
+
+def types(evidence: Equality | None) -> list[str]:
+    """Write the types of activations where modules begin and end, and what nobody could follow, after an empty line."""
+    if evidence is None:
+        return []
+    made = ", from inputs made from the configuration" if evidence.inputs == "made" else ""
+    rows = ((path, (str(module),)) for module in evidence.modules for path in (module.path, *module.repeats))
+    lines = table((path or "(model)", *cells) for path, cells in fold(rows))
+    unfollowed = (f"not followed  {case}" for case in in_words(evidence.unfollowed))
+    return ["", f"types of activations{made}, by torch {evidence.torch}", *lines, *unfollowed]
 
 
 def source_words(spec: ParamSpec) -> str:

@@ -16,7 +16,7 @@ from .errors import PlanError, Problem
 from .finding import Silence
 from .json_values import NEVER_WRITTEN, WRITTEN_IF_SET, check_plain
 from .layout_steps import LayoutStep, Sync, SyncOp
-from .listing import listing
+from .listing import listing, types
 from .mesh import SPLIT_AXES, Mesh
 from .microbatch import Microbatch
 from .pipeline import Pipeline, Stage
@@ -161,7 +161,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"plan {self.fingerprint[:12]}  target={self.target or 'none'} seed={self.seed}"
-        return "\n".join([head, str(self.mesh), *listing(self.mesh, self.tree, self.steps, self.pipeline, self.silences)])
+        told = listing(self.mesh, self.tree, self.steps, self.pipeline, self.silences, self.trusts)
+        return "\n".join([head, str(self.mesh), *told, *types(self.equality)])
 
     def __repr__(self) -> str:
         return f"Plan({self.mesh}, {len(self.tree)} tensors, {len(self.steps)} steps, {self.fingerprint[:12]})"

@@ -6,8 +6,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from .equality import Unfollowed
-from .fold_layers import fold
+from .equality import Unfollowed, in_words
 
 Law = Literal["cover", "source", "ties", "once", "stages", "order", "values", "equal"]
 
@@ -69,14 +68,6 @@ class Proof:
         """Whether it is proven."""
         return self.answer == "holds"
 
-    @property
-    def open_cases(self) -> list[str]:
-        """What nobody could follow, in words, repeated layers folded."""
-        return [
-            str(Unfollowed(path, operator, cause)) if path or operator else cause
-            for path, (operator, cause) in fold((u.path, (u.operator, u.cause)) for u in self.unfollowed)
-        ]
-
     def __str__(self) -> str:
         head = f"{self.law:<6}  {LAWS[self.law]}: {self.answer}"
         match self.answer:
@@ -85,7 +76,7 @@ class Proof:
             case "fails":
                 return f"{head} in {len(self.failures)} cases"
             case "not followed":
-                first, *more = self.open_cases
+                first, *more = in_words(self.unfollowed)
                 if not more:
                     return f"{head}: {first}"
                 shown = [f"        {case}" for case in (first, *more)[:_FEW]]

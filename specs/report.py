@@ -9,10 +9,11 @@ from attrs import frozen
 
 from .distinct_ranks import Distinct
 from .dtypes import human_bytes
-from .equality import Trust
+from .equality import Trust, in_words
 from .file_reads import FileRead, rows, total_bytes
 from .finding import Finding, Silenced, folded
 from .fold_layers import fold
+from .listing import trusted
 from .memory import Memory, Share
 from .mesh import STAGE_AXES, Mesh
 from .proof import Proof
@@ -144,9 +145,7 @@ class Report:
         lines += ["", *map(str, folded(self.findings))] if self.findings else []
         quiet = fold((s.finding.path, (s.finding.code, s.reason)) for s in self.silenced)
         lines += ["", *(f"silenced  {code} {path or '(plan)'}: {reason}" for path, (code, reason) in quiet)] if quiet else []
-        trusted = fold((trust.module, (str(trust),)) for trust in self.trusts)
-        lines += ["", *(f"trusted   {path or '(model)'}, {told}" for path, (told,) in trusted)] if trusted else []
-        return "\n".join([*lines, "", f"ok      {self.verdict}"])
+        return "\n".join([*lines, *trusted(self.trusts), "", f"ok      {self.verdict}"])
 
     @property
     def verdict(self) -> str:
@@ -162,7 +161,7 @@ class Report:
         equal = self.proof("equal")
         if equal.holds:
             return "yes, equal proven"
-        first, *more = equal.open_cases
+        first, *more = in_words(equal.unfollowed)
         return f"yes, but equal not followed: {first}{f', and {len(more)} more' if more else ''}"
 
     def _holds(self) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from attrs import evolve
 from ...specs.declaration import D
 from ...specs.errors import Problem
 from ...specs.json_values import is_integer
-from ...specs.layout_steps import ForkRng, LayoutStep, ShareRng, SumGradient, Sync, SyncOp, When
+from ...specs.layout_steps import ForkRng, Gives, LayoutStep, ShareRng, SumGradient, Sync, SyncOp, When
 from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.module import ModuleSpec
 from ...specs.paths import join, module_of, name_of
@@ -26,17 +26,21 @@ def sync(  # noqa: PLR0917  as the verb has them
     mesh_axis: MeshAxis,
     which: int,
     features: tuple[int, int] | None,
+    gives: Gives | None,
 ) -> D:
     """Send an input or output of the selected modules through a collective operator."""
     sch = or_unmatched(sch, modules=True)
-    if problem := _wrong_sync(sch.selected, when, op, axis, mesh_axis, which, features):
+    problem = _wrong_sync(sch.selected, when, op, axis, mesh_axis, which, features)
+    if gives is not None and problem is None:
+        problem = _wrong_word(sch.selected, when, op) or wrong_gives(sch.selected, gives, axis)
+    if problem:
         return wrong(sch, problem)
     if callable(op):
         name, callables = register(sch.runtime.callables, op)
         sch = evolve(sch, runtime=evolve(sch.runtime, callables=callables))
     else:
         name = op
-    steps = (Sync(m.path, when, name, axis, mesh_axis, which, features) for m in selected_modules(sch))
+    steps = (Sync(m.path, when, name, axis, mesh_axis, which, features, gives=gives) for m in selected_modules(sch))
     return with_layout(sch, steps)
 
 
@@ -74,6 +78,23 @@ def _wrong_sync(  # noqa: C901, PLR0911, PLR0917  a return for each mistake
     if mesh_axis not in STAGE_AXES:
         cause = f"a sync cannot run along mesh axis {mesh_axis!r}"
         return Problem(pattern, cause, f"It runs along {' or '.join(STAGE_AXES)}")
+    return None
+
+
+def _wrong_word(pattern: str, when: str, op: object) -> Problem | None:
+    """Return a problem if the user gives a word for a collective."""
+    if callable(op):
+        return None
+    cause = f"gives is said of a function of your own, and what {op} gives is known"
+    return Problem(pattern, cause, f'.sync("{when}", "{op}", ...) without it')
+
+
+def wrong_gives(pattern: str, gives: object, axis: object) -> Problem | None:
+    """Return a problem if what code gives, in the user's word, is nothing that it can give."""
+    if gives not in get_args(Gives):
+        return Problem(pattern, f"code does not give {gives!r}", f"It gives {', '.join(map(repr, get_args(Gives)))}")
+    if gives == "split" and not is_integer(axis):
+        return Problem(pattern, f"gives='split' needs the axis that is split, not {axis!r}", "gives='split', axis=-1")
     return None
 
 

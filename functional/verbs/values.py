@@ -1,4 +1,4 @@
-"""Values given to tensors and attributes, and remarks: the verbs ``init``, ``set``, ``tag`` and ``silence``."""
+"""Values given to tensors and attributes, and remarks: the verbs ``init``, ``set``, ``tag``, ``silence`` and ``trust``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from ...specs.declaration import D
+from ...specs.equality import Trust
 from ...specs.errors import Problem
 from ...specs.finding import CODES, LOUD, Silence
 from ...specs.json_values import is_plain
-from ...specs.layout_steps import SetAttributes
+from ...specs.layout_steps import Gives, SetAttributes
 from ...specs.module import ModuleSpec
 from ...specs.param import Origin, ParamSpec
 from ...specs.paths import join, module_of, name_of
@@ -20,7 +21,7 @@ from ...specs.program import Fill, InitProgram, Operation
 from ...specs.source import Made, TensorCall
 from ..model.callables import register
 from .selection import caller, is_known_wrong, module_at, or_unmatched, selected_modules, tensors_below, wrong
-from .syncs import with_layout
+from .syncs import with_layout, wrong_gives
 
 
 def init(sch: D, value: float | Callable[..., object]) -> D:
@@ -134,3 +135,27 @@ def _wrong_silence(pattern: str, code: object, reason: object) -> Problem | None
         cause = f"{code} is silenced without a reason"
         return Problem(pattern, cause, f'.silence("{code}", reason="why it is meant")')
     return None
+
+
+def trust(sch: D, reason: str, gives: Gives, axis: int | None) -> D:
+    """Note that the selected modules give what they should, where nobody can follow their code."""
+    sch = or_unmatched(sch, modules=True)
+    if problem := _wrong_trust(sch.selected, reason, gives, axis):
+        return wrong(sch, problem)
+    before = {trust.module: trust for trust in sch.trusts}
+    for module in selected_modules(sch):
+        trusted = Trust(module.path, reason, gives, axis)
+        earlier = before.setdefault(module.path, trusted)
+        if earlier != trusted:
+            cause = f"it is trusted twice: {earlier}, and {trusted}"
+            sch = wrong(sch, Problem(module.path, cause, "Keep one of them"))
+    return evolve(sch, trusts=tuple(before.values()))
+
+
+def _wrong_trust(pattern: str, reason: object, gives: object, axis: object) -> Problem | None:
+    """Return why modules cannot be trusted, if they cannot."""
+    if not isinstance(reason, str) or not reason.strip():
+        return Problem(pattern, "it is trusted without a reason", '.trust("why its outputs are right")')
+    if axis is not None and gives != "split":
+        return Problem(pattern, f"axis={axis!r} is for what is split, and gives={gives!r}", "gives='split', axis=-1")
+    return wrong_gives(pattern, gives, axis)

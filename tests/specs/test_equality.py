@@ -85,9 +85,9 @@ def test_a_module_says_what_it_takes_and_gives():
 def test_trust_has_a_reason_and_an_axis_where_it_is_split():
     with pytest.raises(ValueError, match="is trusted without a reason"):
         Trust("moe", " ")
-    with pytest.raises(ValueError, match="axis is for outputs that are split"):
+    with pytest.raises(ValueError, match="axis is for what is split"):
         Trust("moe", "known", "whole", 1)
-    with pytest.raises(ValueError, match="axis is for outputs that are split"):
+    with pytest.raises(ValueError, match="axis is for what is split"):
         Trust("moe", "known", "split")
 
 
@@ -117,7 +117,7 @@ def test_trusts_are_part_of_the_plan_and_absent_where_there_are_none():
     assert loads(dumps(trusted)) == trusted
     assert "trusts" not in json.loads(dumps(plan()))
     changes = {change.path: (change.before, change.after) for change in diff(plan(), trusted).fields}
-    assert changes["trusts.layers.0.mlp"] == (None, "outputs split along axis -1: a kernel of our own")
+    assert changes["trusts.layers.0.mlp"] == (None, "gives split along axis -1: a kernel of our own")
 
 
 def equal(plan):
@@ -189,7 +189,7 @@ def test_a_split_over_experts_is_not_trivial():
 def test_trusted_modules_are_listed():
     trusts = [Trust(f"layers.{number}.mlp", "a kernel of our own") for number in range(4)]
     text = str(audit(with_a_sum(trusts=trusts)))
-    assert "trusted   layers.{0..3}.mlp, outputs whole: a kernel of our own" in text
+    assert "trusted   layers.{0..3}.mlp gives whole: a kernel of our own" in text
 
 
 def test_a_law_that_fails_is_not_merely_not_followed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ....specs.equality import in_words
 from ....specs.finding import CODES, folded
 from ....specs.fold_layers import fold
 from ....specs.proof import LAWS
@@ -56,7 +57,7 @@ def _proof(proof: Proof) -> dict[str, Any]:
         "says": LAWS[proof.law],
         "answer": proof.answer,
         "result": _result(proof),
-        "open": proof.open_cases,
+        "open": in_words(proof.unfollowed),
         "failures": [[path, few, len(all_) - len(few)] for path, all_ in causes.items() for few in [all_[:_MOST_CAUSES]]],
     }
 
