@@ -24,10 +24,12 @@ class Operand:
     Args:
         number: Its place among the tensors of the call, from 0.
         shape: Its shape.
+        is_mask: Whether its entries are true or false.
     """
 
     number: int
     shape: Shape
+    is_mask: bool = False
 
 
 @frozen

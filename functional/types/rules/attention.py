@@ -26,6 +26,8 @@ def _attention(call: OperatorCall) -> Relation | None:
     whole = {"features": "queries and keys are multiplied over them", "keys": "softmax is taken over them"}
     if call.arguments.get("is_causal"):
         whole["queries"] = "a causal mask counts them from the first"
+    if call.name != "scaled_dot_product_attention":
+        whole["outputs"] = "the fused form takes heads of one size"
     result = (*batch, "queries", "outputs")
     results = [result, *(_statistics(shape, (*call.shapes[0][:-1],), result[:-1]) for shape in call.shapes[1:])]
     linear = ["value"] if len(call.shapes) == 1 else []
@@ -54,7 +56,12 @@ def _with_repeated(call: OperatorCall, made: Relation, repeated: dict[str, Repea
 
 
 def _statistics(shape: Shape, expected: Shape, labels: Labels) -> Labels:
-    return labels if shape == expected else ("",) * len(shape)
+    """Return labels for what fused forms keep for the backward pass: some of it has a number for each query."""
+    num_batch = len(labels) - 1
+    if shape[:num_batch] != expected[:num_batch] or len(shape) < len(labels):
+        return ("",) * len(shape)
+    is_each = shape[num_batch] == expected[num_batch]
+    return (*labels[:num_batch], labels[-1] if is_each else "", *("",) * (len(shape) - len(labels)))
 
 
 ATTENTION: dict[str, OperatorRule] = dict.fromkeys(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+
+from attrs import frozen
 
 from ..relation import Operand, OperatorCall, Relation, Shape
 from .labels import (
@@ -11,6 +12,7 @@ from .labels import (
     OperatorRule,
     aligned,
     axis_of,
+    broadcast,
     each,
     is_number,
     numbered,
@@ -34,68 +36,97 @@ def _embedding(call: OperatorCall) -> Relation:
 
 
 def _index(call: OperatorCall) -> Relation:
-    own = shape_of(call, "self")
-    labels, given = numbered(len(own)), call.arguments["indices"]
-    picked = _picked(given, own)
-    if picked is None or len(_at(given, labels, picked)) != len(call.shapes[0]):
+    at = _indexed(call)
+    if at is None or (
+        not at.has_mask and broadcast(at.shapes) != tuple(call.shapes[0][at.first : at.first + len(at.picked)])
+    ):
         return _all_whole(call, _PICKED)
-    operands: list[Labels] = [()] * len(call.operands)
-    operands[0] = labels
-    for met in given:
-        if isinstance(met, Operand):
-            operands[met.number] = aligned(met.shape, picked)
-    indexed = [labels[axis] for axis, met in enumerate(given) if isinstance(met, Operand)]
-    result = _at(given, labels, picked)
-    return Relation(tuple(operands), (result,), whole=reasons(indexed, _PICKED), linear=numbers(call, "self"))
+    result = (*at.before, *(("",) if at.has_mask else at.picked), *at.after)
+    whole = reasons((*at.taken, *(at.picked if at.has_mask else ())), _PICKED)
+    return Relation(at.operands, (result,), whole=whole, linear=(numbers_of(call, "self"),))
 
 
 def _index_put(call: OperatorCall) -> Relation:
+    at, values = _indexed(call), tensor(call, "values")
+    if at is None or values is None:
+        return _all_whole(call, _WRITTEN)
+    operands, labels = list(at.operands), at.operands[0]
+    linear = (numbers_of(call, "self values"),)
+    if at.has_mask and not at.picked and math.prod(values.shape) == 1:  # one value wherever a mask says so
+        operands[values.number] = ("",) * len(values.shape)
+        return Relation(tuple(operands), (labels,), linear=linear)
+    written = (*at.before, *(("written",) if at.has_mask else at.picked), *at.after)
+    operands[values.number] = aligned(values.shape, written)
+    used = {label for met in operands[1:] for label in met} & {*at.picked, "written"}
+    is_added = bool(call.arguments.get("accumulate")) and not at.has_mask and used <= set(operands[values.number])
+    whole = reasons((*at.taken, *(() if is_added else used)), _WRITTEN)
+    return Relation(tuple(operands), (labels,), summed=frozenset(used if is_added else ()), whole=whole, linear=linear)
+
+
+@frozen
+class _Indexed:
+    """How a tensor is indexed.
+
+    Args:
+        operands: Labels for the tensor, the indices, and none for anything else.
+        taken: Labels of the axes that are indexed.
+        picked: Labels of the axes of the indices, broadcast together; none for those of masks.
+        before: Labels of the axes that are kept before the place where indexed entries go.
+        after: And behind it.
+        shapes: Shapes of the indices that are no masks.
+        has_mask: Whether there is a mask among them.
+    """
+
+    operands: tuple[Labels, ...]
+    taken: Labels
+    picked: Labels
+    before: Labels
+    after: Labels
+    shapes: tuple[Shape, ...]
+    has_mask: bool
+
+    @property
+    def first(self) -> int:
+        """The axis where indexed entries go."""
+        return len(self.before)
+
+
+def _indexed(call: OperatorCall) -> _Indexed | None:
     own = shape_of(call, "self")
     labels, given = numbered(len(own)), call.arguments["indices"]
-    picked = _picked(given, own)
-    if picked is None:
-        return _all_whole(call, _WRITTEN)
+    indices = [met for met in given if isinstance(met, Operand)]
+    shapes = tuple(met.shape for met in indices if not met.is_mask)
+    picked = numbered(max(map(len, shapes), default=0), "picked")
     operands: list[Labels] = [()] * len(call.operands)
     operands[0] = labels
+    taken: list[int] = []
+    axis = 0
     for met in given:
+        num = len(met.shape) if isinstance(met, Operand) and met.is_mask else 1
         if isinstance(met, Operand):
-            operands[met.number] = aligned(met.shape, picked)
-    values = tensor(call, "values")
-    if values is not None:
-        operands[values.number] = aligned(values.shape, _at(given, labels, picked))
-    indexed = [labels[axis] for axis, met in enumerate(given) if isinstance(met, Operand)]
-    is_added = bool(call.arguments.get("accumulate"))
-    written = {label for met in operands[1:] for label in met} & set(picked)
-    whole = reasons(indexed, _WRITTEN) | ({} if is_added else reasons(written, _WRITTEN))
-    summed = frozenset(written) if is_added else frozenset[str]()
-    return Relation(tuple(operands), (labels,), summed=summed, whole=whole, linear=numbers(call, "self values"))
-
-
-def _picked(given: Sequence[Any], own: Shape) -> Labels | None:
-    """Return labels for the axes of index tensors that are broadcast together; None if there are more than axes."""
-    shapes = [met.shape for met in given if isinstance(met, Operand)]
-    return numbered(max(map(len, shapes), default=0), "picked") if len(given) <= len(own) else None
-
-
-def _at(given: Sequence[Any], labels: Labels, picked: Labels) -> Labels:
-    """Return labels for indexed entries: the indices' axes take the place of indexed axes, in front if these are apart."""
-    axes = [axis for axis, met in enumerate(given) if isinstance(met, Operand)]
-    if not axes:
-        return labels
-    kept = [axis for axis in range(len(labels)) if axis not in axes]
-    at = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
-    return (*(labels[axis] for axis in kept if axis < at), *picked, *(labels[axis] for axis in kept if axis >= at))
+            taken += range(axis, axis + num)
+            operands[met.number] = labels[axis : axis + num] if met.is_mask else aligned(met.shape, picked)
+        axis += num
+    if axis > len(own) or not indices:
+        return None
+    # in the place of the first where they stand side by side, and in front where they are apart
+    first = taken[0] if taken and taken == list(range(taken[0], taken[-1] + 1)) else 0
+    kept = [at for at in range(len(labels)) if at not in taken]
+    return _Indexed(
+        tuple(operands),
+        tuple(labels[at] for at in taken),
+        picked,
+        tuple(labels[at] for at in kept if at < first),
+        tuple(labels[at] for at in kept if at >= first),
+        shapes,
+        any(met.is_mask for met in indices),
+    )
 
 
 def _all_whole(call: OperatorCall, reason: str) -> Relation:
     operands = tuple(numbered(len(operand.shape), f"operand{operand.number}") for operand in call.operands)
     results = tuple(("",) * len(shape) for shape in call.shapes)
     return Relation(operands, results, whole=reasons((label for labels in operands for label in labels), reason))
-
-
-def numbers(call: OperatorCall, *names: str) -> tuple[frozenset[int], ...]:
-    """Return the numbers of the operands in each of several sets."""
-    return tuple(numbers_of(call, some) for some in names)
 
 
 def _index_select(call: OperatorCall) -> Relation:
@@ -131,37 +162,32 @@ def _index_fill(call: OperatorCall) -> Relation:
 
 def _gather(call: OperatorCall) -> Relation:
     own, index = shape_of(call, "self"), shape_of(call, "index")
-    labels, at = numbered(len(own)), axis_of(call, len(own))
-    short = [axis for axis in range(len(labels)) if axis != at and index[axis : axis + 1] != own[axis : axis + 1]]
-    picked = replaced(labels, at, "picked") if labels else ()
-    whole = reasons(labels[at : at + 1], _PICKED) | reasons(
-        (labels[axis] for axis in short), "only the first of them are read"
-    )
+    labels, apart = numbered(len(own)), _apart(call, own, index)
+    picked = tuple(label if axis in apart else f"picked{axis}" for axis, label in enumerate(labels))[: len(index)]
+    free = {*(labels[axis] for axis in apart), f"picked{axis_of(call, len(own))}"}
     return relate(
-        call, {"self": labels, "index": picked[: len(index)]}, [picked[: len(index)]], whole=whole, linear=["self"]
+        call, {"self": labels, "index": picked}, [picked], whole=reasons({*labels, *picked} - free, _PICKED), linear=["self"]
     )
 
 
 def _scatter(call: OperatorCall) -> Relation:
     own, index, source = (shape_of(call, name) for name in ("self", "index", "src"))
-    labels, at = numbered(len(own)), axis_of(call, len(own))
-    written = replaced(labels, at, "written") if labels else ()
     has_source = tensor(call, "src") is not None
-    short = {axis for axis in range(len(labels)) if axis != at and index[axis : axis + 1] != own[axis : axis + 1]}
-    if has_source:
-        short |= {axis for axis in range(len(labels)) if index[axis : axis + 1] != source[axis : axis + 1]}
-    is_added = _adds(call) and at not in short
-    whole = reasons((labels[axis] for axis in (*short, at) if labels), _WRITTEN)
-    whole |= {} if is_added else reasons(written[at : at + 1], _WRITTEN)
-    operands = {"self": labels, "index": written[: len(index)], "src": written[: len(source)], "value": ()}
-    return relate(
-        call,
-        operands,
-        [labels],
-        summed=written[at : at + 1] if is_added else (),
-        whole=whole,
-        linear=_linear_in_written(call),
-    )
+    labels, apart = numbered(len(own)), _apart(call, own, index, *([source] if has_source else []))
+    written = tuple(label if axis in apart else f"written{axis}" for axis, label in enumerate(labels))
+    read = tuple(label if axis in apart or index == source else f"read{axis}" for axis, label in enumerate(written))
+    operands = {"self": labels, "index": written[: len(index)], "src": read[: len(source)]}
+    at = axis_of(call, len(own))
+    added = set(written[at : at + 1]) if _adds(call) and index == source else set[str]()
+    whole = reasons({*labels, *written, *read} - {labels[axis] for axis in apart} - added, _WRITTEN)
+    return relate(call, operands, [labels], summed=added, whole=whole, linear=_linear_in_written(call))
+
+
+def _apart(call: OperatorCall, own: Shape, *others: Shape) -> set[int]:
+    """Return the axes along which all have as many entries, and none are picked by number."""
+    at = axis_of(call, len(own))
+    sizes = enumerate(zip(own, *others, strict=True)) if all(len(other) == len(own) for other in others) else ()
+    return {axis for axis, met in sizes if axis != at and len(set(met)) == 1}
 
 
 def _adds(call: OperatorCall) -> bool:
@@ -239,7 +265,7 @@ def _draw(call: OperatorCall) -> Relation:
 INDEXING: dict[str, OperatorRule] = {
     "embedding": _embedding,
     **each("index _unsafe_index", _index),
-    **each("index_put _index_put_impl _unsafe_index_put", _index_put),
+    **each("index_put _unsafe_index_put", _index_put),
     "index_select": _index_select,
     **each("index_add index_copy", _index_add),
     "index_fill": _index_fill,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 from ..relation import Label, Operand, OperatorCall, Relation, Rule, Shape
 
@@ -26,6 +27,12 @@ def aligned(shape: Shape, labels: Labels) -> Labels:
     """Return labels for an operand that is broadcast: aligned from the last axis, none for axes of one entry."""
     met = labels[len(labels) - len(shape) :] if shape else ()
     return tuple("" if size == 1 else label for size, label in zip(shape, met, strict=True))
+
+
+def broadcast(shapes: Iterable[Shape]) -> Shape:
+    """Return the shape of tensors that are broadcast together."""
+    sizes = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
+    return tuple(next((size for size in met if size != 1), 1) for met in sizes)[::-1]
 
 
 def relate(

@@ -36,8 +36,8 @@ def _over_samples(call: OperatorCall) -> Relation:
 
 
 def _is_training(call: OperatorCall) -> bool:
-    # without running statistics, also in evaluation
-    return bool(call.arguments.get("training", call.arguments.get("train"))) or not shape_of(call, "running_mean")
+    is_training = call.arguments.get("training", call.name == "_batch_norm_with_update")
+    return bool(is_training) or not shape_of(call, "running_mean")  # also in evaluation if there are no running statistics
 
 
 def _over_places(call: OperatorCall) -> Relation:
@@ -73,7 +73,7 @@ def _over_axes(call: OperatorCall) -> Relation:
 NORMS: dict[str, OperatorRule] = {
     **each("layer_norm native_layer_norm rms_norm _fused_rms_norm", _over_features),
     **each("group_norm native_group_norm", _over_groups),
-    **each("batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm", _over_samples),
+    **each("batch_norm native_batch_norm _native_batch_norm_legit", _over_samples),
     **each("_native_batch_norm_legit_no_training _batch_norm_with_update", _over_samples),
     "instance_norm": _over_places,
     "_weight_norm_interface": _weight_norm,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import zip_longest
 
-from ..relation import Filled, Operand, OperatorCall, Relation, Shape
-from .labels import OperatorRule, aligned, all_numbers, each, is_number, numbered, numbers_of
+from ..relation import Filled, Operand, OperatorCall, Relation
+from .labels import OperatorRule, aligned, all_numbers, broadcast, each, is_number, numbered, numbers_of
 
 LinearSets = tuple[frozenset[int], ...]
 
@@ -17,18 +16,13 @@ def pointwise(call: OperatorCall) -> Relation | None:
 
 
 def _entry_by_entry(call: OperatorCall, linear: LinearSets) -> Relation | None:
-    shape = _broadcast(call)
+    shape = broadcast(operand.shape for operand in call.operands)
     if any(result != shape for result in call.shapes):
         return None
     labels = aligned(shape, numbered(len(shape)))
     return Relation(
         tuple(aligned(operand.shape, labels) for operand in call.operands), (labels,) * len(call.shapes), linear=linear
     )
-
-
-def _broadcast(call: OperatorCall) -> Shape:
-    sizes = zip_longest(*(operand.shape[::-1] for operand in call.operands), fillvalue=1)
-    return tuple(next((size for size in met if size != 1), 1) for met in sizes)[::-1]
 
 
 def _linear(sets: Callable[[OperatorCall], LinearSets]) -> OperatorRule:
@@ -120,12 +114,11 @@ def _prelu(call: OperatorCall) -> Relation:
 
 
 POINTWISE: dict[str, OperatorRule] = {
-    **each("neg negative positive alias detach clone contiguous lift_fresh", _linear(_in_first)),
-    **each("lift_fresh_copy lift real imag conj _conj resolve_conj resolve_neg", _linear(_in_first)),
-    **each("conj_physical _conj_physical _neg_view deg2rad rad2deg", _linear(_in_first)),
-    **each("_to_copy to type_as _autocast_to_full_precision", _linear(_cast)),
-    **each("_autocast_to_reduced_precision pin_memory _pin_memory", _linear(_cast)),
-    **each("dropout native_dropout feature_dropout _fused_dropout", _rule_of_dropout),
+    **each("neg negative positive alias alias_copy detach clone contiguous lift_fresh", _linear(_in_first)),
+    **each("lift_fresh_copy real imag conj _conj resolve_conj resolve_neg", _linear(_in_first)),
+    **each("conj_physical _conj_physical deg2rad rad2deg", _linear(_in_first)),
+    **each("_to_copy to type_as", _linear(_cast)),
+    **each("dropout native_dropout feature_dropout", _rule_of_dropout),
     **each("add sub rsub subtract complex", _linear(_added)),
     **each("mul multiply", _linear(_multiplied)),
     **each("div divide true_divide", _linear(_divided)),
@@ -144,9 +137,9 @@ POINTWISE: dict[str, OperatorRule] = {
     **each("rand_like randn_like randint_like alpha_dropout feature_alpha_dropout poisson", pointwise),
     **each("__and__ __or__ __xor__ __iand__ __ior__ __ixor__ __lshift__ __rshift__", pointwise),
     **each("hardswish floor_divide polar isclose absolute gelu silu", pointwise),
-    **each("log_sigmoid special_expit special_erf greater greater_equal less less_equal", pointwise),
-    **each("not_equal isreal selu rrelu_with_noise rrelu arctan2 arctan fix", pointwise),
-    **each("log_sigmoid_forward _assert_async _assert_tensor_metadata softsign", pointwise),
+    **each("log_sigmoid special_expit greater greater_equal less less_equal", pointwise),
+    **each("not_equal selu rrelu_with_noise rrelu", pointwise),
+    **each("log_sigmoid_forward _assert_async _assert_tensor_metadata", pointwise),
     "_prelu_kernel": pointwise,
     "prelu": _prelu,
 }

@@ -85,7 +85,7 @@ def _mv(call: OperatorCall) -> Relation:
 
 
 def _dot(call: OperatorCall) -> Relation:
-    return _product(call, "self", "tensor")
+    return _product(call, "self", "other" if call.name == "vdot" else "tensor")
 
 
 def _addmm(call: OperatorCall) -> Relation:
@@ -190,13 +190,13 @@ PRODUCTS: dict[str, OperatorRule] = {
     "mm": _mm,
     "bmm": _mm,
     "mv": _mv,
-    **each("dot inner_of_vectors", _dot),
+    **each("dot vdot", _dot),
     "addmm": _addmm,
     "addmv": _addmv,
     "baddbmm": _baddbmm,
     "addbmm": _addbmm,
     "linear": _linear,
-    **each("outer ger", _outer),
+    **each("outer", _outer),
     "addr": _addr,
     "bilinear": _bilinear,
     "_trilinear": _trilinear,

@@ -65,6 +65,14 @@ def _softmax(call: OperatorCall) -> Relation:
     return Relation((labels,), (labels,), whole=reasons(labels[axis_of(call, len(labels)) :][:1], reason))
 
 
+def _gated(call: OperatorCall) -> Relation:
+    """Relate ``glu``: the first half of an axis, times the sigmoid of the second."""
+    labels = numbered(len(call.operands[0].shape))
+    at = axis_of(call, len(labels))
+    whole = reasons([labels[at]], "their first half is multiplied with the second")
+    return Relation((labels,), (replaced(labels, at),), whole=whole)
+
+
 def _counted(call: OperatorCall) -> Relation:
     """Relate ``histc`` and ``bincount``: a result whose entries come from all entries."""
     operands = tuple(numbered(len(operand.shape), f"operand{operand.number}") for operand in call.operands)
@@ -75,11 +83,13 @@ def _counted(call: OperatorCall) -> Relation:
 REDUCTIONS: dict[str, OperatorRule] = {
     "sum": _sum,
     "mean": _mean,
-    **each("", _reduce),
-    **each("cumsum cumprod logcumsumexp _logcumsumexp cummax cummin", _run),
+    **each("max min amax amin aminmax all any argmax argmin prod var std var_mean std_mean logsumexp", _reduce),
+    **each("linalg_vector_norm norm count_nonzero nansum", _reduce),
+    **each("cumsum cumprod logcumsumexp cummax cummin", _run),
     **each("topk sort argsort msort", _sorted),
     **each("kthvalue median nanmedian mode", _picked),
     **each("softmax log_softmax _softmax _log_softmax _safe_softmax special_softmax", _softmax),
-    **each("special_log_softmax softmin", _softmax),
-    **each("histc bincount histogram unique_dim dist trace", _counted),
+    **each("special_log_softmax", _softmax),
+    "glu": _gated,
+    **each("histc bincount dist trace", _counted),
 }

@@ -73,13 +73,15 @@ def _squeeze(call: OperatorCall) -> Rule:
     return _moved(call, [without(labels, [axis for axis in dims if shape and shape[axis] == 1])])
 
 
-def _take(call: OperatorCall) -> Rule:
+def _take(call: OperatorCall) -> Rule | None:
     """Relate ``slice`` and ``narrow``."""
     shape, labels = call.operands[0].shape, _own(call)
     axis = axis_of(call, len(shape))
     if call.arguments.get("step", 1) != 1:
         return _moved(call, [replaced(labels, axis)], [labels[axis]], "every so many of them are taken")
     start = call.arguments.get("start") or 0
+    if not isinstance(start, int):
+        return None
     start = min(max(start + shape[axis] if start < 0 else start, 0), shape[axis])
     return Taken(axis, ((start, start + call.shapes[0][axis]),))
 
@@ -192,21 +194,21 @@ def _scattered_slice(call: OperatorCall) -> Rule:
     labels = numbered(len(own))
     if call.name == "diagonal_scatter":
         axes = [axis_of(call, len(own), "dim1"), axis_of(call, len(own), "dim2")]
-        written = (*without(labels, axes), "")
+        written = (*without(labels, axes), "written")
     else:
         axes = [axis_of(call, len(own))]
-        written = aligned(source, replaced(labels, axes[0]) if len(source) == len(own) else without(labels, axes))
-    whole = reasons((labels[axis] for axis in axes), "some of them are written")
-    return Relation((labels, written), (labels,), whole=whole, linear=(frozenset({0, 1}),))
+        written = replaced(labels, axes[0], "written") if len(source) == len(own) else without(labels, axes)
+    whole = reasons((*(labels[axis] for axis in axes), "written"), "some of them are written")
+    return Relation((labels, aligned(source, written)), (labels,), whole=whole, linear=(frozenset({0, 1}),))
 
 
 SHAPES: dict[str, OperatorRule] = {
-    **each("view reshape _unsafe_view _reshape_alias _reshape_copy flatten unflatten ravel view_as reshape_as", _reshape),
+    **each("view reshape _unsafe_view _reshape_alias flatten unflatten ravel view_as reshape_as", _reshape),
     "view_copy": _reshape,
     **each("expand expand_as broadcast_to expand_copy", _widen),
     **each("permute permute_copy", _permute),
     **each("t numpy_T t_copy", _reverse_axes),
-    **each("mT mH adjoint matrix_H", _swap_last),
+    **each("mT mH adjoint", _swap_last),
     **each("transpose swapaxes swapdims transpose_copy", _transpose),
     **each("movedim moveaxis", _move_axes),
     **each("unsqueeze unsqueeze_copy", _unsqueeze),
@@ -216,8 +218,8 @@ SHAPES: dict[str, OperatorRule] = {
     **each("unsafe_split_with_sizes split_copy split_with_sizes_copy", _split),
     **each("select unbind select_copy unbind_copy", _pick),
     **each("cat concat concatenate", _cat),
-    **each("stack _stack", _stack),
-    **each("repeat", _repeat),
+    "stack": _stack,
+    "repeat": _repeat,
     "tile": _tile,
     "repeat_interleave": _repeat_each,
     **each("flip roll", _reorder),

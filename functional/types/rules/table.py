@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ..relation import OperatorCall, Rule
 from .attention import ATTENTION
+from .batched import BATCHED
+from .convolutions import CONVOLUTIONS
 from .indexing import INDEXING
 from .labels import OperatorRule
+from .losses import LOSSES
 from .normalisation import NORMS
 from .pointwise import POINTWISE, pointwise
 from .products import PRODUCTS
@@ -20,6 +23,9 @@ RULES: dict[str, OperatorRule] = {
     **ATTENTION,
     **SHAPES,
     **INDEXING,
+    **CONVOLUTIONS,
+    **LOSSES,
+    **BATCHED,
 }
 """Operators by name, without overload; those that work in place go by the name of those that do not."""
 
