@@ -196,3 +196,17 @@ def test_a_law_that_fails_is_not_merely_not_followed():
     proof = Proof("equal", 3, (Failure("mlp", "summed twice"),), (TOPK,))
     assert (proof.answer, proof.holds) == ("fails", False)
     assert str(proof).endswith("fails in 1 cases")
+
+
+def test_a_plan_with_evidence_prints_types_where_modules_begin_and_end():
+    layer = ModuleTypes("layers.0.mlp", [WHOLE], [SPLIT], [f"layers.{number}.mlp" for number in range(1, 32)])
+    proven = plan(equality=evolve(EVIDENCE, modules=[layer, ModuleTypes("", [], [WHOLE])], unfollowed=[TOPK]))
+    bare, told = str(plan()).splitlines(), str(proven).splitlines()
+    assert told[: len(bare)] == bare
+    assert told[len(bare) :] == [
+        "",
+        "types of activations, from inputs made from the configuration, by torch 2.13.0",
+        "layers.{0..31}.mlp  f32[2, 16, 4096] -> f32[2, 16, 4096@tensor]",
+        "(model)             nothing -> f32[2, 16, 4096]",
+        "not followed  layers.0.mlp (topk): it has no rule for a split axis",
+    ]
