@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from attrs import Attribute, field, frozen
@@ -61,7 +62,7 @@ class ModuleTypes:
         path: The module.
         inputs: Types of the tensors that it is called with.
         outputs: Types of the tensors that it returns.
-        repeats: Paths of the repeated layers that it stands for.
+        repeats: Paths of the repeated layers that it stands for, if it is such a layer itself.
     """
 
     path: str
@@ -151,7 +152,7 @@ class Equality:
     evidence never says so.
 
     Args:
-        modules: Types where modules begin and end; a repeated layer stands for all its likes.
+        modules: Types where modules begin and end; a repeated layer, and all within it, stands for the layers that it names.
         calls: Types of all that is computed within modules.
         unfollowed: What nobody could follow.
         trusted: Modules of which the user's word was taken.
@@ -172,6 +173,25 @@ class Equality:
     def answer(self) -> Literal["holds", "not followed"]:
         """Whether all of the model was followed."""
         return "not followed" if self.unfollowed else "holds"
+
+    @cached_property
+    def families(self) -> dict[str, tuple[str, ...]]:
+        """The repeated layers that were followed, each with the layers that it stands for."""
+        return {module.path: module.repeats for module in self.modules if module.repeats}
+
+    def repeats_of(self, path: str) -> Iterator[str]:
+        """Map a path in a layer that was followed to the same path in each layer that it stands for."""
+        for layer, repeats in self.families.items():
+            if f"{path}.".startswith(f"{layer}."):
+                yield from (repeat + path.removeprefix(layer) for repeat in repeats)
+
+    def followed(self, path: str) -> str:
+        """Map a path in a repeated layer to the same path in the layer that was followed for it; other paths stay."""
+        for layer, repeats in self.families.items():
+            for repeat in repeats:
+                if f"{path}.".startswith(f"{repeat}."):
+                    return layer + path.removeprefix(repeat)
+        return path
 
 
 def in_words(unfollowed: Iterable[Unfollowed]) -> list[str]:

@@ -98,7 +98,8 @@ def types(evidence: Equality | None) -> list[str]:
     if evidence is None:
         return []
     made = ", from inputs made from the configuration" if evidence.inputs == "made" else ""
-    rows = ((path, (str(module),)) for module in evidence.modules for path in (module.path, *module.repeats))
+    paths = ((m, path) for m in evidence.modules for path in (m.path, *evidence.repeats_of(m.path)))
+    rows = ((path, (str(module),)) for module, path in paths)
     lines = table((path or "(model)", *cells) for path, cells in fold(rows))
     unfollowed = (f"not followed  {case}" for case in in_words(evidence.unfollowed))
     return ["", f"types of activations{made}, by torch {evidence.torch}", *lines, *unfollowed]

@@ -1,8 +1,8 @@
-"""``shardplan explain``: everything a plan says about one tensor."""
+"""``shardplan explain``: everything a plan says about one tensor or one module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +41,9 @@ from ...specs.steps import (
 )
 from ...specs.text_table import table
 from ..audit import audit
+from .explain_module import explain_module, module_paths
 from .option_types import FILE, load_plan
-from .output import echo, echo_json
+from .output import echo, echo_json, labelled
 
 if TYPE_CHECKING:
     from ...specs.mesh import Mesh
@@ -66,17 +67,22 @@ _MOVES = {
 Examples:
   shardplan explain plan.json model.layers.0.self_attn.q_proj.weight
   shardplan explain plan.json lm_head.weight --json
+  shardplan explain plan.json model.layers.0.mlp
 
 \b
-Exit codes: 0 explained, 2 there is no such plan, or no such tensor in it.
+Exit codes: 0 explained, 2 there is no such plan, or no such tensor or module in it.
 """,
 )
 @click.argument("plan", type=FILE)
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(plan: Path, path: str, *, as_json: bool) -> None:
-    """Print why the tensor PATH is where it is: its line in your code, its values, what each rank holds of it."""
-    explanation = explain(load_plan(plan), path)
+    """Print why the tensor PATH is where it is: its line in your code, its values, what each rank holds of it.
+
+    Of a module PATH, print the types of all that it computes, call by call.
+    """
+    loaded = load_plan(plan)
+    explanation = explain_module(loaded, path) if path in module_paths(loaded) else explain(loaded, path)
     if as_json:
         echo_json(explanation)
     else:
@@ -136,16 +142,16 @@ class Explanation:
         lines = [
             f"{spec.path}  {self.type}",
             "",
-            *_labelled("is", [f"{'frozen ' * (kind == 'parameter')}{kind}, stage {stages[0]} of {num_stages}{copies}"]),
-            *_labelled("split", self.splits or ["no: every rank of its stage holds it whole"]),
-            *_labelled("said by", [str(spec.origin)] if spec.origin else []),
-            *_labelled("values", [self.values]),
-            *_labelled("made", self.moves),
-            *_labelled("module", self.modules),
-            *_labelled("tied", [f"= {', '.join(spec.tie)}"] if spec.tie else []),
-            *_labelled("tags", [f"{name}: {value}" for name, value in spec.tags.items()]),
-            *_labelled("holds", self._rows()),
-            *_labelled("audit", [line for finding in self.findings for line in str(finding).splitlines()]),
+            *labelled("is", [f"{'frozen ' * (kind == 'parameter')}{kind}, stage {stages[0]} of {num_stages}{copies}"]),
+            *labelled("split", self.splits or ["no: every rank of its stage holds it whole"]),
+            *labelled("said by", [str(spec.origin)] if spec.origin else []),
+            *labelled("values", [self.values]),
+            *labelled("made", self.moves),
+            *labelled("module", self.modules),
+            *labelled("tied", [f"= {', '.join(spec.tie)}"] if spec.tie else []),
+            *labelled("tags", [f"{name}: {value}" for name, value in spec.tags.items()]),
+            *labelled("holds", self._rows()),
+            *labelled("audit", [line for finding in self.findings for line in str(finding).splitlines()]),
         ]
         return "\n".join(lines)
 
@@ -183,13 +189,13 @@ def explain(plan: Plan, path: str) -> Explanation:
     (((4, 8),), ((0, 4),))
     """
     if path not in plan.tree:
-        near = closest(path, plan.tree.all_paths)
+        near = closest(path, [*plan.tree.all_paths, *module_paths(plan)])
         fix = (
             f"The closest are {', '.join(near)}"
             if near
             else "shardplan show lists them, repeated layers folded: layers.{0..3} are layers.0 to layers.3"
         )
-        raise PlanError([Problem(path, "no tensor of the plan has this path", fix)])
+        raise PlanError([Problem(path, "no tensor and no module of the plan has this path", fix)])
     spec = plan.tree[path]
     modules = set(map(module_of, spec.paths))
     changed = [step for step in plan.steps if isinstance(step, LayoutStep) and step.module in modules]
@@ -205,11 +211,6 @@ def explain(plan: Plan, path: str) -> Explanation:
         held=tuple(_held(plan.mesh, spec)),
         findings=tuple(finding for finding in audit(plan).findings if finding.path in about),
     )
-
-
-def _labelled(label: str, lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines):
-        yield f"{label if not number else '':<10}{line}".rstrip()
 
 
 def _split(shard: Shard, mesh: Mesh) -> str:

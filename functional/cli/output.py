@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def write(file: Path, text: str) -> None:
         write_whole(file, text)
     except OSError as error:
         raise PlanError([Problem(str(file), f"it cannot be written: {error.strerror}", "Give another file")]) from None
+
+
+def labelled(label: str, lines: Iterable[str]) -> Iterator[str]:
+    """Iterate over lines, the first of them after a label."""
+    for number, line in enumerate(lines):
+        yield f"{label if not number else '':<10}{line}".rstrip()
 
 
 def echo_json(record: Any) -> None:

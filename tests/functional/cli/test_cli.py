@@ -225,7 +225,7 @@ def test_a_tensor_is_explained(here):
     ]
     assert "split     no: every rank of its stage holds it whole" in run("explain", "plan.json", "down.bias")
     near = run("explain", "plan.json", "up.wieght", code=2)
-    assert "up.wieght: no tensor of the plan has this path\n      The closest are up.weight" in near
+    assert "up.wieght: no tensor and no module of the plan has this path\n      The closest are up.weight" in near
 
 
 def test_what_the_audit_finds_of_a_tensor_is_part_of_why(here):
