@@ -97,12 +97,17 @@ def types(evidence: Equality | None) -> list[str]:
     """Write the types of activations where modules begin and end, and what nobody could follow, after an empty line."""
     if evidence is None:
         return []
-    made = ", from inputs made from the configuration" if evidence.inputs == "made" else ""
     paths = ((m, path) for m in evidence.modules for path in (m.path, *evidence.repeats_of(m.path)))
     rows = ((path, (str(module),)) for module, path in paths)
     lines = table((path or "(model)", *cells) for path, cells in fold(rows))
     unfollowed = (f"not followed  {case}" for case in in_words(evidence.unfollowed))
-    return ["", f"types of activations{made}, by torch {evidence.torch}", *lines, *unfollowed]
+    return ["", types_head(evidence), *lines, *unfollowed]
+
+
+def types_head(evidence: Equality) -> str:
+    """Return in words how the types were found."""
+    made = ", from inputs made from the configuration" if evidence.inputs == "made" else ""
+    return f"types of activations{made}, by torch {evidence.torch}"
 
 
 def source_words(spec: ParamSpec) -> str:

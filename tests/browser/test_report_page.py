@@ -16,7 +16,19 @@ from selenium.webdriver.common.keys import Keys
 
 from shardplan.functional import audit, plan_build
 from shardplan.functional.auditing.html.report import html_report
-from shardplan.specs import Mesh, ParamSpec, Plan, Shard, SpecTree
+from shardplan.specs import (
+    ActivationType,
+    CallType,
+    Equality,
+    Mesh,
+    ModuleTypes,
+    ParamSpec,
+    Plan,
+    Shard,
+    SpecTree,
+    Trust,
+    Unfollowed,
+)
 from shardplan.specs.dtypes import human_bytes
 from shardplan.specs.finding import Finding, Silenced
 from shardplan.specs.fold_layers import fold
@@ -28,6 +40,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 HOSTILE = "</script><img src=x onerror=alert(1)>"
+HEAD = "types of activations, from inputs made from the configuration, by torch 2.13.0"
 WIDE, NARROW = 1280, 400
 
 
@@ -53,7 +66,19 @@ def llama():
     sch = split_llama(llama_model(num_hidden_layers=4), Mesh(pipe=2, data=2, tensor=2)).cut_evenly(2)
     ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
     plan = plan_build(sch, example_inputs={"input_ids": ids, "use_cache": False})
+    plan = evolve(plan, equality=evidence(plan))
     return plan, audit(plan, ranks_per_node=4, device_memory=100_000)
+
+
+def evidence(plan):
+    """Of layer 1, for all but the first; an operator was not followed."""
+    whole, split = ActivationType("float32", ("2", "16")), ActivationType("float32", ("2", "16@tensor"), "split")
+    modules = [ModuleTypes("", [whole], [split]), ModuleTypes("model.layers.0", [whole], [whole])]
+    modules += [ModuleTypes("model.layers.1", [whole], [whole], ["model.layers.2", "model.layers.3"])]
+    calls = [CallType(f"model.layers.{number}", "add", "model.py:7", whole) for number in (0, 1)]
+    lost = [Unfollowed(f"model.layers.{number}", "topk", "it has no rule") for number in range(4)]
+    trusted = [Trust("model.norm", "a kernel of our own")]
+    return Equality(modules, calls, lost, trusted, "made", "2.13.0", plan.layout_digest)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +210,21 @@ def test_the_numbers_are_the_reports(page, llama):
     assert laws.keys() == {proof.law for proof in report.proofs}
     assert all(laws[proof.law].startswith(proof.answer) for proof in report.proofs)
     assert {finding.code for finding in report.findings} == set(texts(browser, "#findings .findings:first-of-type .code b"))
+
+
+def test_types_of_activations_are_folded_and_opened(page):
+    browser = page("llama")
+    assert one(browser, "#types .note").text == f"{HEAD}."
+    assert texts(browser, "#types .path") == ["the model", "model.layers.{0..3}"]
+    assert texts(browser, "#types li > div") == ["f32[2, 16] → f32[2, 16@tensor]", "f32[2, 16] → f32[2, 16]"]
+    assert not one(browser, "#types table").is_displayed()
+    one(browser, "#types summary").click()
+    assert one(browser, "#types tbody").text == "add f32[2, 16] model.py:7"
+    assert texts(browser, "#proofs .open .failures") == ["model.layers.{0..3} (topk): it has no rule"]
+
+
+def test_a_page_without_evidence_says_that_types_are_not_known(page):
+    assert one(page("odd"), "#types .body").text.startswith("Not known")
 
 
 def test_tensors_are_folded_and_told(page, llama):

@@ -17,6 +17,7 @@ from .memory import memory
 from .mesh import mesh
 from .tensors import tensors
 from .traffic import traffic
+from .types import types
 from .verdicts import verdicts
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from ....specs.plan import Plan
     from ....specs.report import Report
 
-_SCRIPTS = ("dom", "tip", "head", "verdicts", "mesh", "memory", "traffic", "search", "tensors", "page")
+_SCRIPTS = ("dom", "tip", "head", "verdicts", "mesh", "memory", "traffic", "search", "tensors", "types", "page")
 """The scripts of the page, each after the scripts that it uses."""
 
-_SECTIONS = ("findings", "proofs", "mesh", "memory", "traffic", "tensors")
+_SECTIONS = ("findings", "proofs", "mesh", "memory", "traffic", "tensors", "types")
 """The sections of the page in their order; a function of a script draws each: ``drawFindings``, ..."""
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
@@ -60,6 +61,7 @@ def html_report(plan: Plan, report: Report) -> str:
         "memory": memory(report),
         "traffic": traffic(report),
         "tensors": tensors(plan, report),
+        "types": types(plan),
     }
     style, script = _asset("report.css"), _script()
     slots = {
