@@ -15,7 +15,6 @@ from ..specs.steps import Agree, MakeOptimizer, Step, TakeStages, Wrap
 from .checkpoints.sources import checkpoint_sources
 from .dialects import find_dialect
 from .init.units import Unit, find_units
-from .layout.forward.check import check_forward
 from .layout.forward.microbatch import follow_microbatch
 from .layout.local_model import LocalModel
 from .model.callables import register
@@ -25,6 +24,8 @@ from .planning.group_steps import group_steps
 from .planning.layout_steps import layout_steps
 from .planning.value_steps import Strategy, value_steps
 from .schedule import Schedule
+from .types.check import check_types
+from .types.evidence import evidence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +59,9 @@ def plan_build(
             (it sends all ranks the whole, which they slice), or ``auto``, which is ``local``. The values are the same.
         seed: The seed of all random numbers.
         config: The target's configuration: plain JSON values.
-        example_inputs: Tensors by the names of the model's arguments, also on the meta device; with them a forward pass at
-            local shapes is tried on fake tensors, and gradients that would be partial are found. A model with stages is
-            exported with them; the first stage takes them in this order.
+        example_inputs: Tensors by the names of the model's arguments, also on the meta device; with them the model is
+            followed on fake tensors, whole and as a rank has it, and activations and gradients that differ are found. A
+            model with stages is exported with them; the first stage takes them in this order.
 
     Raises:
         PlanError: With everything that is wrong, at once.
@@ -99,7 +100,9 @@ def plan_build(
     if dialect is not None:
         problems += dialect.check(sch.mesh, subject.tree, layout, config)
     problems += wrong_stages(sch, example_inputs)
-    problems = problems or _wrong_when_run(sch, subject)
+    problems = problems or _wrong_for_stages(sch, subject)
+    checked = None if problems or example_inputs is None else check_types(subject, sch.trusts, sch.handed)
+    problems += checked.problems if checked else ()
     if problems or dialect is None:
         raise PlanError(problems)
 
@@ -125,6 +128,7 @@ def plan_build(
         trusts=sch.trusts,
         runtime=evolve(sch.runtime, callables=subject.callables, partition=partition),
         microbatch=None if example_inputs is None else follow_microbatch(subject),
+        equality=evidence(checked, subject, sch.trusts) if checked else None,
     )
 
 
@@ -198,12 +202,9 @@ def _with_sources(
     return evolve(subject, tree=tree), units, folder, problems
 
 
-def _wrong_when_run(sch: Schedule, subject: LocalModel) -> list[Problem]:
-    """Return problems of an export into stages, or if there are none, of a forward pass on fake tensors."""
-    problems = list(wrong_for_stages(subject)) if is_cut(sch) and not sch.handed else []
-    if problems or subject.example_inputs is None:
-        return problems
-    return check_forward(subject)
+def _wrong_for_stages(sch: Schedule, subject: LocalModel) -> list[Problem]:
+    """Return problems of an export into stages."""
+    return list(wrong_for_stages(subject)) if is_cut(sch) and not sch.handed else []
 
 
 def _steps(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...specs.mesh import Mesh
-from ..layout.forward.check import check_forward
 from ..layout.local_model import LocalModel
 from ..schedule import create_schedule
+from ..types.record import Stopped, record_whole
 
 NUM_LAYERS = 6
 """Number of layers that are kept: enough for dense and sparse layers, and a full period of most attention patterns."""
@@ -50,7 +50,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     """Return inputs with which the whole model runs on fake tensors, None if no candidate does."""
     sch = create_schedule(model, Mesh())
     for inputs in _candidates(model):
-        if not check_forward(LocalModel(model, sch.mesh, sch.tree, example_inputs=inputs)):
+        if not isinstance(record_whole(LocalModel(model, sch.mesh, sch.tree, example_inputs=inputs)), Stopped):
             return inputs
     return None
 

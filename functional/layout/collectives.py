@@ -26,7 +26,7 @@ et al. 2022, section 4.2.2).
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from attrs import frozen
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from ...specs.layout_steps import Sync
 
@@ -95,17 +95,6 @@ def sync_function(sync: Sync) -> Callable[[Tensor, SyncGroup], Tensor]:  # noqa:
         case _:
             assert sync.op == "reduce_scatter", "the schedule checks it"
             return lambda x, group: reduce_scatter(x, _axis(x, axis), group.num_ranks, group.index, group.name)
-
-
-RESULTS: Mapping[str, Literal["whole", "summed", "split"]] = {
-    "shardplan::all_reduce": "whole",
-    "shardplan::all_gather": "whole",
-    "shardplan::gather_sum": "summed",
-    "shardplan::reduce_scatter": "split",
-    "shardplan::split": "split",
-}
-"""How ranks share the result of an operator, in the words of ``forward/partial_gradients.py``: ``summed`` is equal on all
-ranks, and its gradient is summed over them. Operators that pass their input through are not listed."""
 
 
 def sent_by(operator: str, args: tuple[Any, ...]) -> tuple[str, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 
@@ -49,7 +50,9 @@ def overrides_forward(module: nn.Module) -> bool:
 def forward_without_bias(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
     """Return the output of a linear module without its bias. Its input may be given by name."""
     (x,) = (*given, *named.values())
-    return nn.functional.linear(x, module.weight) if isinstance(module, nn.Linear) else x @ module.weight
+    if isinstance(module, nn.Linear):
+        return nn.functional.linear(x, module.weight)
+    return torch.mm(x.view(-1, x.shape[-1]), module.weight).view(*x.shape[:-1], -1)  # as Conv1D's own code, call by call
 
 
 def _is_conv1d(cls: type, *, exactly: bool = False) -> bool:

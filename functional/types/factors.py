@@ -11,7 +11,8 @@ import numpy as np
 from attrs import field, frozen
 
 if TYPE_CHECKING:
-    from shardplan.specs import Mesh, Shard
+    from ...specs.mesh import Mesh
+    from ...specs.shard import Shard
 
     Entries = np.ndarray[tuple[int], np.dtype[np.int64]]
     """Entries of a factor or axis, in the order of a rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from attrs import Factory, define, evolve, frozen
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
 
 from ...specs.mesh import Mesh
 from ..layout.forward.run_once import SkippedLayers
@@ -49,16 +50,19 @@ def record_whole(subject: LocalModel, *, skip: bool = True) -> Tape | Stopped:
     """
     unsplit = subject.tree.map(lambda spec: evolve(spec, shards=()) if spec.shards else spec)
     whole = evolve(subject, mesh=Mesh(), tree=unsplit, layout=())
-    return _recorded(whole, subject, whole.mesh.coordinate(0), skip=skip)
+    return _recorded(whole, subject, whole.mesh.coordinate(0), (), skip=skip)
 
 
-def record_local(subject: LocalModel, *, skip: bool = True, coordinate: Coordinate | None = None) -> Tape | Stopped:
+def record_local(
+    subject: LocalModel, *, skip: bool = True, coordinate: Coordinate | None = None, chain: Sequence[Sequence[str]] = ()
+) -> Tape | Stopped:
     """Record a forward pass of the model as one rank has it, with the layout applied.
 
     Args:
         subject: As for :func:`record_whole`.
         skip: Whether repeated layers are skipped.
         coordinate: The rank; the first by default.
+        chain: Paths of the modules of each stage that are called in sequence, in place of the model's own forward.
 
     >>> from shardplan.functional import create_schedule
     >>> with torch.device("meta"):
@@ -70,17 +74,21 @@ def record_local(subject: LocalModel, *, skip: bool = True, coordinate: Coordina
     [('shardplan::sum_gradient', '0', (4, 8)), ('linear', '0', (4, 16)), ('dropout', '1', (4, 16)), ('linear', '2', (4, 8)),
      ('shardplan::all_reduce', '2', (4, 8))]
     """
-    return _recorded(subject, subject, coordinate or subject.mesh.coordinate(0), skip=skip)
+    return _recorded(subject, subject, coordinate or subject.mesh.coordinate(0), chain, skip=skip)
 
 
-def _recorded(run: LocalModel, subject: LocalModel, coordinate: Coordinate, *, skip: bool) -> Tape | Stopped:
+def _recorded(
+    run: LocalModel, subject: LocalModel, coordinate: Coordinate, chain: Sequence[Sequence[str]], *, skip: bool
+) -> Tape | Stopped:
     """Record a run of a model; which layers repeat each other is told from the split model."""
     with torch.inference_mode(mode=False):
-        found, is_sound = _tried(run, subject, coordinate, skip=skip)
-        return found if is_sound else _tried(run, subject, coordinate, skip=False)[0]
+        found, is_sound = _tried(run, subject, coordinate, chain, skip=skip)
+        return found if is_sound else _tried(run, subject, coordinate, chain, skip=False)[0]
 
 
-def _tried(run: LocalModel, subject: LocalModel, coordinate: Coordinate, *, skip: bool) -> tuple[Tape | Stopped, bool]:
+def _tried(
+    run: LocalModel, subject: LocalModel, coordinate: Coordinate, chain: Sequence[Sequence[str]], *, skip: bool
+) -> tuple[Tape | Stopped, bool]:
     """Record a run; also tell whether each layer that was skipped was called once."""
     mode, running = FakeTensorMode(allow_non_fake_inputs=True), OpenModules()
     writer = TapeWriter(running, _tried.__code__)
@@ -108,11 +116,19 @@ def _tried(run: LocalModel, subject: LocalModel, coordinate: Coordinate, *, skip
             with writer, writer.composites:
                 tape = writer.tape
                 tape.inputs |= {name: writer.value(value) for name, value in inputs.items() if isinstance(value, Tensor)}
-                outputs = local(**inputs)
+                outputs = _called(local, chain, inputs) if chain else local(**inputs)
                 tape.outputs += writer.values(outputs)
         except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
             return Stopped(running.innermost, error), not layers.representative_of
     return tape, layers.is_sound
+
+
+def _called(model: nn.Module, chain: Sequence[Sequence[str]], inputs: Mapping[str, Any]) -> Any:
+    """Call modules in sequence, each with the tensors that the one before returns."""
+    given: Any = tuple(inputs.values())
+    for path in (path for stage in chain for path in stage):
+        given = tuple(leaf for leaf in tree_leaves(model.get_submodule(path)(*given)) if isinstance(leaf, Tensor))
+    return given
 
 
 def _write_modules(model: nn.Module, writer: TapeWriter) -> None:

@@ -103,6 +103,21 @@ class Taken:
 
 
 @frozen
+class Strided:
+    """Every so many entries of an axis of the first operand. Linear.
+
+    Args:
+        axis: The axis.
+        start: The first.
+        step: From each to the next.
+    """
+
+    axis: int
+    start: int
+    step: int
+
+
+@frozen
 class Joined:
     """All operands one after another along an axis. Linear in all together.
 
@@ -152,5 +167,5 @@ class Filled:
     """New memory in which all entries are equal, whatever its sizes are."""
 
 
-Rule = Relation | Reshaped | Taken | Joined | Widened | Tiled | RepeatedEach | Filled
+Rule = Relation | Reshaped | Taken | Strided | Joined | Widened | Tiled | RepeatedEach | Filled
 """What is known of a call."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from attrs import Factory, define, frozen
 
-from .relation import Shape
+from .relation import Operand, OperatorCall, Shape
+
+VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten"})
+"""Operators that give a tensor another shape; which one runs depends on the memory of the tensor."""
 
 
 @frozen
@@ -128,3 +131,31 @@ class Tape:
     inputs: dict[str, int] = Factory(dict)
     outputs: list[int] = Factory(list)
     num_calls: dict[str, int] = Factory(dict)
+
+
+def references(call: RecordedCall) -> list[ValueRef]:
+    """Return the tensors among the arguments of a call, also in lists, in the order of its arguments."""
+    return list(_references(call.arguments.values()))
+
+
+def _references(values: Iterable[Any]) -> Iterator[ValueRef]:
+    for value in values:
+        if isinstance(value, ValueRef):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _references(value)
+
+
+def operator_call(tape: Tape, call: RecordedCall) -> OperatorCall:
+    """Return a recorded call as the rules of operators see it."""
+    operands: list[Operand] = []
+
+    def met(value: Any) -> Any:
+        if isinstance(value, ValueRef):
+            operands.append(Operand(len(operands), tape.values[value.value].shape))
+            return operands[-1]
+        return type(value)(map(met, value)) if isinstance(value, (list, tuple)) else value
+
+    arguments = {name: met(value) for name, value in call.arguments.items()}
+    shapes = tuple(tape.values[result].shape for result in call.results)
+    return OperatorCall(call.name, arguments, tuple(operands), shapes, call.is_pointwise)

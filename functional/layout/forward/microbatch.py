@@ -34,7 +34,7 @@ def follow_microbatch(subject: LocalModel) -> Microbatch | None:
     operator of a synchronisation, is not counted.
 
     Args:
-        subject: The model, with example inputs for which ``check_forward`` has found no problem. Its copy trains the modules
+        subject: The model, with example inputs with which the rank's forward pass runs. Its copy trains the modules
             that train in the user's model.
 
     >>> from shardplan.functional import create_schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate
 
-from ..relation import Joined, OperatorCall, Relation, RepeatedEach, Reshaped, Rule, Taken, Tiled, Widened
+from ..relation import Joined, OperatorCall, Relation, RepeatedEach, Reshaped, Rule, Strided, Taken, Tiled, Widened
 from .labels import Labels, OperatorRule, aligned, all_numbers, axes_of, axis_of, each, numbered, reasons, replaced, without
 
 _LINEAR = (frozenset({0}),)
@@ -77,7 +77,11 @@ def _take(call: OperatorCall) -> Rule | None:
     """Relate ``slice`` and ``narrow``."""
     shape, labels = call.operands[0].shape, _own(call)
     axis = axis_of(call, len(shape))
-    if call.arguments.get("step", 1) != 1:
+    step = call.arguments.get("step", 1)
+    if step != 1:
+        start, end = call.arguments.get("start") or 0, call.arguments.get("end")
+        if 0 <= start < step and (end is None or end >= shape[axis]):
+            return Strided(axis, start, step)
         return _moved(call, [replaced(labels, axis)], [labels[axis]], "every so many of them are taken")
     start = call.arguments.get("start") or 0
     if not isinstance(start, int):

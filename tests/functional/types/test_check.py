@@ -1,4 +1,4 @@
-"""Gradients that would be partial are found while planning, by following parts through a forward pass."""
+"""Activations and gradients that differ from the whole model's are found while planning."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ def test_a_synchronised_module_that_is_not_called_is_refused():
 def test_written_views_are_followed():
     class Buffered(Scaled):
         def forward(self, x):
-            out = torch.zeros(x.shape[0], 8)
-            out[:, :4] = self.up(x)
-            return out * self.scale
+            up = self.up(x)
+            out = torch.zeros(2, *up.shape)
+            out[1] = up
+            return self.down(out[1] * self.scale)
 
-    sch = create_schedule(Buffered(), Mesh(tensor=2)).at["up"].colwise().at["scale"].init(1.0)
+    sch = create_schedule(Buffered(), Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise().at["scale"].init(1.0)
     assert "scale  f32[]: it is whole, and meets parts" in refusal(sch, x=torch.empty(2, 4))

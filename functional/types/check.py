@@ -1,0 +1,152 @@
+"""Prove that a split model computes what the whole model computes, or say where it does not, or where nobody can tell."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import evolve, field, frozen
+
+from ...specs.equality import Trust, Unfollowed
+from ...specs.errors import Problem
+from ...specs.layout_steps import SetAttributes, SetToLocalSize
+from ..layout.local_model import LocalModel
+from ..model.read import named_tensors
+from .expert_split import without_experts, wrong_experts
+from .follow import follow
+from .gradients import wrong_gradients
+from .macros import with_macros
+from .problems import cannot_run, problems_of, stopped
+from .record import Stopped, record_local, record_whole
+from .skips import is_sound
+from .tape import Tape
+from .typed_run import Fault, Types
+
+
+@frozen(eq=False)
+class Checked:
+    """What is known of a split model.
+
+    Args:
+        problems: Where it computes something else than the whole model.
+        unfollowed: What nobody could follow.
+        local: The run of a rank; None where it stopped.
+        types: What ranks hold of its values; None where there is no run of both models.
+    """
+
+    problems: tuple[Problem, ...] = field(default=(), converter=tuple)
+    unfollowed: tuple[Unfollowed, ...] = field(default=(), converter=tuple)
+    local: Tape | None = None
+    types: Types | None = None
+
+
+def check_types(subject: LocalModel, trusts: Sequence[Trust] = (), chain: Sequence[Sequence[str]] = ()) -> Checked:
+    """Follow a split model beside the whole model, forward and backward.
+
+    Ranks that hold tensors of other sizes are followed too.
+
+    Args:
+        subject: The model, with example inputs.
+        trusts: Modules of which the user's word is taken.
+        chain: Paths of the modules of each stage, where the user gave stages that call modules in sequence.
+    """
+    if wrong := list(wrong_inputs(subject)):
+        return Checked(wrong)
+    structural = [*wrong_experts(subject), *_broken_ties(subject)]
+    alone = without_experts(subject)
+    ranks = _distinct_ranks(alone)
+    found = [
+        _followed(alone, rank, trusts, chain, skip=True) or _followed(alone, rank, trusts, chain, skip=False)
+        for rank in ranks
+    ]
+    checked = [each for each in found if each is not None]
+    problems = dict.fromkeys([*structural, *(problem for each in checked for problem in each.problems)])
+    unfollowed = dict.fromkeys(lost for each in checked for lost in each.unfollowed)
+    return evolve(checked[0], problems=problems, unfollowed=unfollowed)
+
+
+def _distinct_ranks(subject: LocalModel) -> list[int]:
+    """Return the first rank along ``tensor`` of each kind: ranks of a kind hold tensors of the same sizes."""
+    kinds: dict[tuple[tuple[int, ...], ...], int] = {}
+    for rank in range(subject.mesh.tensor):
+        here = subject.mesh.coordinate(rank)
+        kinds.setdefault(tuple(spec.local_shape(here) for spec in subject.tree.values()), rank)
+    return list(kinds.values())
+
+
+def _followed(
+    subject: LocalModel, rank: int, trusts: Sequence[Trust], chain: Sequence[Sequence[str]], *, skip: bool
+) -> Checked | None:
+    """Return what is known of a rank; None with ``skip`` where skipped layers leave something open."""
+    local = record_local(subject, skip=skip, coordinate=subject.mesh.coordinate(rank), chain=chain)
+    if isinstance(local, Stopped) and skip:
+        return None
+    whole = record_whole(subject, skip=skip)
+    if isinstance(whole, Stopped) and cannot_run(whole.error):
+        return Checked((), [Unfollowed(whole.path, "", f"it cannot run without values: {_told(whole.error)}")])
+    if isinstance(local, Stopped):
+        return Checked(stopped(subject, local, is_whole=isinstance(whole, Stopped)))
+    silent = list(_never_called(subject, local))
+    if isinstance(whole, Stopped):
+        cause = f"the whole model stops there: {_told(whole.error)}"
+        return Checked(silent, [Unfollowed(whole.path, "", cause)], local)
+    local, whole = with_macros(local, subject.layout, trusts), with_macros(whole, (), trusts)
+    types = follow(local, whole, subject, trusts, rank)
+    faults = [*types.faults, *wrong_gradients(local, types, subject.tree, subject.layout, subject.mesh.tensor)]
+    if skip and local.skipped and (faults or silent or not is_sound(local, whole, types)):
+        return None
+    if chain:
+        faults = [_of_chain(fault) for fault in faults]
+    wrong = [fault for fault in faults if fault.kind != "unfollowed"]
+    lost = [Unfollowed(f.path, _operator(local, f), f.cause) for f in faults if f.kind == "unfollowed"]
+    return Checked([*silent, *problems_of(wrong, local, types, subject)], lost, local, types)
+
+
+def _of_chain(fault: Fault) -> Fault:
+    """Return a fault of stages that do not run what the model's own forward runs."""
+    if fault.kind != "unfollowed":
+        return fault
+    return evolve(fault, kind="forward", cause=f"the stages do not run what the model's forward runs: {fault.cause}")
+
+
+def _broken_ties(subject: LocalModel) -> Iterator[Problem]:
+    """Iterate over tensors that are one tensor in the model, and several in the plan."""
+    paths: dict[int, str] = {}
+    for path, _, tensor in named_tensors(subject.model):
+        if path in subject.tree:
+            spec, other = subject.tree[path], subject.tree[paths.setdefault(id(tensor), path)]
+            if spec.path != other.path:
+                cause = (
+                    f"it is one tensor with {other.path} in the model, and the plan has two: each would get its own gradient"
+                )
+                yield Problem(spec.path, cause, "Plan the schedule's own tensors, where they are tied", spec.type)
+
+
+def wrong_inputs(subject: LocalModel) -> Iterator[Problem]:
+    """Iterate over problems of the example inputs."""
+    forward, example_inputs = subject.model.forward, subject.example_inputs
+    if not isinstance(example_inputs, Mapping):
+        yield Problem("example_inputs", "they are tensors by the names of the model's arguments", "{'input_ids': tensor}")
+        return
+    try:
+        inspect.signature(forward).bind(**example_inputs)
+    except TypeError as error:
+        fix = f"forward takes {inspect.signature(forward)}"
+        yield Problem("example_inputs", f"the model cannot be called with them: {error}", fix)
+
+
+def _never_called(subject: LocalModel, local: Tape) -> Iterator[Problem]:
+    changing = {step.module for step in subject.layout if not isinstance(step, (SetAttributes, SetToLocalSize))}
+    for path in sorted(changing - local.num_calls.keys()):
+        cause = "it is not called in this forward pass, so that nothing is synchronised there"
+        fix = "Synchronise a module that is called; code that uses its weight directly goes past it"
+        yield Problem(path, cause, fix)
+
+
+def _operator(local: Tape, fault: Fault) -> str:
+    return local.calls[fault.call].name if fault.call >= 0 else ""
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

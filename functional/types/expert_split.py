@@ -1,0 +1,96 @@
+"""Experts that are shared out over ``expert``: their module's contract, checked by its tensors, and the model without them.
+
+Ranks along ``data`` and ``expert`` have samples of their own. A module of experts gets the tokens of all ranks
+(``DispatchTokens``) and computes for each token the weighted sum of the experts that were chosen for it, so that the sums of
+all ranks' experts add up. Each rank must therefore hold whole experts, one after another, as many as the step says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from attrs import evolve
+from frozendict import frozendict
+
+from ...specs.errors import Problem
+from ...specs.layout_steps import DispatchTokens, LayoutStep, SetAttributes, SumGradient
+from ...specs.mesh import Mesh
+from ...specs.param import ParamSpec
+from ...specs.paths import module_of
+from ..layout.local_model import LocalModel
+
+
+def without_experts(subject: LocalModel) -> LocalModel:
+    """Return the model as ranks along ``tensor`` alone have it, all other mesh axes with a single rank."""
+    mesh = Mesh(tensor=subject.mesh.tensor)
+    dispatching = {step.module for step in subject.layout if isinstance(step, DispatchTokens)}
+    return evolve(subject, mesh=mesh, layout=tuple(_others(subject, dispatching)))
+
+
+def _others(subject: LocalModel, dispatching: set[str]) -> Iterator[LayoutStep]:
+    for step in subject.layout:
+        match step:
+            case DispatchTokens():
+                pass
+            case SetAttributes(module=module, values=values) if module in dispatching:
+                rest = {name: value for name, value in values.items() if name != "num_experts"}
+                if rest:
+                    yield evolve(step, values=frozendict(rest))
+            case SumGradient(mesh_axis="expert_data" | "expert"):
+                pass
+            case _:
+                yield step
+
+
+def wrong_experts(subject: LocalModel) -> Iterator[Problem]:
+    """Iterate over tensors that are shared out over ranks with samples of their own, against the contract of experts."""
+    steps = {step.module: step for step in subject.layout if isinstance(step, DispatchTokens)}
+    for spec in subject.tree.values():
+        for mesh_axis in ("data", "expert"):
+            shard = spec.on(mesh_axis)
+            if shard is None or subject.mesh.num(mesh_axis) == 1:
+                continue
+            modules = {module_of(path) for path in spec.paths}
+            step = next((steps[module] for module in modules if module in steps), None)
+            if mesh_axis == "data" or step is None:
+                cause = (
+                    f"each rank along {mesh_axis} has a part of it, and samples of its own, with which it needs all of it"
+                )
+                fix = "Split it over tensor" if mesh_axis == "data" else "Send tokens to the experts: .expert_parallel()"
+                yield Problem(spec.path, cause, fix, spec.type)
+            else:
+                yield from _wrong_part(subject, spec, step)
+    for path, step in steps.items():
+        yield from _whole_beside(subject, path)
+        yield from _wrong_number(subject, path, step)
+
+
+def _wrong_part(subject: LocalModel, spec: ParamSpec, step: DispatchTokens) -> Iterator[Problem]:
+    shard = spec.on("expert")
+    assert shard is not None, "the caller has asked"
+    size, num = spec.orig_shape[shard.axis], subject.mesh.expert
+    wanted = [((rank * step.num_experts, (rank + 1) * step.num_experts),) for rank in range(num)]
+    found = [shard.intervals(size, subject.mesh.at(expert=rank)) for rank in range(num)]
+    if shard.axis or found != wanted:
+        cause = (
+            f"ranks along expert take themselves to have {step.num_experts} experts each, one after another, and have others"
+        )
+        yield Problem(spec.path, cause, "Declare it with .expert_parallel() alone", spec.type)
+
+
+def _whole_beside(subject: LocalModel, path: str) -> Iterator[Problem]:
+    own = [spec for spec in subject.tree.values() if path in {module_of(p) for p in spec.paths}]
+    for spec in own:
+        if spec.on("expert") is None:
+            cause = "its module has some of the experts, and it is whole"
+            yield Problem(spec.path, cause, "Declare its module with .expert_parallel() alone", spec.type)
+
+
+def _wrong_number(subject: LocalModel, path: str, step: DispatchTokens) -> Iterator[Problem]:
+    number = getattr(subject.model.get_submodule(path), "num_experts", None)
+    for change in subject.layout:
+        if isinstance(change, SetAttributes) and change.module == path:
+            number = change.values.get("num_experts", number)
+    if number != step.num_experts:
+        cause = f"its num_experts is {number}, and each rank along expert has {step.num_experts}"
+        yield Problem(path, cause, f".set(num_experts={step.num_experts})")

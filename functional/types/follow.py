@@ -1,0 +1,332 @@
+"""Follow what ranks hold of every value, through a rank's run beside the whole model's run: the types of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import Factory, define, evolve, field
+
+from ...specs.equality import Trust
+from ...specs.layout_steps import LayoutStep, VocabParallel
+from ...specs.mesh import Mesh
+from ...specs.tree import SpecTree
+from ..layout.local_model import LocalModel
+from .alignment import Alignment, Pair
+from .axes import parts_in, whole
+from .entering import tensor_of
+from .grouped import GROUPS, relate_groups
+from .held import UNKNOWN, Held, lost, same, whole_of
+from .macros import TRUSTED
+from .memory import written
+from .numbers import fill_of, kept_fill, other_number, ratio_of
+from .relate import Call, Misuse, relate
+from .relation import Filled, Rule
+from .rules import rule_of
+from .steps import after_step, are_rows, given
+from .tape import RecordedCall, Tape, operator_call, references
+from .typed_run import Fault, Types
+
+
+def follow(local: Tape, model: Tape, subject: LocalModel, trusts: Iterable[Trust] = (), rank: int = 0) -> Types:
+    """Return what ranks along ``tensor`` hold of each value of a rank's run, and where it is not what the whole model has.
+
+    Args:
+        local: The rank's run.
+        model: The whole model's run.
+        subject: The split model, on a mesh with ranks along ``tensor`` alone; calls of the rank's run name its layout steps
+            by place.
+        trusts: Modules of which the user's word is taken.
+        rank: The rank.
+    """
+    trusted = {trust.module: trust for trust in trusts}
+    return _Follower(local, model, subject.tree, subject.layout, subject.mesh, rank, trusted).run()
+
+
+@define(eq=False)
+class _Follower:
+    local: Tape
+    model: Tape
+    tree: SpecTree
+    layout: Sequence[LayoutStep]
+    mesh: Mesh
+    rank: int
+    trusts: Mapping[str, Trust]
+    types: Types = Factory(Types)
+    alignment: Alignment = field(init=False)
+    places: dict[str, int] = field(init=False)
+    """The value of the whole model's run that each tensor of the model is, by path."""
+
+    def __attrs_post_init__(self) -> None:
+        self.alignment = Alignment(self.local, self.model, self.layout, self.types)
+        self.places = {value.path: at for at, value in enumerate(self.model.values) if value.path}
+
+    def run(self) -> Types:
+        for name, value in self.local.inputs.items():
+            self._enter(value, self.model.inputs.get(name, -1))
+        for pair in self.alignment.pairs():
+            if pair.number >= 0:
+                self.types.producers |= dict.fromkeys(pair.call.results, pair.number)
+            if pair.cause:
+                self._fault(pair, pair.cause, kind="forward" if pair.is_wrong else "unfollowed")
+            match pair.kind:
+                case "step":
+                    self._step(pair)
+                case "copy":
+                    self._copy(pair.call)
+                case "both":
+                    self._both(pair)
+                case _:
+                    self._is(pair, UNKNOWN)
+        self._outputs()
+        self._without_dead_code()
+        return self.types
+
+    def _without_dead_code(self) -> None:
+        """Leave out what was found of calls whose results nothing depends on."""
+        live = set(self.local.outputs)
+        kept = {value.storage for value in self.local.values if value.path}
+        for call in reversed(self.local.calls):
+            is_kept = any(self.local.values[result].storage in kept for result in call.results)
+            if is_kept or call.step is not None or not live.isdisjoint(call.results):
+                live |= {ref.value for ref in references(call)} | set(call.results)
+        calls = self.local.calls
+        self.types.faults[:] = [
+            fault for fault in self.types.faults if fault.call < 0 or not live.isdisjoint(calls[fault.call].results)
+        ]
+
+    def _is(self, pair: Pair, *held: Held) -> None:
+        """Note what ranks hold of the results of a call: one type for all, or one for each."""
+        results = pair.call.results
+        for result, each in zip(results, held * len(results) if len(held) == 1 else held, strict=True):
+            self.types.held[result] = each
+            self.types.counterparts.setdefault(result, -1)
+
+    def _fault(self, pair: Pair, cause: str, **known: Any) -> None:
+        told = f" ({pair.call.line})" if pair.call.line else ""
+        self.types.faults.append(Fault(pair.number, pair.call.module, f"{cause}{told}", **known))
+
+    def _enter(self, value: int, counterpart: int) -> None:
+        """Note a value that no call has made: a tensor of the model, an input, a constant."""
+        mine, theirs = self.local.values[value], self.model.values[counterpart] if counterpart >= 0 else None
+        if mine.path:
+            counterpart = self.places.get(mine.path, counterpart)
+            held = tensor_of(self.tree[mine.path], self.mesh)
+        elif theirs is not None and mine.shape == theirs.shape:
+            held = whole_of(mine.shape)
+        else:
+            held = lost("nobody knows where it comes from")
+        self.types.held[value] = held
+        self.types.counterparts[value] = counterpart
+
+    def _copy(self, call: RecordedCall) -> None:
+        operand = references(call)[0].value
+        for result in call.results:
+            self.types.held[result] = self.types.held.get(operand, UNKNOWN)
+            self.types.counterparts[result] = self.types.counterparts.get(operand, -1)
+
+    def _operands(self, pair: Pair) -> tuple[Held, ...]:
+        """Return what ranks hold of the operands; note those that nobody could follow, once they are used."""
+        found = [self.types.held.get(ref.value, UNKNOWN) for ref in references(pair.call)]
+        for ref, held in zip(references(pair.call), found, strict=True):
+            if held.kind == "unknown" and held.origin:
+                self._fault(pair, f"{pair.call.name} takes {self._text(ref.value)}: {held.origin}", kind="unfollowed")
+                self.types.held[ref.value] = UNKNOWN
+        return tuple(found)
+
+    def _step(self, pair: Pair) -> None:
+        """Follow a call of a layout step's own code."""
+        call = pair.call
+        assert call.step is not None, "the pair says so"
+        refs = references(call)
+        for ref in refs:
+            if ref.value not in self.types.held:
+                self._enter(ref.value, -1)
+        found = after_step(call, self.layout[call.step], self._operands(pair), self.mesh.tensor)
+        own = [ref.value for ref in refs if self.types.held[ref.value].kind != "rows"] or [ref.value for ref in refs]
+        counterpart = self.types.counterparts.get(own[0], -1) if own else -1
+        self.types.counterparts |= dict.fromkeys(call.results, counterpart)
+        if isinstance(found, Misuse):
+            self._misuse(pair, found, found.cause)
+        else:
+            self._is(pair, found)
+
+    def _misuse(self, pair: Pair, misuse: Misuse, cause: str) -> None:
+        refs = references(pair.call)
+        self._fault(pair, cause, value=refs[misuse.operand].value if refs else None, needs=misuse.needs)
+        self._is(pair, UNKNOWN)
+
+    def _both(self, pair: Pair) -> None:
+        """Follow a call that the whole model runs too."""
+        assert pair.other is not None, "the pair says so"
+        call, other = pair.call, pair.other
+        self.types.counterparts |= dict(zip(call.results, other.results, strict=False))
+        if not self._takes_the_same(call, other):
+            self._fault(pair, f"{call.name} takes other tensors than in the whole model", kind="unfollowed")
+            self._is(pair, UNKNOWN)
+            return
+        if call.name == TRUSTED:
+            self._trusted(pair)
+            return
+        operands = self._operands(pair)
+        if any(held.kind == "unknown" for held in operands):
+            self._is(pair, UNKNOWN)
+        elif any(held.kind == "rows" for held in operands):
+            self._rows(pair, operands)
+        elif call.name == "written":
+            old, changed = operands
+            self._is(pair, old if self._is_kept(pair) else written(old, changed, self.rank))
+        else:
+            self._typed(pair, call, other, operands)
+
+    def _is_kept(self, pair: Pair) -> bool:
+        """Tell whether what was written into a view is shared out as the view was."""
+        changed = references(pair.call)[1].value
+        before = references(self.local.calls[self.types.producers[changed]])[0].value
+        held, old = self.types.held.get(before, UNKNOWN), self.types.held[references(pair.call)[0].value]
+        return held.kind == "parts" and old.kind == "parts" and same(held, self.types.held[changed])
+
+    def _trusted(self, pair: Pair) -> None:
+        """Take the user's word for what a module gives."""
+        call, other = pair.call, pair.other
+        assert other is not None, "the caller has both"
+        trust = self.trusts[call.module]
+        for mine, theirs in zip(call.results, other.results, strict=True):
+            value, shape = self.local.values[mine], self.model.values[theirs].shape
+            is_number = value.dtype.startswith(("int", "bool", "uint"))
+            held = whole_of(shape) if is_number else given(trust.gives, trust.axis, shape, self.mesh.tensor)
+            if held.kind != "unknown" and held.local_shape(self.rank) != value.shape:
+                cause = f"it is trusted to give {held.activation_type(value.dtype)}, and gives {list(value.shape)} on a rank"
+                self._fault(pair, cause)
+                held = UNKNOWN
+            self.types.held[mine] = held
+
+    def _takes_the_same(self, call: RecordedCall, other: RecordedCall) -> bool:
+        """Tell whether a call's operands stand for those of the whole model's call; note operands that are seen first."""
+        mine, theirs = references(call), references(other)
+        if len(mine) != len(theirs) or len(call.results) != len(other.results):
+            return False
+        for ref, their in zip(mine, theirs, strict=True):
+            counterpart = self.alignment.theirs(their.value)
+            if ref.value not in self.types.held:
+                self._enter(ref.value, counterpart)
+            known = self.alignment.theirs(self.types.counterparts[ref.value])
+            if self.types.held[ref.value].kind != "unknown" and known != counterpart:
+                return False
+        return True
+
+    def _typed(self, pair: Pair, call: RecordedCall, other: RecordedCall, operands: tuple[Held, ...]) -> None:
+        rule = rule_of(operator_call(self.model, other))
+        numbers = other_number(call, other, rule, own_rows=self._own_rows(call) is not None)
+        ratio = ratio_of(call, numbers)
+        shapes, local_shapes = _shapes(self.model, other), _shapes(self.local, call)
+        is_plain = all(held.is_plain for held in operands)
+        if numbers and ratio is None:
+            cause = f"{call.name} computes with {numbers[0]} where the whole model computes with {numbers[1]}"
+            self._fault(pair, cause)
+            self._is(pair, UNKNOWN)
+        elif is_plain and shapes == local_shapes and not pair.lacks and ratio is None:
+            fill = fill_of(call) if isinstance(rule, Filled) else kept_fill(call, operands)
+            self._is(pair, *self._drawn(pair, tuple(evolve(whole_of(shape), fill=fill) for shape in shapes)))
+        elif call.function and not is_plain:
+            cause = f"the backward pass of {call.function} is its own, and nobody knows what it does with parts"
+            self._fault(pair, cause, kind="unfollowed")
+            self._is(pair, UNKNOWN)
+        else:
+            found = self._related(pair, rule, operands, shapes, local_shapes)
+            if isinstance(found, Misuse):
+                told = ", ".join(self._text(ref.value) for ref in references(call))
+                self._misuse(pair, found, f"{call.name} of {told}: {found.cause}")
+            elif found:
+                made = (self._completed(pair, rule, held, ratio) for held in self._drawn(pair, found))
+                self._is(pair, *made)
+
+    def _related(
+        self, pair: Pair, rule: Rule | None, operands: tuple[Held, ...], shapes: Any, local_shapes: Any
+    ) -> tuple[Held, ...] | Misuse:
+        call, other = pair.call, pair.other
+        assert other is not None, "the caller has both"
+        groups = other.arguments.get(GROUPS.get(call.name, ""), 1)
+        if rule is None and groups == 1:
+            told = ", ".join(self._text(ref.value) for ref in references(call)) or f"{list(local_shapes[0])}"
+            self._fault(pair, f"no rule is known for {call.name} of {told}", kind="unfollowed")
+            self._is(pair, UNKNOWN)
+            return ()
+        local_rule = rule_of(operator_call(self.local, call))
+        rule = rule or Filled()
+        both = Call(call.name, rule, local_rule or rule, operands, shapes, local_shapes, self.mesh.tensor, self.rank)
+        return relate_groups(both, groups, call.arguments[GROUPS[call.name]]) if groups != 1 else relate(both)
+
+    def _completed(self, pair: Pair, rule: Rule | None, held: Held, ratio: Any) -> Held:
+        """Return what ranks hold of a result, with what is still due."""
+        if isinstance(rule, Filled) and (fill := fill_of(pair.call)) is not None:
+            held = evolve(held, fill=fill)
+        if ratio is not None:
+            held = evolve(held, scale=held.scale * ratio, origin=pair.call.module)
+        return evolve(held, lacks=pair.lacks, origin=pair.call.module) if pair.lacks else held
+
+    def _drawn(self, pair: Pair, found: tuple[Held, ...]) -> tuple[Held, ...]:
+        """Return what ranks hold of random numbers: each its own where they work on parts, else the same."""
+        call = pair.call
+        if not (call.is_random or call.arguments.get("dropout_p")):
+            return found
+        is_split = any(held.kind == "parts" or (held.kind == "whole" and not held.is_plain) for held in found)
+        if is_split == call.is_forked:
+            return tuple(evolve(held, is_drawn=is_split and held.kind == "whole", fill=None) for held in found)
+        told = "the same random numbers on all ranks, and each has other entries"
+        told = f"{call.name} draws {told if is_split else 'other random numbers on each rank, for what all have'}"
+        self._fault(pair, told)
+        return tuple(UNKNOWN for _ in found)
+
+    def _text(self, value: int) -> str:
+        held, local = self.types.held.get(value, UNKNOWN), self.local.values[value]
+        return str(held.activation_type(local.dtype)) if held.kind not in {"unknown", "rows"} else f"{list(local.shape)}"
+
+    def _own_rows(self, call: RecordedCall) -> VocabParallel | None:
+        steps = (step for step in self.layout if isinstance(step, VocabParallel) and step.module == call.module)
+        return next(steps, None)
+
+    def _rows(self, pair: Pair, operands: tuple[Held, ...]) -> None:
+        """Follow an embedding that looks up the rows that each rank has."""
+        step, call, weight = self._own_rows(pair.call), pair.call, operands[0]
+        assert pair.other is not None, "the caller has both"
+        if step is None or call.name != "embedding" or weight.kind != "parts" or len(operands) != 2:  # noqa: PLR2004
+            self._fault(pair, f"{call.name} takes the numbers of rows that each rank counts from its own first row")
+            self._is(pair, UNKNOWN)
+        elif parts_in(weight.axes[0]) is None or not are_rows(weight.axes[0], step.num_rows):
+            self._fault(pair, f"rows are looked up as if each rank had {step.num_rows}, one rank after the other")
+            self._is(pair, UNKNOWN)
+        else:
+            shape = self.model.values[pair.other.results[0]].shape
+            self._is(pair, Held("summand", tuple(map(whole, shape)), unmasked=True, origin=call.module))
+
+    def _outputs(self) -> None:
+        if len(self.local.outputs) != len(self.model.outputs):
+            cause = f"it returns {len(self.local.outputs)} tensors, and {len(self.model.outputs)} in the whole model"
+            self.types.faults.append(Fault(-1, "", cause))
+            return
+        for at, (mine, theirs) in enumerate(zip(self.local.outputs, self.model.outputs, strict=True)):
+            self.types.faults += self._wrong_output(at, mine, theirs)
+
+    def _wrong_output(self, at: int, mine: int, theirs: int) -> Iterator[Fault]:
+        if mine not in self.types.held:
+            self._enter(mine, theirs)
+        held = self.types.held[mine]
+        which = f"output {at}" if len(self.local.outputs) > 1 else "its output"
+        producer = self.types.producers.get(mine)
+        path = self.local.calls[producer].module if producer is not None else ""
+        counterpart = self.alignment.theirs(self.types.counterparts[mine])
+        if held.kind == "unknown":
+            if held.origin:
+                yield Fault(-1, path, f"the model returns it as {which}: {held.origin}", kind="unfollowed")
+        elif not held.is_plain:
+            cause = f"the model returns {self._text(mine)} as {which}, and each rank is to return it whole"
+            if held.is_due:
+                cause = f"the model returns as {which} what is not complete: {held.due}"
+            yield Fault(-1, path, cause, mine, "whole" if held.kind in {"parts", "summand"} else "")
+        elif counterpart != self.alignment.theirs(theirs):
+            yield Fault(-1, path, f"{which} is another value than in the whole model", kind="unfollowed")
+
+
+def _shapes(tape: Tape, call: RecordedCall) -> tuple[tuple[int, ...], ...]:
+    return tuple(tape.values[result].shape for result in call.results)

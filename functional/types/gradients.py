@@ -1,0 +1,380 @@
+"""Follow the gradients of every value backwards through a rank's run, and find those that stay summands.
+
+If ranks compute parts of what the whole model computes, for all values of the operands, then their vector-Jacobian products
+follow, and no operator needs a rule of its own: the gradient of parts is parts, of summands whole, and of a whole operand
+that meets parts a summand. Collectives have their own backward passes (``layout/collectives.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal, get_args
+
+from attrs import Factory, define, evolve, frozen
+
+from ...specs.layout_steps import LayoutStep, Sync, SyncOp
+from ...specs.tree import SpecTree
+from .axes import holders, parts_in
+from .held import UNKNOWN, Held
+from .macros import TRUSTED
+from .relation import Taken
+from .rules import rule_of
+from .tape import RecordedCall, Tape, ValueRef, operator_call, references
+from .typed_run import Fault, Types
+
+Kind = Literal["whole", "summand", "parts", "shared", "unknown"]
+
+
+@frozen
+class Met:
+    """Where a whole value meets parts, so that each rank has a part of its gradient.
+
+    Args:
+        call: Number of the call.
+        value: The whole value.
+    """
+
+    call: int
+    value: int
+
+
+@frozen
+class Gradient:
+    """What ranks hold of the gradient of a value.
+
+    Args:
+        kind: ``whole``, ``summand``, ``parts`` (of the value's own parts), ``shared`` (parts, which ranks that hold the same
+            entries have to add up), or ``unknown``.
+        scale: The ranks hold this multiple of it.
+        met: Where summands come from.
+        scaled_by: The module at which the multiple began.
+        pieces: Where entries along an axis differ: the axis, and start, stop and gradient of each piece; entries between
+            have none.
+    """
+
+    kind: Kind
+    scale: Fraction = Fraction(1)
+    met: frozenset[Met] = frozenset()
+    scaled_by: str = ""
+    pieces: tuple[int, tuple[tuple[int, int, Gradient], ...]] | None = None
+
+
+_UNKNOWN = Gradient("unknown")
+
+
+def wrong_gradients(local: Tape, types: Types, tree: SpecTree, layout: Sequence[LayoutStep], num: int) -> list[Fault]:
+    """Return where gradients stay summands, or count several times, that reach whole values or trained tensors.
+
+    Args:
+        local: The rank's run.
+        types: What ranks hold of its values.
+        tree: The model's tensors.
+        layout: The layout steps, by place.
+        num: Ranks along ``tensor``.
+    """
+    walk = _Walk(local, types, tree, layout, num)
+    walk.run()
+    return list(dict.fromkeys(walk.faults))
+
+
+@define(eq=False)
+class _Walk:
+    local: Tape
+    types: Types
+    tree: SpecTree
+    layout: Sequence[LayoutStep]
+    num: int
+    gradients: dict[int, list[Gradient]] = Factory(dict)
+    totals: dict[int, Gradient] = Factory(dict)
+    faults: list[Fault] = Factory(list)
+
+    def run(self) -> None:
+        for value in self.local.outputs:
+            if self._held(value).kind == "whole":
+                self._add(value, Gradient("whole"))
+        for number in range(len(self.local.calls) - 1, -1, -1):
+            call = self.local.calls[number]
+            totals = [self._total(result) for result in call.results]
+            if any(total is not None for total in totals):
+                self._backward(number, call, totals)
+        for value, info in enumerate(self.local.values):
+            if info.path and (total := self._total(value)) is not None:
+                self._at_tensor(value, info.path, total)
+
+    def _held(self, value: int) -> Held:
+        return self.types.held.get(value, UNKNOWN)
+
+    def _add(self, value: int, gradient: Gradient) -> None:
+        self.gradients.setdefault(value, []).append(gradient)
+
+    def _total(self, value: int) -> Gradient | None:
+        if value not in self.totals:
+            found = self.gradients.get(value)
+            if not found:
+                return None
+            self.totals[value] = self._combined(value, found)
+        return self.totals[value]
+
+    def _combined(self, value: int, found: list[Gradient]) -> Gradient:
+        """Return the sum of the gradients that a value's uses give."""
+        if any(gradient.kind == "unknown" for gradient in found):
+            return _UNKNOWN
+        if any(gradient.pieces for gradient in found):
+            merged = _merged(found)
+            if merged is not None:
+                return merged
+            flat = [inner for gradient in found for inner in _flat(gradient)]
+        else:
+            flat = found
+        return self._sum(value, flat)
+
+    def _sum(self, value: int, flat: list[Gradient]) -> Gradient:
+        kinds, scales = {gradient.kind for gradient in flat}, {gradient.scale for gradient in flat}
+        if "unknown" in kinds:
+            return _UNKNOWN
+        if len(kinds) == 1 and len(scales) == 1:
+            return evolve(flat[0], met=frozenset().union(*(gradient.met for gradient in flat)), pieces=None)
+        if kinds == {"parts", "shared"} and len(scales) == 1:
+            self._report_shared(value)
+            return Gradient("parts")
+        if "summand" in kinds:
+            self._report(gradient for gradient in flat if gradient.kind == "summand")
+        else:
+            self._report_scale(value, next(gradient for gradient in flat if gradient.scale != 1))
+        return Gradient("whole")  # as it is once it is mended
+
+    def _backward(self, number: int, call: RecordedCall, totals: list[Gradient | None]) -> None:
+        refs = references(call)
+        step = None if call.step is None else self.layout[call.step]
+        if step is not None and self._is_collective(call, step):
+            for ref in refs[:1]:
+                if ref.requires_grad and totals[0] is not None:
+                    self._add(ref.value, self._through(call, step, self._held(ref.value), totals[0]))
+            return
+        if call.name == TRUSTED:
+            self._trusted(refs, totals)
+            return
+        for place, ref in enumerate(refs):
+            if ref.requires_grad or call.function:  # within a user's function autograd follows nothing
+                for at, total in enumerate(totals):
+                    if total is not None:
+                        self._add(ref.value, self._contribution(number, call, place, at, total))
+
+    def _trusted(self, refs: Sequence[ValueRef], totals: Sequence[Gradient | None]) -> None:
+        """Take the user's word: gradients of what a module takes are right, if gradients of what it gives are."""
+        for total in totals:
+            if total is not None:
+                self._needing_whole(total)
+        for ref in refs:
+            kind = self._held(ref.value).kind
+            self._add(ref.value, Gradient("parts" if kind == "parts" else "whole" if kind != "unknown" else "unknown"))
+
+    def _contribution(self, number: int, call: RecordedCall, place: int, at: int, total: Gradient) -> Gradient:
+        """Return what a result's gradient gives for an operand."""
+        value = references(call)[place].value
+        operand, result = self._held(value), self._held(call.results[at])
+        if "unknown" in {operand.kind, result.kind, total.kind}:
+            return _UNKNOWN
+        if call.function and any(inner.kind == "summand" for inner in _flat(total)):
+            return self._lost(number, call)
+        if operand.kind == "whole" and result.kind == "whole" and _is_pieced(call):
+            return self._piece(call, place, value, at, total)
+        total = self._sum(value, list(_flat(total))) if total.pieces else total
+        if result.kind == "summand":
+            total = self._needing_whole(total)
+        is_share = operand.kind == "whole" and result.kind == "summand" and operand.scale == Fraction(1, self.num)
+        if total.kind == "unknown" or is_share:  # each rank adds its share
+            return total
+        total = evolve(total, scale=total.scale * result.scale / operand.scale)
+        if operand.kind == "whole" and result.kind in {"parts", "summand"}:
+            return Gradient("summand", total.scale, frozenset({Met(number, value)}), total.scaled_by)
+        if operand.kind == "parts":
+            is_fewer = result.kind == "parts" and _num_holders(operand) > _num_holders(result)
+            total = evolve(total, kind="shared" if is_fewer or total.kind == "shared" else "parts")
+        return total
+
+    def _lost(self, number: int, call: RecordedCall) -> Gradient:
+        cause = f"nobody knows what the backward pass of {call.function} does with summands of a gradient"
+        self.faults.append(Fault(number, call.module, cause, kind="unfollowed"))
+        return _UNKNOWN
+
+    def _piece(self, call: RecordedCall, place: int, value: int, at: int, total: Gradient) -> Gradient:
+        """Return the gradient of a whole operand of which a call takes consecutive entries, or which it joins to others."""
+        values = self.local.values
+        if call.name == "cat":
+            axis = int(call.arguments.get("dim") or 0) % len(values[call.results[0]].shape)
+            refs = references(call)
+            sizes = [0 if values[ref.value].shape == (0,) else values[ref.value].shape[axis] for ref in refs]
+            start = sum(sizes[:place])
+            stop = start + sizes[place]
+            if total.pieces is None:
+                return total
+            if total.pieces[0] != axis:
+                return self._sum(value, list(_flat(total)))
+            inside = tuple(
+                (max(a, start) - start, min(b, stop) - start, gradient)
+                for a, b, gradient in total.pieces[1]
+                if max(a, start) < min(b, stop)
+            )
+            return _collapsed(axis, inside)
+        rule = rule_of(operator_call(self.local, call))
+        if not isinstance(rule, Taken):
+            return _UNKNOWN
+        start, stop = rule.ranges[at]
+        if total.pieces is not None and total.pieces[0] != rule.axis:
+            total = self._sum(value, list(_flat(total)))
+        if total.pieces is not None:
+            moved = tuple((a + start, b + start, gradient) for a, b, gradient in total.pieces[1])
+            return Gradient("whole", pieces=(rule.axis, moved))
+        return Gradient(total.kind, total.scale, total.met, total.scaled_by, (rule.axis, ((start, stop, total),)))
+
+    def _is_collective(self, call: RecordedCall, step: LayoutStep) -> bool:
+        is_user = isinstance(step, Sync) and step.op not in get_args(SyncOp)
+        return call.name.startswith("shardplan::") or is_user or (isinstance(step, Sync) and step.op == "divide")
+
+    def _through(self, call: RecordedCall, step: LayoutStep, operand: Held, total: Gradient) -> Gradient:  # noqa: C901, PLR0911  an operator each
+        """Return the gradient of a collective's operand."""
+        if total.kind == "unknown" or operand.kind == "unknown":
+            return _UNKNOWN
+        module = step.module
+        name = call.name.removeprefix("shardplan::")
+        if total.pieces and name != "sum_gradient_of":
+            total = self._sum(references(call)[0].value, list(_flat(total)))
+            if total.kind == "unknown":
+                return total
+        match name:
+            case "all_reduce":
+                return self._needing_whole(total)
+            case "sum_gradient" | "average_gradient":
+                return self._summed(operand, total, module)
+            case "sum_gradient_of":
+                return self._summed_of(call, operand, total, module)
+            case "all_gather":
+                found = self._needing_whole(total)
+                return found if found.kind == "unknown" else evolve(found, kind="parts")
+            case "gather_sum":
+                if total.kind == "whole":
+                    return evolve(total, kind="parts", scale=total.scale * self.num, scaled_by=module)
+                return evolve(total, kind="parts", met=frozenset())
+            case "reduce_scatter" | "split":
+                return evolve(total, kind="whole")
+            case _ if isinstance(step, Sync) and step.op == "divide":
+                return evolve(total, scale=total.scale / self.num, scaled_by=module)
+            case _:
+                return self._of_users(step, operand, total)
+
+    def _of_users(self, step: LayoutStep, operand: Held, total: Gradient) -> Gradient:
+        """Return the gradient of what a user's function takes: as it is to be, for it was tried with numbers."""
+        del step
+        kinds: dict[str, Kind] = {"whole": "whole", "parts": "parts", "summand": "whole"}
+        return evolve(total, kind=kinds.get(operand.kind, "unknown"), met=frozenset())
+
+    def _needing_whole(self, total: Gradient) -> Gradient:
+        if total.kind == "summand":
+            self._report([total])
+            return Gradient("whole")  # as it is once it is mended
+        return total
+
+    def _summed(self, operand: Held, total: Gradient, module: str) -> Gradient:
+        if operand.kind == "whole":
+            if total.kind == "summand":
+                return Gradient("whole", total.scale)
+            return evolve(total, scale=total.scale * self.num, scaled_by=module)
+        if operand.kind == "parts":
+            if total.kind == "shared":
+                return evolve(total, kind="parts")
+            cause = "the sum adds gradients of parts, which are other entries on each rank"
+            self.faults.append(Fault(-1, module, cause, kind="gradient"))
+            return _UNKNOWN
+        return evolve(total, scale=total.scale * self.num, scaled_by=module)
+
+    def _summed_of(self, call: RecordedCall, operand: Held, total: Gradient, module: str) -> Gradient:
+        if operand.kind != "whole":
+            return self._summed(operand, total, module)
+        start, stop = call.arguments["start"], call.arguments["stop"]
+        size = self.local.values[call.results[0]].shape[-1]
+        axis = len(self.local.values[call.results[0]].shape) - 1
+        pieces = total.pieces[1] if total.pieces and total.pieces[0] == axis else ((0, size, total),)
+        if total.pieces and total.pieces[0] != axis:
+            pieces = ((0, size, self._sum(call.results[0], list(_flat(total)))),)
+        made: list[tuple[int, int, Gradient]] = []
+        for a, b, gradient in pieces:
+            for low, high in ((a, min(b, start)), (max(a, start), min(b, stop)), (max(a, stop), b)):
+                if low < high:
+                    inside = start <= low and high <= stop
+                    made.append((low, high, self._summed(operand, gradient, module) if inside else gradient))
+        return _collapsed(axis, tuple(made))
+
+    def _at_tensor(self, value: int, path: str, total: Gradient) -> None:
+        """Check the gradient of a tensor of the model."""
+        spec, held = self.tree[path], self._held(value)
+        if not spec.requires_grad:
+            return
+        for gradient in _flat(total):
+            if gradient.kind == "summand":
+                self._report([gradient])
+            elif gradient.kind == "shared":
+                self._report_shared(value)
+            elif gradient.kind != "unknown" and gradient.scale != 1:
+                self._report_scale(value, gradient)
+        del held
+
+    def _report(self, summands: Iterable[Gradient]) -> None:
+        for met in sorted({met for gradient in summands for met in gradient.met}, key=lambda met: met.call):
+            call = self.local.calls[met.call]
+            self.faults.append(Fault(met.call, call.module, "summand", value=met.value, kind="gradient"))
+
+    def _report_scale(self, value: int, gradient: Gradient) -> None:
+        cause = f"its gradient counts {gradient.scale} times"
+        self.faults.append(Fault(-1, gradient.scaled_by, cause, value=value, kind="gradient"))
+
+    def _report_shared(self, value: int) -> None:
+        path = self.local.values[value].path
+        cause = "several ranks hold the same entries of it, and nothing adds up their gradients"
+        self.faults.append(Fault(-1, path, cause, value=value, kind="gradient"))
+
+
+def _num_holders(held: Held) -> int:
+    """Return how many ranks hold each entry of parts; 1 if each has its own."""
+    at = held.split_axis
+    if at is None or holders(held.axes[at]) != "repeated":
+        return 1
+    parts = parts_in(held.axes[at])
+    assert parts is not None, "the axis is shared out"
+    return max(1, sum(map(len, parts.held)) // parts.size)
+
+
+def _is_pieced(call: RecordedCall) -> bool:
+    return call.name in {"slice", "narrow", "split", "split_with_sizes", "chunk", "cat", "unsafe_split", "unsafe_chunk"}
+
+
+def _flat(gradient: Gradient) -> Iterator[Gradient]:
+    if gradient.pieces is None:
+        yield gradient
+    else:
+        for _, _, inner in gradient.pieces[1]:
+            yield from _flat(inner)
+
+
+def _merged(found: list[Gradient]) -> Gradient | None:
+    """Return the pieces of gradients that all are of pieces along one axis, apart from each other; None if they are not."""
+    axes = {gradient.pieces[0] for gradient in found if gradient.pieces}
+    if len(axes) != 1 or any(gradient.pieces is None for gradient in found):
+        return None
+    pieces = sorted((piece for gradient in found if gradient.pieces for piece in gradient.pieces[1]), key=lambda p: p[:2])
+    if any(a[1] > b[0] for a, b in pairwise(pieces)):
+        return None
+    return _collapsed(axes.pop(), tuple(pieces))
+
+
+def _collapsed(axis: int, pieces: tuple[tuple[int, int, Gradient], ...]) -> Gradient:
+    """Return the pieces as one gradient if they are of one kind: where there is no gradient, any kind is right."""
+    kinds = {(gradient.kind, gradient.scale) for _, _, gradient in pieces}
+    if len(kinds) == 1:
+        first = pieces[0][2]
+        met = frozenset().union(*(gradient.met for _, _, gradient in pieces))
+        whole = Gradient(first.kind, first.scale, met, first.scaled_by)
+        return evolve(whole, pieces=(axis, tuple((a, b, evolve(g, pieces=None)) for a, b, g in pieces)))
+    return Gradient("whole", pieces=(axis, pieces))
