@@ -91,9 +91,15 @@ class _Follower:
             if is_kept or call.step is not None or not live.isdisjoint(call.results):
                 live |= {ref.value for ref in references(call)} | set(call.results)
         calls = self.local.calls
-        self.types.faults[:] = [
-            fault for fault in self.types.faults if fault.call < 0 or not live.isdisjoint(calls[fault.call].results)
-        ]
+        found = [f for f in self.types.faults if f.call < 0 or not live.isdisjoint(calls[f.call].results)]
+        first = {fault.value: fault for fault in reversed(found) if fault.kind == "unfollowed" and fault.value is not None}
+        self.types.faults[:] = [f for f in found if f.kind != "unfollowed" or f.value is None or first[f.value] is f]
+        if not found:
+            lost = (n for n, call in enumerate(calls) for r in call.results if r in live and self._is_unknown(r))
+            self.types.faults += [Fault(n, calls[n].module, "its type is not known", kind="unfollowed") for n in lost][:1]
+
+    def _is_unknown(self, value: int) -> bool:
+        return self.types.held.get(value, UNKNOWN).kind == "unknown"
 
     def _is(self, pair: Pair, *held: Held) -> None:
         """Note what ranks hold of the results of a call: one type for all, or one for each."""
@@ -130,8 +136,8 @@ class _Follower:
         found = [self.types.held.get(ref.value, UNKNOWN) for ref in references(pair.call)]
         for ref, held in zip(references(pair.call), found, strict=True):
             if held.kind == "unknown" and held.origin:
-                self._fault(pair, f"{pair.call.name} takes {self._text(ref.value)}: {held.origin}", kind="unfollowed")
-                self.types.held[ref.value] = UNKNOWN
+                cause = f"{pair.call.name} takes {self._text(ref.value)}: {held.origin}"
+                self._fault(pair, cause, value=ref.value, kind="unfollowed")
         return tuple(found)
 
     def _step(self, pair: Pair) -> None:
@@ -238,7 +244,8 @@ class _Follower:
                 told = ", ".join(self._text(ref.value) for ref in references(call))
                 self._misuse(pair, found, f"{call.name} of {told}: {found.cause}")
             elif found:
-                made = (self._completed(pair, rule, held, ratio) for held in self._drawn(pair, found))
+                fill = fill_of(call) if isinstance(rule, Filled) else kept_fill(call, operands)
+                made = (self._completed(pair, evolve(h, fill=fill), ratio) for h in self._drawn(pair, found))
                 self._is(pair, *made)
 
     def _related(
@@ -257,10 +264,8 @@ class _Follower:
         both = Call(call.name, rule, local_rule or rule, operands, shapes, local_shapes, self.mesh.tensor, self.rank)
         return relate_groups(both, groups, call.arguments[GROUPS[call.name]]) if groups != 1 else relate(both)
 
-    def _completed(self, pair: Pair, rule: Rule | None, held: Held, ratio: Any) -> Held:
+    def _completed(self, pair: Pair, held: Held, ratio: Any) -> Held:
         """Return what ranks hold of a result, with what is still due."""
-        if isinstance(rule, Filled) and (fill := fill_of(pair.call)) is not None:
-            held = evolve(held, fill=fill)
         if ratio is not None:
             held = evolve(held, scale=held.scale * ratio, origin=pair.call.module)
         return evolve(held, lacks=pair.lacks, origin=pair.call.module) if pair.lacks else held

@@ -17,7 +17,9 @@ _OWN_SIZES = {"native_group_norm": ("N", "C", "HxW")}
 _SIZES = (Reshaped, Taken, Strided, Widened, Tiled, RepeatedEach, Filled)
 """Rules of operators whose arguments are sizes."""
 
-_COPIES = frozenset({"detach", "_to_copy", "to", "expand", "unsqueeze", "squeeze", "transpose", "permute", "slice"})
+_COPIES = frozenset(
+    {"detach", "_to_copy", "to", "expand", "unsqueeze", "squeeze", "transpose", "permute", "slice", "select"}
+)
 
 _MOST_RANKS = 1 << 20
 

@@ -16,6 +16,7 @@ from shardplan.functional.types.relation import (
     RepeatedEach,
     Reshaped,
     Rule,
+    Strided,
     Taken,
     Tiled,
     Widened,
@@ -165,7 +166,7 @@ def _check_moved(sample: Sample, rule: Rule) -> None:
             _assert_close(sample, made, torch.as_tensor(np.array(expected)), f"it is not {rule}")
 
 
-def _expected(sample: Sample, rule: Rule) -> Iterator[np.ndarray | None]:
+def _expected(sample: Sample, rule: Rule) -> Iterator[np.ndarray | None]:  # noqa: C901  a case for each rule
     """Iterate over what a rule says that the results are, in numpy's words; None for memory that nobody has written."""
     first = next((operand.resolve_conj().numpy() for operand in sample.operands), np.zeros(()))
     shapes = [tuple(result.shape) for result in sample.results]
@@ -174,6 +175,8 @@ def _expected(sample: Sample, rule: Rule) -> Iterator[np.ndarray | None]:
             yield from (first.reshape(shape) for shape in shapes)
         case Taken(axis, ranges):
             yield from (np.take(first, range(start, stop), axis) for start, stop in ranges)
+        case Strided(axis, start, step):
+            yield np.take(first, range(start, first.shape[axis], step), axis)
         case Joined(axis):
             given = [operand.numpy() for operand in sample.operands]
             rank = max(array.ndim for array in given)
