@@ -126,7 +126,9 @@ def _meet_by_factor(a: Axis, b: Axis) -> Axis | None:
         return None
     met = [meet(piece, (factor,)) for piece, factor in zip(cut, b, strict=True)]
     found = [piece for piece in met if piece is not None]
-    return canonical(factor for piece in found for factor in piece) if len(found) == len(met) else None
+    if len(found) < len(met) or sum(parts_in(piece) is not None for piece in found) > 1:
+        return None  # two factors shared out over the same ranks: most entries would be on none
+    return canonical(factor for piece in found for factor in piece)
 
 
 def reshape(axes: Axes, shape: Sequence[int], local_shape: Sequence[int], rank: int = 0) -> Axes | str:
@@ -389,6 +391,7 @@ def tile(axis: Axis, num: int) -> Axis:
 _MAX_BLOCKS = 4
 
 
+@lru_cache(maxsize=4096)
 def text(axis: Axis, mesh_axis: str = "tensor") -> str:
     """Return the printed form of an axis, as specs print theirs.
 
@@ -415,11 +418,8 @@ def _blocks(parts: Parts) -> list[int]:
     if len({len(own) for own in parts.held}) > 1:
         return [parts.size]
     entries = np.array(parts.held)
-    first, last, sizes = 0, 0, [0]
-    for place in range(entries.shape[1]):
-        last = max(last, int(entries[:, place].max()) + 1)
-        had = np.unique(entries[:, first : place + 1])
-        if len(had) == last - sum(sizes) and had[0] == sum(sizes):
-            sizes.append(len(had))
-            first = place + 1
-    return sizes[1:] if sum(sizes) == parts.size else [parts.size]
+    _, at = np.unique(entries.T, return_index=True)  # entries 0, 1, ..., and where ranks, side by side, have them first
+    num_had = np.cumsum(np.bincount(at // len(entries), minlength=entries.shape[1]))
+    is_end = num_had == np.maximum.accumulate(entries.max(axis=0)) + 1
+    ends = np.unique(num_had[is_end]).tolist()
+    return np.diff([0, *ends]).tolist() if ends and ends[-1] == parts.size else [parts.size]

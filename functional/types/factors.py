@@ -153,6 +153,7 @@ def without_alike(axis: Axis) -> Axis:
     )
 
 
+@lru_cache(maxsize=4096)
 def holders(axis: Axis) -> Literal["once", "repeated"]:
     """Return ``once`` if each entry is on a single rank, ``repeated`` if some are on several, as in whole axes."""
     parts = parts_in(axis)

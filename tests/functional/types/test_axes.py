@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -84,13 +85,13 @@ def part(tensor, axes, rank):
     return np.where(is_padding, -1, own)
 
 
-def check(result, axes, locals_of):
+def check(result, axes, locals_of, operands):
     """Check that a result has these axes: on every rank, all of it somewhere, and equal where it is said to be."""
     assert result.shape == tuple(map(size_of, axes))
     if axes:
         assert (result == result[np.ix_(*map(firsts, axes))]).all()
     had = set()
-    for rank in ranks_of(*axes):
+    for rank in ranks_of(*operands):
         claimed = part(result, axes, rank)
         assert claimed.shape == tuple(local_size(axis, rank) for axis in axes)
         assert (locals_of(rank) == claimed).all()
@@ -186,7 +187,7 @@ def test_a_view(data):
             own = local_shape if is_even(*axes) else [local_size(axis, rank) for axis in found]
             return part(values(axes), axes, rank).reshape(own)
 
-        check(values(axes).reshape(shape), found, local)
+        check(values(axes).reshape(shape), found, local, axes)
 
 
 @often
@@ -212,7 +213,7 @@ def test_a_slice(data):
         claimed = part(values([axis])[start:stop], [found], rank)
         return next((some for some in ranges if some.shape == claimed.shape and (some == claimed).all()), own)
 
-    check(values([axis])[start:stop], (found,), local)
+    check(values([axis])[start:stop], (found,), local, [axis])
 
 
 @often
@@ -230,15 +231,16 @@ def test_a_concatenation(data, num):
         def local(rank):
             return np.concatenate([part(tensor, [axis], rank) for axis, tensor in zip(axes, tensors, strict=True)])
 
-        check(np.concatenate(tensors), (found,), local)
+        check(np.concatenate(tensors), (found,), local, axes)
 
 
 @law
 @given(loose_axes(), st.integers(1, 3), st.integers(1, 3))
 def test_repetition(axis, num, local_num):
     tensor = values([axis])
-    check(np.repeat(tensor, num), (repeat_each(axis, num, local_num),), lambda r: part(tensor, [axis], r).repeat(local_num))
-    check(np.tile(tensor, num), (tile(axis, num),), lambda r: np.tile(part(tensor, [axis], r), num))
+    own = partial(part, tensor, [axis])
+    check(np.repeat(tensor, num), (repeat_each(axis, num, local_num),), lambda rank: own(rank).repeat(local_num), [axis])
+    check(np.tile(tensor, num), (tile(axis, num),), lambda rank: np.tile(own(rank), num), [axis])
 
 
 @often
@@ -258,6 +260,8 @@ def test_two_operands(data):
     assert found == meet(b, a)
     event(f"two operands: {'no' if found is None else 'yes'}")
     assert found is not None or a != b
+    if found is not None:
+        assert set().union(*(held(found, rank) for rank in ranks_of(a, b))) - {-1} == set(firsts(found))
     if found is not None:
         whole_a, whole_b = values([a]), values([b])
         for rank in ranks_of(a, b):
@@ -347,6 +351,11 @@ def test_grouped_heads_repeated():
     merged = viewed((num_kv, (Alike(4, 2),), each), (8, 16), (2, 16))
     assert merged == (repeated, each)
     assert meet(num_query, repeat_each(axis_of(Shard(0, replicate=True), 1, FOUR), 8, 2)) == num_query
+
+
+def test_two_factors_split_over_the_same_ranks_are_refused():
+    half = axis_of(Shard(0), 2, TWO)
+    assert meet((*half, Alike(2, 1)), (Alike(2, 1), *half)) is None
 
 
 def test_filled_memory_has_any_layout():
