@@ -27,8 +27,9 @@ class Outcome:
         reason: The difference where it begins, or why nothing was measured.
         is_loud: Whether a rank raises an error, all wait for ever, or nothing can be laid out.
         before: Whether planning without inputs refuses it; None where stages need the inputs.
-        refused_by: ``planning`` with inputs, ``audit``, or ``crash`` for an error that is no refusal; empty if accepted.
-        paths: Paths of the problems and error findings.
+        refused_by: ``planning`` with inputs, ``audit``, ``crash`` for an error that is no refusal, or ``unfollowed`` where the
+            law of equality is not followed; empty if it holds.
+        paths: Paths of the problems, error findings, and of what was not followed.
         is_named: Whether one of them is near the change, as ``is_near`` says.
     """
 
@@ -51,6 +52,8 @@ class Outcome:
             return "not judged"
         if not self.refused_by:
             return f"{self.verdict}, accepted"
+        if self.refused_by == "unfollowed":
+            return f"{self.verdict}, not followed"
         if self.verdict == "right":
             return "right, refused"
         return "wrong, refused, named" if self.is_named else "wrong, refused otherwise"
@@ -81,13 +84,17 @@ def _outcome(mutant, verdict, reason, **found):
 def refusal(sch, inputs=None):
     """Return who refuses a schedule, empty if nobody does, and the paths that are named."""
     try:
-        report = audit(plan_build(sch, example_inputs=inputs))
+        plan = plan_build(sch, example_inputs=inputs)
+        report = audit(plan)
     except PlanError as error:
         return "planning", _paths(error.problems)
     except Exception as error:
         return "crash", (f"{type(error).__name__}: {error}",)
     errors = tuple(finding.path for finding in report.findings if finding.severity == "error")
-    return ("audit", errors) if errors else ("", ())
+    if errors or inputs is None:
+        return ("audit", errors) if errors else ("", ())
+    lost = tuple(found.path for found in plan.equality.unfollowed)
+    return ("unfollowed", lost) if lost else ("", ())
 
 
 def measure(sch, inputs):

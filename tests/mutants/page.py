@@ -11,8 +11,10 @@ COLUMNS = (
     "wrong, accepted",
     "wrong, refused, named",
     "wrong, refused otherwise",
+    "wrong, not followed",
     "right, accepted",
     "right, refused",
+    "right, not followed",
     "not judged",
 )
 
@@ -27,7 +29,8 @@ expert × tensor, pipe × tensor, with split sequences, ties, padding, repeated 
 
 - **wrong**: `verify` finds a difference from the whole model, in outputs, gradients, weights after a step, dropout masks or
   collectives; or no parts can be laid out at all, as where a split does not divide.
-- **accepted**: planning with inputs says nothing, and the audit has no error.
+- **accepted**: planning with inputs says nothing, the audit has no error, and its law of equality holds.
+- **not followed**: the same, but the audit says that nobody could follow some part of the model.
 - **named**: a problem or finding is about the changed module or tensor, about a module around it with at most half of the
   model's tensors, or about something with the same parent.
 - **right, accepted**: the change does not matter: a granule where parts are cut elsewhere anyway, a size that no code reads,
@@ -96,6 +99,7 @@ def _refusers(outcomes):
         ("planning with inputs", lambda o: o.refused_by == "planning"),
         ("the audit, of what is planned with inputs", lambda o: o.refused_by == "audit"),
         ("an error that is no refusal", lambda o: o.refused_by == "crash"),
+        ("nobody, but the audit says that it was not followed", lambda o: o.refused_by == "unfollowed"),
         ("nobody", lambda o: not o.refused_by),
         ("**all**", lambda _: True),
     )

@@ -199,6 +199,6 @@ def test_page_is_the_same_for_the_same_outcomes_and_lists_what_was_not_judged():
     )
     text = page([late, passed], 2, 0)
     assert text == page([late, passed], 2, 0)
-    assert f"| {late.kind} | 2 | 1 |  |  |  |  | 1 |" in text
+    assert f"| {late.kind} | 2 | 1 |  |  |  |  |  |  | 1 |" in text
     assert "Of 1 wrong mutants 1 are accepted: 100 %. 1 of these are silent" in text
     assert "it took more than 180 s" in text
