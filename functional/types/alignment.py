@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from attrs import Factory, define, evolve, frozen
+from attrs import Factory, define, evolve, field, frozen
 
 from ...specs.layout_steps import AddBiasAfterSync, LayoutStep
 from ...specs.paths import join
@@ -56,6 +56,11 @@ class Alignment:
     types: Types
     names: dict[int, int] = Factory(dict)
     """For each value of the whole model's run that equals an earlier one, that one."""
+    late: frozenset[str] = field(init=False)
+    """Modules that add their bias later than in the whole model."""
+
+    def __attrs_post_init__(self) -> None:
+        self.late = frozenset(step.module for step in self.layout if isinstance(step, AddBiasAfterSync))
 
     def pairs(self) -> Iterator[Pair]:
         """Iterate over the calls of the rank's run."""
@@ -127,7 +132,7 @@ class Alignment:
 
     def _lacking_bias(self, call: RecordedCall, other: RecordedCall) -> frozenset[str]:
         """Return the path of the bias that a module adds later than in the whole model."""
-        is_late = any(isinstance(step, AddBiasAfterSync) and step.module == call.module for step in self.layout)
+        is_late = call.module in self.late
         has_bias = other.name == "addmm" or other.arguments.get("bias") is not None
         lacks_bias = call.name == "mm" or (call.name == "linear" and call.arguments.get("bias") is None)
         return frozenset({join(call.module, "bias")}) if is_late and has_bias and lacks_bias else frozenset()

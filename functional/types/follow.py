@@ -54,11 +54,14 @@ class _Follower:
     trusts: Mapping[str, Trust]
     types: Types = Factory(Types)
     alignment: Alignment = field(init=False)
+    embeddings: dict[str, VocabParallel] = field(init=False)
+    """The steps of embeddings that look up their own rows, by module."""
     places: dict[str, int] = field(init=False)
     """The value of the whole model's run that each tensor of the model is, by path."""
 
     def __attrs_post_init__(self) -> None:
         self.alignment = Alignment(self.local, self.model, self.layout, self.types)
+        self.embeddings = {step.module: step for step in self.layout if isinstance(step, VocabParallel)}
         self.places = {value.path: at for at, value in enumerate(self.model.values) if value.path}
 
     def run(self) -> Types:
@@ -288,8 +291,7 @@ class _Follower:
         return str(held.activation_type(local.dtype)) if held.kind not in {"unknown", "rows"} else f"{list(local.shape)}"
 
     def _own_rows(self, call: RecordedCall) -> VocabParallel | None:
-        steps = (step for step in self.layout if isinstance(step, VocabParallel) and step.module == call.module)
-        return next(steps, None)
+        return self.embeddings.get(call.module)
 
     def _rows(self, pair: Pair, operands: tuple[Held, ...]) -> None:
         """Follow an embedding that looks up the rows that each rank has."""
