@@ -23,7 +23,8 @@ class Pair:
     Args:
         number: Its place on the tape.
         call: The rank's call.
-        kind: ``step`` (of a layout step), ``copy`` (of the operand's values), ``both``, or ``lost``.
+        kind: ``step`` (of a layout step), ``copy`` (of the operand's values), ``both``, ``written`` (into a view that the
+            whole model does not make), or ``lost``.
         other: The whole model's call, for ``both``.
         lacks: Paths of biases that the rank adds later.
         cause: Why there is no such call, for the first that is ``lost``.
@@ -32,7 +33,7 @@ class Pair:
 
     number: int
     call: RecordedCall
-    kind: Literal["step", "copy", "both", "lost"]
+    kind: Literal["step", "copy", "both", "written", "lost"]
     other: RecordedCall | None = None
     lacks: frozenset[str] = frozenset()
     cause: str = ""
@@ -81,6 +82,10 @@ class Alignment:
                     other is None or other.name != "slice"
                 ):  # torch leaves out slices of everything
                     other, pending = self._slice_of_all(call), other
+                if call.name == "written" != (other and other.name):  # of a slice that the whole model leaves out
+                    pending = other
+                    yield Pair(number, call, "written")
+                    continue
                 if other is not None and other.name == "slice" != call.name and (cause := self._all_of(other)):
                     yield Pair(number, call, "lost", cause=cause, is_wrong=True)
                     following = False

@@ -79,6 +79,8 @@ class _Follower:
                     self._copy(pair.call)
                 case "both":
                     self._both(pair)
+                case "written":
+                    self._written(pair)
                 case _:
                     self._is(pair, UNKNOWN)
         self._outputs()
@@ -140,7 +142,7 @@ class _Follower:
         for ref, held in zip(references(pair.call), found, strict=True):
             if held.kind == "unknown" and held.origin:
                 cause = f"{pair.call.name} takes {self._text(ref.value)}: {held.origin}"
-                self._fault(pair, cause, value=ref.value, kind="unfollowed")
+                self._fault(pair, cause, value=ref.value, kind="forward" if held.is_wrong else "unfollowed")
         return tuple(found)
 
     def _step(self, pair: Pair) -> None:
@@ -183,10 +185,18 @@ class _Follower:
         elif any(held.kind == "rows" for held in operands):
             self._rows(pair, operands)
         elif call.name == "written":
-            old, changed = operands
-            self._is(pair, old if self._is_kept(pair) else written(old, changed, self.rank))
+            self._written(pair)
         else:
             self._typed(pair, call, other, operands)
+
+    def _written(self, pair: Pair) -> None:
+        """Follow a view of memory that was changed through another view of it."""
+        old, changed = references(pair.call)
+        self.types.counterparts.setdefault(pair.call.results[0], self.types.counterparts.get(changed.value, -1))
+        if self._is_kept(pair):
+            self._is(pair, self.types.held[old.value])
+        else:
+            self._is(pair, written(self.types.held[old.value], self.types.held[changed.value], self.rank))
 
     def _is_kept(self, pair: Pair) -> bool:
         """Tell whether what was written into a view is shared out as the view was."""
@@ -325,7 +335,8 @@ class _Follower:
         counterpart = self.alignment.theirs(self.types.counterparts[mine])
         if held.kind == "unknown":
             if held.origin:
-                yield Fault(-1, path, f"the model returns it as {which}: {held.origin}", kind="unfollowed")
+                kind = "forward" if held.is_wrong else "unfollowed"
+                yield Fault(-1, path, f"the model returns it as {which}: {held.origin}", kind=kind)
         elif not held.is_plain:
             cause = f"the model returns {self._text(mine)} as {which}, and each rank is to return it whole"
             if held.is_due:

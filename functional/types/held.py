@@ -30,6 +30,7 @@ class Held:
         is_drawn: Whether entries are random numbers, drawn by each rank for itself.
         padding: The number at entries that are padding.
         origin: Where ``scale``, ``lacks`` or ``unmasked`` come from: a module; why it is unknown, until that is said.
+        is_wrong: Whether it is unknown since no type would be right.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Held:
     is_drawn: bool = False
     padding: Literal["", "zero", "lowest", "any"] = ""
     origin: str = field(default="", eq=False)
+    is_wrong: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -92,9 +94,9 @@ UNKNOWN = Held("unknown")
 """What nobody could follow, as was said where it began."""
 
 
-def lost(reason: str) -> Held:
-    """Return the type of a value that nobody could follow, to be said where it is used."""
-    return Held("unknown", origin=reason)
+def lost(reason: str, *, is_wrong: bool = False) -> Held:
+    """Return the type of a value that nobody could follow, or that is wrong, to be said where it is used."""
+    return Held("unknown", origin=reason, is_wrong=is_wrong)
 
 
 def whole_of(shape: Shape) -> Held:

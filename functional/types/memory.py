@@ -20,6 +20,8 @@ def written(old: Held, changed: Held, rank: int) -> Held:
     """
     if old.is_plain and changed.is_plain:
         return evolve(old, fill=None)
+    if old.is_plain and changed.kind == "parts" and old.kind == "whole" and not any(map(_is_free, old.axes)):
+        return lost("each rank has written its own entries to the same places of it", is_wrong=True)
     reason = "its memory was changed through a view, with what is shared out in another way"
     if old.fill is None:
         is_alike = old.kind == changed.kind != "whole" and not old.is_due and not changed.is_due

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .blocks import HEAD_DIM, HEADS, WIDE, Between, scheduled, split_between, x
+from .blocks import HEAD_DIM, HEADS, WIDE, Between, scheduled, split_between, trusted_between, x
 from .entry import right, wrong
 
 
@@ -107,7 +107,6 @@ KEPT_APART = {
     "pairs of neighbouring features multiplied": lambda y: (y[..., ::2] * y[..., 1::2].sigmoid()).repeat_interleave(2, -1),
     "rotary angles on half of each head": _per_head(lambda y: _rotated(y, HEAD_DIM // 2 + 1)),
     "Fourier transform over tokens": lambda y: torch.fft.fft(y, dim=1).real,
-    "average of aligned pairs of features": lambda y: functional.avg_pool1d(y, 2).repeat_interleave(2, -1),
     "a read of the width that changes nothing": lambda y: y.view(*y.shape[:-1], y.shape[-1]).relu(),
     "chunk along tokens, in another order": lambda y: torch.cat(y.chunk(2, 1)[::-1], 1).tanh(),
 }
@@ -174,3 +173,11 @@ def _on_channels(middle, tensors="{weight,bias}"):
     sch = sch.at["up"].shard("weight", axis=0).sync("backward_post", "all_reduce").set(out_channels=WIDE // 2)
     sch = sch.at["down"].shard("weight", axis=1).sync("forward_post", "all_reduce").set(in_channels=WIDE // 2)
     return sch.at[f"middle.{tensors}"].shard(axis=0), x(3, WIDE // 2, 5)
+
+
+@right("average of aligned pairs of features")
+def average_of_pairs():
+    def middle(y):
+        return functional.avg_pool1d(y, 2).repeat_interleave(2, -1)
+
+    return trusted_between(middle, "ranks have whole pairs")

@@ -18,6 +18,7 @@ from .blocks import (
     rows_alone,
     scheduled,
     split_between,
+    trusted_between,
     x,
 )
 from .entry import right, wrong
@@ -155,7 +156,8 @@ def _cached(make):
 
 @right("local heads written at the start of a cache for all heads, and read from there")
 def cache():
-    return _cached(_Cached)
+    sch, inputs = _cached(_Cached)
+    return sch.at["body"].trust("it reads the places of its cache to which it has written"), inputs
 
 
 @wrong("the mean over a cache for all heads, in which local heads are", where="body")
@@ -186,7 +188,7 @@ def neighbours_exchanged():
         numbers = torch.arange(y.shape[-1], device=y.device)
         return y.tanh() + y.gather(-1, (numbers + 1 - 2 * (numbers % 2)).expand_as(y))
 
-    return split_between(exchanged)
+    return trusted_between(exchanged, "its numbers count pairs, of which each rank has whole ones")
 
 
 class _Ordered(nn.Module):

@@ -139,6 +139,7 @@ def pixel_shuffle():
         return functional.pixel_shuffle(y.transpose(1, 2).unsqueeze(-1), 2).flatten(2).transpose(1, 2)
 
     sch = scheduled(lambda: Between(middle, wide_out=WIDE // 4)).at["up"].colwise()
+    sch = sch.at["middle"].trust("four channels in a row become one, and ranks have whole fours", gives="split", axis=-1)
     return sch.at["down"].rowwise(), x()
 
 

@@ -21,6 +21,7 @@ from .blocks import (
     scheduled,
     split_between,
     split_mlp,
+    trusted_between,
     x,
 )
 from .entry import right, wrong
@@ -101,12 +102,18 @@ def fixed_number_of_chunks():
 
 @right("split features cut into pieces of a head's width")
 def pieces_of_a_width():
-    return split_between(lambda y: torch.cat([head.softmax(-1) for head in y.split(HEAD_DIM, -1)], -1))
+    def middle(y):
+        return torch.cat([head.softmax(-1) for head in y.split(HEAD_DIM, -1)], -1)
+
+    return trusted_between(middle, "it loops over the heads that a rank has")
 
 
 @right("a product with an identity of the local width")
 def identity_matrix():
-    return split_between(lambda y: y @ torch.eye(y.shape[-1], dtype=y.dtype, device=y.device))
+    def middle(y):
+        return y @ torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+
+    return trusted_between(middle, "a part of an identity is an identity")
 
 
 @wrong("a product with a triangle of ones of the local width", where="middle")
@@ -116,7 +123,10 @@ def triangle():
 
 @right("split features padded to a multiple, and cut back")
 def padded_and_cut_back():
-    return split_between(lambda y: functional.pad(y, (0, -y.shape[-1] % 16)).tanh()[..., : y.shape[-1]])
+    def middle(y):
+        return functional.pad(y, (0, -y.shape[-1] % 16)).tanh()[..., : y.shape[-1]]
+
+    return trusted_between(middle, "what is padded is cut off again")
 
 
 @wrong("softmax of split features in rows of a fixed number, padded", where="middle")

@@ -27,8 +27,8 @@ class Outcome:
         reason: The difference where it begins, or why nothing was measured.
         is_loud: Whether a rank raises an error, all wait for ever, or nothing can be laid out.
         before: Whether planning without inputs refuses it; None where stages need the inputs.
-        refused_by: ``planning`` with inputs, ``audit``, ``crash`` for an error that is no refusal, or ``unfollowed`` where the
-            law of equality is not followed; empty if it holds.
+        refused_by: ``planning`` with inputs, ``audit``, ``crash`` for an error that is no refusal, or ``unfollowed`` where
+            the law of equality is not followed; empty if it holds.
         paths: Paths of the problems, error findings, and of what was not followed.
         is_named: Whether one of them is near the change, as ``is_near`` says.
     """
