@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...specs.layout_steps import needed_neighbours
 from ...specs.mesh import AXIS_NAMES, Mesh
 from ..model.copy import copy_module
-from ..model.fake_values import AnswerZero
+from ..model.known_values import KnownValues, ReadLists
 from ..model.read import named_tensors
 from ..model.rng_state import own_generators
 from .apply import RankContext, apply_layout
@@ -93,18 +93,22 @@ class LocalModel:
                 apply_layout(local, step, RankContext(here, own, self.callables, around))
         return local
 
-    def fake_inputs(self) -> dict[str, Any]:
-        """Return the example inputs with tensors of the fake mode that is on."""
+    def fake_inputs(self, values: KnownValues | None = None) -> dict[str, Any]:
+        """Return the example inputs with tensors of the fake mode that is on, and tell ``values`` their values."""
         assert self.example_inputs is not None, "the caller has asked"
-        return {
+        inputs = {
             name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
             for name, value in self.example_inputs.items()
         }
+        for name, value in self.example_inputs.items():
+            if values is not None and isinstance(value, Tensor):
+                values.tell(inputs[name], value)
+        return inputs
 
 
 @contextmanager
-def following(mode: FakeTensorMode) -> Iterator[None]:
-    """Let a model's code run on fake tensors within the block: it has its own generators, and values are zero.
+def following(mode: FakeTensorMode) -> Iterator[KnownValues]:
+    """Let a model's code run on fake tensors within the block: it has its own generators, and unknown values are zero.
 
     ``torch.compiler.is_compiling()`` is true, as during an export: only the operators that code uses while it is compiled
     are sure to have fake kernels.
@@ -112,8 +116,8 @@ def following(mode: FakeTensorMode) -> Iterator[None]:
     before = torch.compiler._is_compiling_flag  # noqa: SLF001  read by torch.compiler.is_compiling()
     torch.compiler._is_compiling_flag = True  # noqa: SLF001
     try:
-        with mode, own_generators(0), AnswerZero(), quiet():
-            yield
+        with mode, own_generators(0), KnownValues() as values, ReadLists(), quiet():
+            yield values
     finally:
         torch.compiler._is_compiling_flag = before  # noqa: SLF001
 

@@ -19,6 +19,9 @@ _TORCH_ATTRIBUTES = frozenset(
 )
 """Attributes that torch itself reads of every module: alike in repeated layers, or the hooks of the layout."""
 
+_ACCESSORS = (nn.Module.__module__, "shardplan.functional.layout.hooks")
+"""Modules whose code looks up tensors in the dictionary of a module, and reads nothing else there."""
+
 _TRAVERSALS = frozenset(
     [
         *("_buffers", "_modules", "_parameters", "buffers", "children", "get_buffer", "get_parameter", "get_submodule"),
@@ -56,8 +59,8 @@ def record_reads(module: nn.Module) -> Iterator[AttributeReads]:
 def _class_recording_into(reads: AttributeReads, path: str, cls: type[nn.Module]) -> type[nn.Module]:
     def on_read(name: str) -> None:
         if name == "__dict__":
-            # nn.Module looks its tensors and submodules up there; any other code may see every attribute
-            reads.is_written |= sys._getframe(2).f_globals.get("__name__") != nn.Module.__module__  # noqa: SLF001
+            # any other code may see every attribute
+            reads.is_written |= sys._getframe(2).f_globals.get("__name__") not in _ACCESSORS  # noqa: SLF001
         elif name not in _TORCH_ATTRIBUTES and not hasattr(nn.Module, name):
             reads.names.add((path, name))
 

@@ -104,13 +104,13 @@ def _tried(
 
     local = run.fake_copy(mode, named=True, coordinate=coordinate, around=around)
     layers = _WrittenLayers(subject.layout, subject.tree, running.num_calls, writer=writer)
-    with following(mode), torch.enable_grad(), _checkpoints_in_line():
+    with following(mode) as values, torch.enable_grad(), _checkpoints_in_line():
         if skip:
             layers.watch(subject.model, local)
         running.follow(local)
         _write_modules(local, writer)
         layers.settle(local)
-        inputs = run.fake_inputs()
+        inputs = run.fake_inputs(values)
         writer.name_tensors(local, subject.tree)
         try:
             with writer, writer.composites:
