@@ -22,6 +22,7 @@ from .auditing.nearest_meshes import divisors
 from .auditing.step_cost import BETWEEN, FLOPS, INSIDE, busiest, charged, step_seconds
 from .dialects import dialect_of, find_dialect
 from .layout.local_model import LocalModel, following
+from .model.known_values import KnownValues
 from .pipeline.plan_stages import is_cut
 from .plan import plan_build
 
@@ -260,8 +261,8 @@ def _forward_flops(sch: Schedule, example_inputs: Mapping[str, Tensor] | None) -
     whole = LocalModel(sch.runtime.model, Mesh(), sch.tree, example_inputs=example_inputs)
     local = whole.fake_copy(mode)
     counter = FlopCounterMode(display=False)
-    with following(mode), torch.no_grad(), counter:
-        local(**whole.fake_inputs())
+    with following(mode, values := KnownValues()), torch.no_grad(), counter:
+        local(**whole.fake_inputs(values))
     return counter.get_total_flops()
 
 

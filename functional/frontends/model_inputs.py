@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ...specs.errors import PlanError
-from ..layout.local_model import following, quiet
+from ..layout.local_model import fake_inputs, following, quiet
 from ..model.copy import copy_module
+from ..model.known_values import KnownValues
 from ..model.rng_state import own_generators
 from .graph.inputs import with_no_cache
 from .shrink.fields import read_fields
@@ -111,12 +112,8 @@ class _Trial:
         if self._mode is None:
             with torch.no_grad(), own_generators(0), quiet():
                 return call(**inputs)
-        with following(self._mode), torch.no_grad():
-            return call(**{name: _fake(value) for name, value in inputs.items()})
-
-
-def _fake(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
+        with following(self._mode, values := KnownValues()), torch.no_grad():
+            return call(**fake_inputs(inputs, values))
 
 
 class _Candidates:

@@ -94,30 +94,38 @@ class LocalModel:
         return local
 
     def fake_inputs(self, values: KnownValues | None = None) -> dict[str, Any]:
-        """Return the example inputs with tensors of the fake mode that is on, and tell ``values`` their values."""
+        """Return the example inputs with tensors of the fake mode that is on, and tell ``values`` what they hold."""
         assert self.example_inputs is not None, "the caller has asked"
-        inputs = {
-            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) else value
-            for name, value in self.example_inputs.items()
-        }
-        for name, value in self.example_inputs.items():
-            if values is not None and isinstance(value, Tensor):
-                values.tell(inputs[name], value)
-        return inputs
+        return fake_inputs(self.example_inputs, values)
+
+
+def fake_inputs(inputs: Mapping[str, Any], values: KnownValues | None = None) -> dict[str, Any]:
+    """Return inputs with tensors of the fake mode that is on, and tell ``values`` what they hold."""
+    made: dict[str, Any] = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            made[name] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+            if values is not None:
+                values.tell(made[name], value)
+    return made
 
 
 @contextmanager
-def following(mode: FakeTensorMode) -> Iterator[KnownValues]:
+def following(mode: FakeTensorMode, values: KnownValues | None = None) -> Iterator[None]:
     """Let a model's code run on fake tensors within the block: it has its own generators, and unknown values are zero.
 
     ``torch.compiler.is_compiling()`` is true, as during an export: only the operators that code uses while it is compiled
     are sure to have fake kernels.
+
+    Args:
+        mode: The mode of the fake tensors.
+        values: Knows the values of some.
     """
     before = torch.compiler._is_compiling_flag  # noqa: SLF001  read by torch.compiler.is_compiling()
     torch.compiler._is_compiling_flag = True  # noqa: SLF001
     try:
-        with mode, own_generators(0), KnownValues() as values, ReadLists(), quiet():
-            yield values
+        with mode, own_generators(0), values or KnownValues(), ReadLists(), quiet():
+            yield
     finally:
         torch.compiler._is_compiling_flag = before  # noqa: SLF001
 

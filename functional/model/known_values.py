@@ -41,7 +41,8 @@ class KnownValues(TorchDispatchMode):
         return self._guesses.num + self._num_assumed
 
     def tell(self, tensor: Tensor, real: Tensor) -> None:
-        """Say which values a fake tensor has, unless they are on meta or many."""
+        """Say which values a fake tensor has; they stay unknown if they are on meta, or many."""
+        self._real.pop(id(tensor), None)
         if not real.is_meta and real.layout == torch.strided and real.numel() <= _MOST_ELEMENTS:
             with _disable_current_modes(), torch.no_grad():
                 self._keep(tensor, real.detach().cpu().clone())

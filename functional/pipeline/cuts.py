@@ -14,6 +14,7 @@ from ...specs.errors import PlanError, Problem
 from ...specs.paths import join
 from ...specs.pipeline import Even
 from ..layout.local_model import LocalModel, following
+from ..model.known_values import KnownValues
 from ..model.read import named_tensors
 
 _NO_CHAIN = "no ModuleList or Sequential holds repeated modules with parameters"
@@ -110,8 +111,8 @@ def _flops(subject: LocalModel, paths: Sequence[str], num_stages: int) -> list[i
     counter = FlopCounterMode(display=False)
     for path in paths:
         _count_flops(local.get_submodule(path), path, counter, done)
-    with following(mode), torch.no_grad(), counter:
-        local(**subject.fake_inputs())
+    with following(mode, values := KnownValues()), torch.no_grad(), counter:
+        local(**subject.fake_inputs(values))
     if missing := [path for path in paths if path not in done]:
         fix = f'Call it, or sch.cut_evenly({num_stages}, by="parameters")'
         raise PlanError([Problem(path, "it is never called, so that it has no flops", fix) for path in missing])

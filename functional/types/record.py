@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ...specs.mesh import Mesh
 from ..layout.forward.run_once import SkippedLayers
 from ..layout.local_model import LocalModel, following
+from ..model.known_values import KnownValues
 from ..model.open_modules import OpenModules
 from .tape import ModuleCall, SkippedLayer, Tape
 from .tape_writer import TapeWriter
@@ -91,7 +92,8 @@ def _tried(
 ) -> tuple[Tape | Stopped, bool]:
     """Record a run; also tell whether each layer that was skipped was called once."""
     mode, running = FakeTensorMode(allow_non_fake_inputs=True), OpenModules()
-    writer = TapeWriter(running, _tried.__code__)
+    values = KnownValues()
+    writer = TapeWriter(running, _tried.__code__, values)
     places = {id(step): place for place, step in enumerate(run.layout)}
 
     @contextmanager
@@ -104,7 +106,7 @@ def _tried(
 
     local = run.fake_copy(mode, named=True, coordinate=coordinate, around=around)
     layers = _WrittenLayers(subject.layout, subject.tree, running.num_calls, writer=writer)
-    with following(mode) as values, torch.enable_grad(), _checkpoints_in_line():
+    with following(mode, values), torch.enable_grad(), _checkpoints_in_line():
         if skip:
             layers.watch(subject.model, local)
         running.follow(local)

@@ -60,6 +60,7 @@ class RecordedCall:
         is_random: Whether it draws random numbers.
         is_forked: Whether random numbers drawn here differ on the ranks along ``tensor``.
         function: Name of the user's ``autograd.Function`` whose forward pass runs it; empty for none.
+        is_guessed: Whether its result, or its size, depends on values that are not known, so that it was assumed.
     """
 
     name: str
@@ -72,6 +73,7 @@ class RecordedCall:
     is_random: bool = False
     is_forked: bool = False
     function: str = ""
+    is_guessed: bool = False
 
 
 @frozen(eq=False)

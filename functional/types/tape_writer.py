@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
     from ...specs.tree import SpecTree
+    from ..model.known_values import KnownValues
     from ..model.open_modules import OpenModules
 
 _FEW = 16
@@ -42,6 +43,7 @@ class TapeWriter(TorchDispatchMode):
     Args:
         running: The modules that are running.
         runner: The code that runs the model.
+        known: Knows values, and assumes others.
 
     Attributes:
         tape: What is written.
@@ -49,13 +51,15 @@ class TapeWriter(TorchDispatchMode):
         composites: The mode that finds functions which are written as one call; it is to be on too.
     """
 
-    def __init__(self, running: OpenModules, runner: CodeType) -> None:
+    def __init__(self, running: OpenModules, runner: CodeType, known: KnownValues) -> None:
         super().__init__()
         self.tape = Tape(num_calls=running.num_calls)
         self.steps: list[int] = []
         self.composites = Composites(self._composite)
         self._running = running
         self._runner = runner
+        self._known = known
+        self._guesses_before = 0
         self._value_of: dict[int, int] = {}  # by the identity of the tensor object, which is kept alive
         self._kept: list[object] = []
         self._in_storage: dict[int, list[Tensor]] = {}
@@ -115,6 +119,7 @@ class TapeWriter(TorchDispatchMode):
 
     def _arguments(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of an operator by name."""
+        self._guesses_before = self._known.num_guesses
         taken = func._schema.arguments  # noqa: SLF001  the operator's signature
         given = dict(zip((argument.name for argument in taken), args, strict=False))
         given |= {"self" if name == "input" and taken[0].name == "self" else name: value for name, value in kwargs.items()}
@@ -152,6 +157,7 @@ class TapeWriter(TorchDispatchMode):
             tuple(numbers),
             is_pointwise=torch.Tag.pointwise in func.tags,
             is_random=_draws(func, arguments),
+            is_guessed=self._known.num_guesses > self._guesses_before,
         )
         follows = torch.is_grad_enabled()
         for alias, tensor in before:
@@ -176,6 +182,7 @@ class TapeWriter(TorchDispatchMode):
         *,
         is_pointwise: bool = False,
         is_random: bool = False,
+        is_guessed: bool = False,
     ) -> None:
         line, function = self._where()
         call = RecordedCall(
@@ -189,6 +196,7 @@ class TapeWriter(TorchDispatchMode):
             is_random=is_random,
             is_forked=is_random and random_numbers_differ(),
             function=function,
+            is_guessed=is_guessed,
         )
         self.tape.calls.append(call)
 

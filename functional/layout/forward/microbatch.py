@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ....specs.layout_steps import DispatchTokens, SumGradient, Sync
 from ....specs.microbatch import Microbatch
 from ...model.fake_values import DependsOnValuesError
+from ...model.known_values import KnownValues
 from ...model.open_modules import OpenModules
 from ..local_model import LocalModel, following
 from .collective_counts import CollectiveCounts
@@ -58,7 +59,7 @@ def _followed(subject: LocalModel, *, once: bool) -> Microbatch | None:
     local = subject.fake_copy(mode, numbered=True)
     running, counts = OpenModules(), CollectiveCounts(layout)
     layers = SkippedLayers(layout, tree, running.num_calls)
-    with following(mode), torch.enable_grad():
+    with following(mode, values := KnownValues()), torch.enable_grad():
         if once:
             layers.watch(subject.model, local)
         running.follow(local)
@@ -66,7 +67,7 @@ def _followed(subject: LocalModel, *, once: bool) -> Microbatch | None:
         layers.settle(local)
         try:
             with counts("forward"), saved:
-                outputs = local(**subject.fake_inputs())
+                outputs = local(**subject.fake_inputs(values))
             if once and not _represented(layers, layout, saved):
                 return None
             with counts("backward"):

@@ -258,7 +258,7 @@ def test_repeated_layers_are_skipped_in_both_runs():
 def test_a_run_that_stops_says_where():
     class Picks(nn.Module):
         def forward(self, x):
-            return x[x > 0]
+            return x.unique()
 
     sch = create_schedule(model := nn.Sequential(nn.ReLU(), Picks()), Mesh())
     stopped = record_whole(LocalModel(model, sch.mesh, sch.tree, example_inputs={"input": torch.empty(2, device="meta")}))
@@ -275,3 +275,31 @@ def test_the_users_model_stays_as_it_is():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.compiler.is_compiling()
+
+
+def test_values_that_are_assumed_are_marked():
+    tape = recorded(lambda _, x: x[x.sum(1) > 0][torch.arange(2) > 0], (2, 4))
+    assert [call.is_guessed for call in tape.calls if call.name == "index"] == [True, False]
+
+
+class Experts(nn.Module):
+    """Experts that each compute the tokens which chose them, as most code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(-1)
+        total = torch.zeros_like(x)
+        for expert in range(2):
+            (places,) = torch.where(chosen == expert)
+            if len(places):
+                total.index_add_(0, places, self.experts[expert](x[places]))
+        return total
+
+
+def test_all_experts_run():
+    tape = whole(Experts(), {"x": torch.empty(2, 4, device="meta")})
+    assert [call.module for call in tape.calls if call.name == "linear"] == ["router", *(f"experts.{n}" for n in range(2))]
