@@ -26,7 +26,6 @@ CODES = {
     "SP006": "values depend on the layout",
     "SP007": "a gradient is not summed once, or the module not handed over once",
     "SP010": "split, and never joined",
-    "SP011": "split, and joined before it",
     "SP012": "a bias that every rank adds",
     "SP013": "a sum that counts too often",
     "SP014": "gradients that nothing averages",

@@ -149,6 +149,11 @@ class Plan:
         """Digest of what decides how the split model computes; evidence of another layout is none."""
         return layout_digest(self.mesh, self.tree, self.steps)
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether there is evidence of how the split model computes, as it is laid out now."""
+        return self.equality is not None and self.equality.layout == self.layout_digest
+
     @cached_property
     def canonical_fields(self) -> Mapping[str, str]:
         """The canonical JSON of each field, by name, from which the fingerprint is computed."""

@@ -67,6 +67,8 @@ def unused_silences(plan: Plan, report: Report, quiet: Iterable[Silenced]) -> It
 
 def _can_be_found(silence: Silence, plan: Plan, report: Report) -> bool:
     match silence.code:
+        case "SP010":
+            return not plan.is_followed
         case "SP026":
             return plan.microbatch is not None
         case "SP027":

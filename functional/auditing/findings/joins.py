@@ -1,12 +1,12 @@
 """Parts of split tensors that are never joined, and sums over ranks that count too often: SP010 to SP013.
 
-SP010 and SP011 go by names and by the order in which modules are registered. Whether parts meet is tried by ``plan_build``
-with ``example_inputs``.
+SP010 goes by the blocks that modules are in, and is for plans without evidence: where parts meet, ``plan_build`` follows by
+types with ``example_inputs``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ....specs.dtypes import human_bytes
 from ....specs.finding import Finding
@@ -23,31 +23,25 @@ if TYPE_CHECKING:
     from ....specs.report import Report
     from ...dialects import Dialect
 
-_Verdict = Literal["later", "earlier", "never"]
-
 
 def unjoined(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
-    """Find split tensors whose parts are not joined later in their block.
+    """Find split tensors whose parts nothing joins in their block, in a plan of which no activations were followed.
 
-    The block is the repeated layer that holds the module (``layers.3``), else all that is outside such layers. Modules
-    count as being called in the order in which they are registered; where that alone speaks against it, it is a warning.
+    The block is the repeated layer that holds the module (``layers.3``), else all that is outside such layers.
     """
+    if plan.is_followed:
+        return
     first = plan.mesh.coordinate(0)
     joins = _Joins(plan)
     for spec in plan.tree.values():
         for mesh_axis in spec.mesh_axes(first) if spec.kind == "parameter" else ():
-            verdicts = {module: joins.verdict(module, mesh_axis) for module in map(module_of, spec.paths)}
-            for module, verdict in verdicts.items():
+            for module in dict.fromkeys(map(module_of, spec.paths)):
+                if joins.may_join(module, mesh_axis):
+                    continue
                 where = block_of(module) or "the model"
                 size = human_bytes(spec.local_bytes(first))
                 cause = f"{spec.type} is split ({size} a rank), and no synchronisation follows in {where}"
-                if verdict == "never":
-                    yield Finding("SP010", "error", spec.path, cause, _mend(spec, mesh_axis, module, joins.own_rows))
-                elif verdict == "earlier":
-                    sign = f"{cause}, going by the order in which modules are registered"
-                    yield Finding(
-                        "SP011", "warning", spec.path, sign, "If they are called in another order, nothing is wrong"
-                    )
+                yield Finding("SP010", "error", spec.path, cause, _mend(spec, mesh_axis, module, joins.own_rows))
 
 
 def whole_biases(plan: Plan, report: Report, dialect: Dialect) -> Iterator[Finding]:
@@ -112,22 +106,21 @@ class _Joins:
             module_of(path) for spec in plan.tree.values() for path in spec.paths if any(s.axis == 0 for s in spec.shards)
         }
 
-    def verdict(self, module: str, mesh_axis: MeshAxis) -> _Verdict:
-        """Tell whether the parts of a module are joined after it, only before it, or never."""
+    def may_join(self, module: str, mesh_axis: MeshAxis) -> bool:
+        """Tell whether a synchronisation in the block of a module may join its parts."""
         if mesh_axis == "expert":
-            return "later" if module in self._dispatched else "never"
+            return module in self._dispatched
         here = self._span[module][0]
-        verdict: _Verdict = "never"
         around = [step for name in (*modules_around(module), module) for step in self._by_module.get(name, [])]
         for step in (*around, *self._by_block.get(block_of(module), [])):
             if step.mesh_axis != mesh_axis:
                 continue
+            if step.module not in self._split_rows:  # else it joins the parts of its own module
+                return True
             start, last = self._span.get(step.module, (len(self._span), len(self._span)))
             if last >= here if step.when == "forward_post" else start > here:
-                return "later"
-            if step.module not in self._split_rows:  # else it joins the parts of its own module
-                verdict = "earlier"
-        return verdict
+                return True
+        return False
 
 
 def _mend(spec: ParamSpec, mesh_axis: MeshAxis, module: str, own_rows: set[str]) -> str:

@@ -15,9 +15,9 @@ from .factors import Axis, Factor, segments, size_of, spell
 from .regions import is_in
 
 if TYPE_CHECKING:
-    from .operator_rules import Axes
     from .propagate import ModelAxes
     from .regions import Region
+    from .related_axes import Axes
 
 _MOST_TRIED = 32
 """Limit of the choices of attributes that are tried for a kind of module."""

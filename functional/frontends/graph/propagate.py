@@ -13,9 +13,10 @@ from torch.fx.node import map_aggregate
 
 from ....specs.paths import join, module_of
 from ...model.linear import linear_of, overrides_forward
+from ...types.relation import Operand, OperatorCall
 from .export import RankGraph, module_path, operator_name, subgraphs
-from .factors import Factor, block, unsplittable
-from .operator_rules import Axes, OperatorCall, TensorArgument, apply_rule, linear
+from .factors import Factor, block, size_of, unsplittable
+from .related_axes import Axes, related_axes
 
 if TYPE_CHECKING:
     from ....specs.tree import SpecTree
@@ -35,12 +36,14 @@ class GraphTensor:
         is_trained: Whether it depends on a trained parameter.
         parameter: Path of the only tensor of the model that it is computed from, or is.
         is_given: Whether its entries are those of an input of the model.
+        is_mask: Whether its entries are true or false.
     """
 
     axes: Axes
     is_trained: bool = False
     parameter: str = ""
     is_given: bool = False
+    is_mask: bool = False
 
 
 @frozen(eq=False)
@@ -108,12 +111,13 @@ def _placeholder(found: ModelAxes, node: fx.Node, traced: RankGraph) -> Any:
         return value
     path = traced.paths.get(node.name, "")
     if not path:
-        return GraphTensor(tuple(unsplittable(size, GIVEN) for size in value.shape), is_given=node.name in traced.inputs)
+        axes = tuple(unsplittable(size, GIVEN) for size in value.shape)
+        return GraphTensor(axes, is_given=node.name in traced.inputs, is_mask=value.dtype == torch.bool)
     spec = found.tree[path]
     is_trained = spec.requires_grad and spec.kind == "parameter"
     if path not in found.tensors:
         axes = tuple((Factor(size),) if size != 1 else () for size in value.shape)
-        found.tensors[path] = GraphTensor(axes, is_trained, path)
+        found.tensors[path] = GraphTensor(axes, is_trained, path, is_mask=value.dtype == torch.bool)
     return found.tensors[path]
 
 
@@ -135,14 +139,12 @@ def _call(found: ModelAxes, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return of[at]
     given = _given(node, values)
     inputs = tuple(tensor for tensor in _leaves(list(given.values())) if isinstance(tensor, GraphTensor))
-    shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in _outputs(node))
-    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and bool(inputs)
-    call = OperatorCall(operator_name(node), {name: _met(value) for name, value in given.items()}, shapes, is_pointwise)
+    call = _operator_call(node, given)
     path = found.names.get(module_path(node), module_path(node))
     weight = _weight(found, call, given, path)
-    if not shapes:
+    if not call.shapes:
         return None
-    made = linear(call, out_axis=0 if call.name == "linear" else 1) if weight else apply_rule(call)
+    made = related_axes(call, [tensor.axes for tensor in inputs], sums_parts=bool(weight))
     parameters = {tensor.parameter for tensor in inputs}
     common = GraphTensor(
         axes=(),
@@ -150,9 +152,28 @@ def _call(found: ModelAxes, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         parameter=parameters.pop() if len(parameters) == 1 else "",
         is_given=len(inputs) == 1 and inputs[0].is_given,
     )
-    outputs = tuple(evolve(common, axes=axes) for axes in made)
+    outputs = tuple(
+        evolve(common, axes=axes, is_mask=isinstance(value, Tensor) and value.dtype == torch.bool)
+        for axes, value in zip(made, _outputs(node), strict=True)
+    )
     found.operations.append(GraphOperation(node, call.name, path, inputs, outputs, weight))
     return list(outputs) if isinstance(node.meta["val"], (list, tuple)) else outputs[0]
+
+
+def _operator_call(node: fx.Node, given: Mapping[str, Any]) -> OperatorCall:
+    """Return a call as the rules of operators see it."""
+    operands: list[Operand] = []
+
+    def met(value: Any) -> Any:
+        if isinstance(value, GraphTensor):
+            operands.append(Operand(len(operands), tuple(map(size_of, value.axes)), is_mask=value.is_mask))
+            return operands[-1]
+        return [met(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    arguments = {name: met(value) for name, value in given.items()}
+    shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else () for v in _outputs(node))
+    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and bool(operands)
+    return OperatorCall(operator_name(node), arguments, tuple(operands), shapes, is_pointwise)
 
 
 def _weight(found: ModelAxes, call: OperatorCall, given: Mapping[str, Any], module: str) -> str:
@@ -216,12 +237,6 @@ def _with_values(arguments: Any, values: dict[fx.Node, Any]) -> Any:
 def _outputs(node: fx.Node) -> list[Any]:
     value = node.meta.get("val")
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _met(value: Any) -> Any:
-    if isinstance(value, GraphTensor):
-        return TensorArgument(value.axes)
-    return [_met(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -16,8 +16,8 @@ from .gradient_sums import GradientSums, gradient_sums
 
 if TYPE_CHECKING:
     from ....specs.shard import Split
-    from .operator_rules import Axes
     from .propagate import GraphOperation, GraphTensor, ModelAxes
+    from .related_axes import Axes
 
 
 @frozen(eq=False)

@@ -13,6 +13,7 @@ from torch import nn
 from shardplan.functional import audit, create_schedule, plan_build
 from shardplan.specs import Finding, Mesh, PlanError, Silence, dumps, loads
 from shardplan.specs.finding import CODES, LOUD, folded
+from shardplan.specs.layout_steps import Sync
 from tests.helpers import findings
 from tests.helpers.findings import HURT, INSTALLED, NEAR, heads, large, linears, mixture, perceptron, spare, vocabulary
 from tests.helpers.models import plain, split_plain
@@ -197,6 +198,32 @@ def test_folding_keeps_numbers_that_are_no_path():
     assert [finding.cause for finding in folded(rows[:1])] == [rows[0].cause]
     alike = [Finding("SP013", "warning", str(number), f"'{number}' holds 0 B") for number in (0, 1)]
     assert [(f.path, f.cause) for f in folded(alike)] == [("{0..1}", "'*' holds 0 B")]
+
+
+class LowRank(nn.Module):
+    """A linear layer, and a product of two small ones beside it."""
+
+    def __init__(self, num_in, num_out):
+        super().__init__()
+        self.base, self.b = nn.Linear(num_in, num_out, bias=False), nn.Linear(3, num_out, bias=False)
+        self.a = nn.Linear(num_in, 3, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_parts_whose_way_was_followed_are_not_guessed_about():
+    with torch.device("meta"):
+        sch = create_schedule(nn.Sequential(LowRank(8, 32), LowRank(32, 8)), Mesh(tensor=2))
+    sch = sch.at["0.{base,b}"].colwise().at["1.{base,a}"].rowwise()
+    inputs = {"input": torch.ones(2, 8, device="meta")}
+    assert [finding.path for finding in found(plan_build(sch), "SP010")] == ["0.base.weight", "0.b.weight"]
+    plan = plan_build(sch, example_inputs=inputs)
+    assert plan.equality.answer == "holds"
+    assert not found(plan, "SP010")
+    assert found(findings.without(plan, Sync), "SP010")  # another layout than was followed
+    silenced = plan_build(sch.at["**"].silence("SP010", reason="meant"), example_inputs=inputs)
+    assert not found(silenced, "SP032")
 
 
 def test_a_silenced_finding_is_listed_apart():
