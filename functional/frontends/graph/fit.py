@@ -135,13 +135,14 @@ def _owners(known: Inference, path: str) -> set[str]:
 
 
 def _alike(some: Iterable[Region], regions: Iterable[Region]) -> list[Region]:
-    """Return regions, and those whose modules are called alike but for the numbers of layers."""
-    names = [_without_numbers(region) for region in some]
-    return [region for region in regions if _without_numbers(region) in names]
+    """Return regions, and the same ones of other layers: their modules and operators differ in the numbers of layers alone."""
+    kinds = list(map(_kind, some))
+    return [region for region in regions if _kind(region) in kinds]
 
 
-def _without_numbers(region: Region) -> set[str]:
-    return {re.sub(r"\d+", "", path) for path in region.modules}
+def _kind(region: Region) -> tuple[frozenset[str], tuple[str, ...]]:
+    names = frozenset(re.sub(r"\d+", "", path) for path in region.modules)
+    return names, tuple(op.name for op in region.operations)
 
 
 def _members(region: Region) -> set[str]:
@@ -169,7 +170,7 @@ def _at_local_sizes(known: Inference, choice: Choice) -> Fitted:
         changed = {path for region in regions for path in region.modules}
         changed |= {path for table in choice.tables for path in (*table.embeddings, *table.heads)}
         while True:
-            sch = apply_all(known.schedule, _verb_calls(known, choice, kinds))
+            sch = apply_all(known.schedule, _verb_calls(choice, kinds))
             if choice.is_empty:
                 return Fitted(sch, choice)
             tried += 1
@@ -196,7 +197,7 @@ def _without_region_of(choice: Choice, path: str, rank: RankGraph | ExportFailur
     return choice.without(near or choice.regions, [] if choice.regions else choice.tables, reason)
 
 
-def _verb_calls(known: Inference, choice: Choice, kinds: Iterable[SizeAttributes]) -> Iterator[VerbCall]:
+def _verb_calls(choice: Choice, kinds: Iterable[SizeAttributes]) -> Iterator[VerbCall]:
     for table in choice.tables:
         yield from (VerbCall(path, "vocab_parallel") for path in table.embeddings)
         yield from (VerbCall(path, "colwise", (), (("gather_output", True),)) for path in table.heads)

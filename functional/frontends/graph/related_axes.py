@@ -29,7 +29,7 @@ Axes = tuple[Axis, ...]
 """The axes of a tensor."""
 
 _SUMMED = "they are summed over within the model's own code"
-_AVERAGED = "their mean is taken within the model's own code"
+_AVERAGED = "the mean is taken over them"
 _PICKING = frozenset({"select", "unbind", "select_copy", "unbind_copy"})
 """Operators that pick single entries of an axis, as q, k and v of a joint axis: what lies within may be split."""
 

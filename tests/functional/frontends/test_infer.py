@@ -303,6 +303,30 @@ def test_a_size_that_is_also_a_number_in_the_computation_leaves_all_whole():
     assert "no local sizes were found" in sch.tree["up.weight"].tags["why"]
 
 
+class Rolled(nn.Module):
+    """An MLP that moves positions by as many as it has heads, so that a rank with fewer heads would move them less far."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 4
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        heads = self.up(x).view(*x.shape[:-1], self.num, 8)
+        return x + self.down(heads.roll(self.num, 1).flatten(-2))
+
+
+def test_what_the_types_of_activations_refuse_stays_whole():
+    with torch.device("meta"):
+        model = nn.Sequential(Rolled(), Rolled(), Between(nn.GELU()))
+    inputs = {"input": torch.zeros(2, 3, 8, device="meta")}
+    sch = infer_schedule(model, Mesh(tensor=2), example_inputs=inputs)
+    assert {spec.module for spec in sch.tree.values() if spec.shards} == {"2.up", "2.down"}
+    why = sch.tree["1.up.weight"].tags["why"]
+    assert why.startswith("whole: split, it would not compute what the whole model does: 0: roll computes with 2 where")
+    assert plan_build(sch, example_inputs=inputs).equality.answer == "holds"
+
+
 def test_inputs_that_cannot_be_told_are_asked_for():
     with pytest.raises(PlanError, match="cannot be told from its configuration"):
         infer_schedule(on_meta(Gated), Mesh(tensor=2))
