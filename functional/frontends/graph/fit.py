@@ -135,7 +135,7 @@ def _owners(known: Inference, path: str) -> set[str]:
 
 
 def _alike(some: Iterable[Region], regions: Iterable[Region]) -> list[Region]:
-    """Return regions, and the same ones of other layers: their modules and operators differ in the numbers of layers alone."""
+    """Return regions, and the same ones of other layers: they differ in the numbers of layers alone."""
     kinds = list(map(_kind, some))
     return [region for region in regions if _kind(region) in kinds]
 
