@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from attrs import Factory, define, evolve, field, frozen
+from attrs import define, evolve, field, frozen
 
 from ...specs.layout_steps import AddBiasAfterSync, LayoutStep
 from ...specs.paths import join
@@ -55,8 +55,6 @@ class Alignment:
     model: Tape
     layout: Sequence[LayoutStep]
     types: Types
-    names: dict[int, int] = Factory(dict)
-    """For each value of the whole model's run that equals an earlier one, that one."""
     late: frozenset[str] = field(init=False)
     """Modules that add their bias later than in the whole model."""
 
@@ -104,13 +102,13 @@ class Alignment:
 
     def theirs(self, value: int) -> int:
         """Return the value of the whole model's run that a value equals: the operand of a copy."""
-        return self.names.get(value, value)
+        return self.types.copies.get(value, value)
 
     def _their_calls(self) -> Iterator[RecordedCall]:
         for call in self.model.calls:
             if call.name in NEUTRAL or _is_identity(self.model, call):
                 operand = references(call)[0]
-                self.names |= dict.fromkeys(call.results, self.theirs(operand.value))
+                self.types.copies |= dict.fromkeys(call.results, self.theirs(operand.value))
             else:
                 yield call
 

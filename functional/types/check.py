@@ -20,6 +20,7 @@ from .problems import cannot_run, problems_of, stopped
 from .record import Stopped, record_local, record_whole
 from .skips import is_sound
 from .tape import Tape
+from .typed_backward import TypedBackward
 from .typed_run import Fault, Types
 
 
@@ -92,7 +93,8 @@ def _followed(
         return Checked(silent, [Unfollowed(whole.path, "", cause)], local)
     local, whole = with_macros(local, subject.layout, trusts), with_macros(whole, (), trusts)
     types = follow(local, whole, subject, trusts, rank)
-    faults = [*types.faults, *wrong_gradients(local, types, subject.tree, subject.layout, subject.mesh.tensor)]
+    backward = TypedBackward(local, whole, subject, types, rank)
+    faults = [*types.faults, *wrong_gradients(local, types, subject.tree, subject.layout, subject.mesh.tensor, backward)]
     if skip and local.skipped and (faults or silent or not is_sound(local, whole, types)):
         return None
     if chain:

@@ -34,11 +34,13 @@ class Composites(TorchFunctionMode):
 
     Args:
         record: Takes the operator, the function to run, and its arguments.
+        hooked: Takes a tensor, a hook that was registered on its gradient, and the hook's handle.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, hooked: Callable[..., None]) -> None:
         super().__init__()
         self._record = record
+        self._hooked = hooked
         self._globals: dict[int, dict[str, Any]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -47,6 +49,11 @@ class Composites(TorchFunctionMode):
             if func.namespace in ("aten", "prim", "prims"):
                 return func(*args, **kwargs)
             return self._record(func, func, args, kwargs)
+        if func is Tensor.register_hook:
+            with torch._C.DisableTorchFunction():  # noqa: SLF001  it would come here again
+                handle = func(*args, **kwargs)
+                self._hooked(*args, *kwargs.values(), handle)
+            return handle
         if (name := _OPERATORS.get(func)) is not None:
             args, kwargs = _as_in_schema(name, args, kwargs)
             return self._record(_overload(name, args), func, args, kwargs)

@@ -24,7 +24,7 @@ from .relate import Call, Misuse, relate
 from .relation import Filled, Rule
 from .rules import rule_of
 from .steps import after_step, are_rows, given
-from .tape import RecordedCall, Tape, operator_call, references
+from .tape import BackwardCode, RecordedCall, Tape, operator_call, references
 from .typed_run import Fault, Types
 
 
@@ -41,6 +41,36 @@ def follow(local: Tape, model: Tape, subject: LocalModel, trusts: Iterable[Trust
     """
     trusted = {trust.module: trust for trust in trusts}
     return _Follower(local, model, subject.tree, subject.layout, subject.mesh, rank, trusted).run()
+
+
+def follow_backward(
+    code: BackwardCode,
+    other: BackwardCode,
+    local: Tape,
+    model: Tape,
+    subject: LocalModel,
+    types: Types,
+    *,
+    taken: Sequence[Held],
+    rank: int,
+) -> Types:
+    """Return what ranks hold of each value, with those of code of the user's own that runs in the backward pass.
+
+    Args:
+        code: The code, in the rank's run.
+        other: The same code, in the whole model's run.
+        local: The rank's run.
+        model: The whole model's run.
+        subject: As for :func:`follow`.
+        types: What ranks hold of the values of the forward pass; it stays as it is.
+        taken: What ranks hold of the gradients that the code takes.
+        rank: The rank.
+    """
+    mine = evolve(local, calls=code.calls, inputs={}, outputs=[value for value in code.gives if value is not None])
+    theirs = evolve(model, calls=other.calls, inputs={}, outputs=[value for value in other.gives if value is not None])
+    known = Types(dict(types.held), dict(types.counterparts), {}, dict(types.copies))
+    follower = _Follower(mine, theirs, subject.tree, subject.layout, subject.mesh, rank, {}, known)
+    return follower.run_backward({value: (held, at) for value, held, at in zip(code.takes, taken, other.takes, strict=True)})
 
 
 @define(eq=False)
@@ -67,6 +97,20 @@ class _Follower:
     def run(self) -> Types:
         for name, value in self.local.inputs.items():
             self._enter(value, self.model.inputs.get(name, -1))
+        self.walk()
+        self._outputs()
+        self._without_dead_code()
+        return self.types
+
+    def run_backward(self, taken: Mapping[int, tuple[Held, int]]) -> Types:
+        for value, (held, counterpart) in taken.items():
+            self.types.held[value], self.types.counterparts[value] = held, counterpart
+        self.walk()
+        self._without_dead_code()
+        return self.types
+
+    def walk(self) -> None:
+        """Follow the calls."""
         for pair in self.alignment.pairs():
             if pair.number >= 0:
                 self.types.producers |= dict.fromkeys(pair.call.results, pair.number)
@@ -83,9 +127,6 @@ class _Follower:
                     self._written(pair)
                 case _:
                     self._is(pair, UNKNOWN)
-        self._outputs()
-        self._without_dead_code()
-        return self.types
 
     def _without_dead_code(self) -> None:
         """Leave out what was found of calls whose results nothing depends on."""
@@ -247,10 +288,6 @@ class _Follower:
         elif is_plain and shapes == local_shapes and not pair.lacks and ratio is None:
             fill = fill_of(call) if isinstance(rule, Filled) else kept_fill(call, operands)
             self._is(pair, *self._drawn(pair, tuple(evolve(whole_of(shape), fill=fill) for shape in shapes)))
-        elif call.function and not is_plain:
-            cause = f"the backward pass of {call.function} is its own, and nobody knows what it does with parts"
-            self._fault(pair, cause, kind="unfollowed")
-            self._is(pair, UNKNOWN)
         else:
             found = self._related(pair, rule, operands, shapes, local_shapes)
             if isinstance(found, Misuse):

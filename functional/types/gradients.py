@@ -10,61 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
-from attrs import Factory, define, evolve, frozen
+from attrs import Factory, define, evolve
 
 from ...specs.layout_steps import LayoutStep, Sync, SyncOp
 from ...specs.tree import SpecTree
 from .axes import holders, parts_in
+from .gradient import UNKNOWN_GRADIENT, Gradient, Kind, Met
 from .held import UNKNOWN, Held
 from .macros import TRUSTED
 from .relation import Taken
 from .rules import rule_of
 from .tape import RecordedCall, Tape, ValueRef, operator_call, references
+from .typed_backward import TypedBackward
 from .typed_run import Fault, Types
 
-Kind = Literal["whole", "summand", "parts", "shared", "unknown"]
 
-
-@frozen
-class Met:
-    """Where a whole value meets parts, so that each rank has a part of its gradient.
-
-    Args:
-        call: Number of the call.
-        value: The whole value.
-    """
-
-    call: int
-    value: int
-
-
-@frozen
-class Gradient:
-    """What ranks hold of the gradient of a value.
-
-    Args:
-        kind: ``whole``, ``summand``, ``parts`` (of the value's own parts), ``shared`` (parts, which ranks that hold the same
-            entries have to add up), or ``unknown``.
-        scale: The ranks hold this multiple of it.
-        met: Where summands come from.
-        scaled_by: The module at which the multiple began.
-        pieces: Where entries along an axis differ: the axis, and start, stop and gradient of each piece; entries between
-            have none.
-    """
-
-    kind: Kind
-    scale: Fraction = Fraction(1)
-    met: frozenset[Met] = frozenset()
-    scaled_by: str = ""
-    pieces: tuple[int, tuple[tuple[int, int, Gradient], ...]] | None = None
-
-
-_UNKNOWN = Gradient("unknown")
-
-
-def wrong_gradients(local: Tape, types: Types, tree: SpecTree, layout: Sequence[LayoutStep], num: int) -> list[Fault]:
+def wrong_gradients(
+    local: Tape, types: Types, tree: SpecTree, layout: Sequence[LayoutStep], num: int, backward: TypedBackward
+) -> list[Fault]:
     """Return where gradients stay summands, or count several times, that reach whole values or trained tensors.
 
     Args:
@@ -73,10 +38,11 @@ def wrong_gradients(local: Tape, types: Types, tree: SpecTree, layout: Sequence[
         tree: The model's tensors.
         layout: The layout steps, by place.
         num: Ranks along ``tensor``.
+        backward: Code of the user's own that runs in the backward pass.
     """
-    walk = _Walk(local, types, tree, layout, num)
+    walk = _Walk(local, types, tree, layout, num, backward)
     walk.run()
-    return list(dict.fromkeys(walk.faults))
+    return list(dict.fromkeys([*walk.faults, *backward.faults]))
 
 
 @define(eq=False)
@@ -86,6 +52,8 @@ class _Walk:
     tree: SpecTree
     layout: Sequence[LayoutStep]
     num: int
+    backward: TypedBackward
+    applied: set[int] = Factory(set)
     gradients: dict[int, list[Gradient]] = Factory(dict)
     totals: dict[int, Gradient] = Factory(dict)
     faults: list[Fault] = Factory(list)
@@ -114,13 +82,13 @@ class _Walk:
             found = self.gradients.get(value)
             if not found:
                 return None
-            self.totals[value] = self._combined(value, found)
+            self.totals[value] = self.backward.hooked(value, self._combined(value, found))
         return self.totals[value]
 
     def _combined(self, value: int, found: list[Gradient]) -> Gradient:
         """Return the sum of the gradients that a value's uses give."""
         if any(gradient.kind == "unknown" for gradient in found):
-            return _UNKNOWN
+            return UNKNOWN_GRADIENT
         if any(gradient.pieces for gradient in found):
             merged = _merged(found)
             if merged is not None:
@@ -133,7 +101,7 @@ class _Walk:
     def _sum(self, value: int, flat: list[Gradient]) -> Gradient:
         kinds, scales = {gradient.kind for gradient in flat}, {gradient.scale for gradient in flat}
         if "unknown" in kinds:
-            return _UNKNOWN
+            return UNKNOWN_GRADIENT
         if len(kinds) == 1 and len(scales) == 1:
             return evolve(flat[0], met=frozenset().union(*(gradient.met for gradient in flat)), pieces=None)
         if kinds == {"parts", "shared"} and len(scales) == 1:
@@ -156,11 +124,30 @@ class _Walk:
         if call.name == TRUSTED:
             self._trusted(refs, totals)
             return
+        if call.function:
+            self._function(number, call)
+            return
         for place, ref in enumerate(refs):
-            if ref.requires_grad or call.function:  # within a user's function autograd follows nothing
+            if ref.requires_grad:
                 for at, total in enumerate(totals):
                     if total is not None:
                         self._add(ref.value, self._contribution(number, call, place, at, total))
+
+    def _function(self, number: int, call: RecordedCall) -> None:
+        """Follow the backward pass of a user's function, at the last call of its forward pass."""
+        code = self.backward.function_of(call.results[0])
+        assert code is not None, "its calls were noted"
+        if id(code) in self.applied:
+            return
+        self.applied.add(id(code))
+        totals: dict[int, Gradient] = {}
+        for place, value in code.outputs.items():
+            if (total := self._total(value)) is not None:
+                total = self._sum(value, list(_flat(total))) if total.pieces else total
+                totals[place] = self._needing_whole(total) if self._held(value).kind == "summand" else total
+        if totals:
+            for value, gradient in self.backward.through(code, number, totals).items():
+                self._add(value, gradient)
 
     def _trusted(self, refs: Sequence[ValueRef], totals: Sequence[Gradient | None]) -> None:
         """Take the user's word: gradients of what a module takes are right, if gradients of what it gives are."""
@@ -176,9 +163,7 @@ class _Walk:
         value = references(call)[place].value
         operand, result = self._held(value), self._held(call.results[at])
         if "unknown" in {operand.kind, result.kind, total.kind}:
-            return _UNKNOWN
-        if call.function and any(inner.kind == "summand" for inner in _flat(total)):
-            return self._lost(number, call)
+            return UNKNOWN_GRADIENT
         if operand.kind == "whole" and result.kind == "whole" and _is_pieced(call):
             return self._piece(call, place, value, at, total)
         total = self._sum(value, list(_flat(total))) if total.pieces else total
@@ -194,11 +179,6 @@ class _Walk:
             is_fewer = result.kind == "parts" and _num_holders(operand) > _num_holders(result)
             total = evolve(total, kind="shared" if is_fewer or total.kind == "shared" else "parts")
         return total
-
-    def _lost(self, number: int, call: RecordedCall) -> Gradient:
-        cause = f"nobody knows what the backward pass of {call.function} does with summands of a gradient"
-        self.faults.append(Fault(number, call.module, cause, kind="unfollowed"))
-        return _UNKNOWN
 
     def _piece(self, call: RecordedCall, place: int, value: int, at: int, total: Gradient) -> Gradient:
         """Return the gradient of a whole operand of which a call takes consecutive entries, or which it joins to others."""
@@ -221,7 +201,7 @@ class _Walk:
             return _collapsed(axis, inside)
         rule = rule_of(operator_call(self.local, call))
         if not isinstance(rule, Taken):
-            return _UNKNOWN
+            return UNKNOWN_GRADIENT
         start, stop = rule.ranges[at]
         if total.pieces is not None and total.pieces[0] != rule.axis:
             total = self._sum(value, list(_flat(total)))
@@ -237,7 +217,7 @@ class _Walk:
     def _through(self, call: RecordedCall, step: LayoutStep, operand: Held, total: Gradient) -> Gradient:  # noqa: C901, PLR0911  an operator each
         """Return the gradient of a collective's operand."""
         if total.kind == "unknown" or operand.kind == "unknown":
-            return _UNKNOWN
+            return UNKNOWN_GRADIENT
         module = step.module
         name = call.name.removeprefix("shardplan::")
         if total.pieces and name != "sum_gradient_of":
@@ -287,7 +267,7 @@ class _Walk:
                 return evolve(total, kind="parts")
             cause = "the sum adds gradients of parts, which are other entries on each rank"
             self.faults.append(Fault(-1, module, cause, kind="gradient"))
-            return _UNKNOWN
+            return UNKNOWN_GRADIENT
         return evolve(total, scale=total.scale * self.num, scaled_by=module)
 
     def _summed_of(self, call: RecordedCall, operand: Held, total: Gradient, module: str) -> Gradient:

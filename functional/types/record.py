@@ -122,6 +122,7 @@ def _tried(
                 tape.outputs += writer.values(outputs)
         except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
             return Stopped(running.innermost, error), not layers.representative_of
+        writer.backward.run()
     return tape, layers.is_sound
 
 

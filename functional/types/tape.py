@@ -113,6 +113,41 @@ class SkippedLayer:
 
 
 @define(eq=False)
+class BackwardCode:
+    """Code of the user's own that runs in the backward pass: of an ``autograd.Function``, or a hook of a tensor.
+
+    Args:
+        name: Name of the function or of the hook.
+        module: Path of the innermost module that ran where the function was called, or the hook registered.
+        line: Where the model's code did so.
+        step: Place of the layout step whose own code did so; None for the model's code.
+        inputs: The values whose gradients it returns, in order; None for those without a gradient.
+        outputs: The values whose gradients it takes, by place: the results of the function, or the tensor with the hook.
+        made: All values that the function's forward pass made.
+        is_hook: Whether it is a hook of a tensor.
+        is_removed: Whether the hook was removed before the forward pass ended.
+        takes: Values of the gradients that it was run with, in order.
+        gives: Values of the gradients that it returned, in order; None for none.
+        calls: The calls that it ran.
+        error: Why it could not be run; empty if it was run.
+    """
+
+    name: str
+    module: str
+    line: str
+    step: int | None
+    inputs: list[int | None]
+    outputs: dict[int, int] = Factory(dict)
+    made: set[int] = Factory(set)
+    is_hook: bool = False
+    is_removed: bool = False
+    takes: list[int] = Factory(list)
+    gives: list[int | None] = Factory(list)
+    calls: list[RecordedCall] = Factory(list)
+    error: str = ""
+
+
+@define(eq=False)
 class Tape:
     """A run of a model on fake tensors.
 
@@ -124,6 +159,7 @@ class Tape:
         inputs: The value of each input tensor of the model, by argument name.
         outputs: The values of the tensors that the model returns.
         num_calls: How often each module was called, by path.
+        backward: Code of the user's own that runs in the backward pass, in the order in which the forward pass met it.
     """
 
     values: list[Value] = Factory(list)
@@ -133,6 +169,7 @@ class Tape:
     inputs: dict[str, int] = Factory(dict)
     outputs: list[int] = Factory(list)
     num_calls: dict[str, int] = Factory(dict)
+    backward: list[BackwardCode] = Factory(list)
 
 
 def references(call: RecordedCall) -> list[ValueRef]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 from ..layout.hooks import random_numbers_differ
 from ..model.read import storage_id
 from .composites import Composites
-from .tape import RecordedCall, Tape, Value, ValueRef
+from .recorded_backward import RecordedBackward, name_of
+from .tape import BackwardCode, RecordedCall, Tape, Value, ValueRef
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import CodeType
+    from types import CodeType, FrameType
 
     from ...specs.tree import SpecTree
     from ..model.known_values import KnownValues
@@ -49,13 +51,15 @@ class TapeWriter(TorchDispatchMode):
         tape: What is written.
         steps: Places of the layout steps whose code runs, innermost last.
         composites: The mode that finds functions which are written as one call; it is to be on too.
+        backward: Watches for code of the user's own that runs in the backward pass.
     """
 
     def __init__(self, running: OpenModules, runner: CodeType, known: KnownValues) -> None:
         super().__init__()
         self.tape = Tape(num_calls=running.num_calls)
         self.steps: list[int] = []
-        self.composites = Composites(self._composite)
+        self.backward = RecordedBackward(self)
+        self.composites = Composites(self._composite, self.backward.hooked)
         self._running = running
         self._runner = runner
         self._known = known
@@ -66,6 +70,7 @@ class TapeWriter(TorchDispatchMode):
         self._storages: dict[int, int] = {}
         self._changed: list[Tensor] | None = None  # tensors that a function changes which is written as one call
         self._files: dict[str, str] = {}
+        self._apart = ""  # the module of code that is written apart
 
     def name_tensors(self, model: nn.Module, tree: SpecTree) -> None:
         """Let the values of a model's parameters and buffers have their paths."""
@@ -81,12 +86,32 @@ class TapeWriter(TorchDispatchMode):
             number = self._new_value(tensor)
             if not isinstance(tensor, FakeTensor):
                 self._write("constant", {"values": _constant(tensor)}, (number,))
+        self.backward.seen(tensor, number)
         return number
 
     def values(self, tree: Any) -> tuple[int, ...]:
         """Return the numbers of the values of all tensors in a pytree."""
         with torch._C.DisableTorchFunction():  # noqa: SLF001  sizes of tensors are asked for very often
             return tuple(self.value(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+    def known(self) -> Iterator[tuple[Tensor, int]]:
+        """Iterate over all tensors that were seen, each with the value that it holds."""
+        yield from ((tensor, self._value_of[id(tensor)]) for tensor in self._kept if isinstance(tensor, Tensor))
+
+    def place(self) -> tuple[str, str, int | None]:
+        """Return the module that runs, the line of the model's code, and the place of the layout step, if one runs."""
+        return self._apart or self._running.innermost, self._where()[0], self.steps[-1] if self.steps else None
+
+    @contextmanager
+    def apart(self, code: BackwardCode) -> Iterator[None]:
+        """Write what runs within the block as calls of some code in the backward pass."""
+        calls, modules = self.tape.calls, self.tape.modules
+        self.tape.calls, self.tape.modules, self._apart = code.calls, [], code.module
+        try:
+            with self, self.composites:
+                yield
+        finally:
+            self.tape.calls, self.tape.modules, self._apart = calls, modules, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -184,12 +209,13 @@ class TapeWriter(TorchDispatchMode):
         is_random: bool = False,
         is_guessed: bool = False,
     ) -> None:
-        line, function = self._where()
+        line, applying = self._where()
+        function = name_of(applying.f_locals["cls"]) if applying else ""
         call = RecordedCall(
             name=name,
             arguments=arguments,
             results=results,
-            module=self._running.innermost,
+            module=self._apart or self._running.innermost,
             line=line,
             step=self.steps[-1] if self.steps else None,
             is_pointwise=is_pointwise,
@@ -199,6 +225,7 @@ class TapeWriter(TorchDispatchMode):
             is_guessed=is_guessed,
         )
         self.tape.calls.append(call)
+        self.backward.inside(applying if function else None, function)
 
     def _new_value(self, tensor: Tensor, path: str = "") -> int:
         number = len(self.tape.values)
@@ -212,17 +239,17 @@ class TapeWriter(TorchDispatchMode):
         self.tape.values.append(Value(tuple(tensor.shape), dtype, path, known))
         return number
 
-    def _where(self) -> tuple[str, str]:
-        """Return the line of the model's code that runs, and the name of the ``autograd.Function`` around it."""
-        line = function = ""
+    def _where(self) -> tuple[str, FrameType | None]:
+        """Return the line of the model's code that runs, and the frame that applies the ``autograd.Function`` around it."""
+        line, applying = "", None
         frame = sys._getframe(1)  # noqa: SLF001  cheaper than inspect.stack()
         while frame is not None and (code := frame.f_code) is not self._runner:
             if not line and (name := self._file_name(code.co_filename)):
                 line = f"{name}:{frame.f_lineno}"
             if code is _APPLY:
-                function = frame.f_locals["cls"].__name__
+                applying = frame
             frame = frame.f_back
-        return line, function
+        return line, applying
 
     def _file_name(self, path: str) -> str:
         """Return the name of a file of the model's code; empty for other files."""

@@ -38,10 +38,12 @@ class Types:
         held: For each value of the rank's tape.
         counterparts: The value of the whole model's tape that it stands for.
         producers: Number of the call that made a value.
+        copies: For each value of the whole model's tape that equals an earlier one, that one.
         faults: Where the two differ.
     """
 
     held: dict[int, Held] = Factory(dict)
     counterparts: dict[int, int] = Factory(dict)
     producers: dict[int, int] = Factory(dict)
+    copies: dict[int, int] = Factory(dict)
     faults: list[Fault] = Factory(list)
