@@ -23,10 +23,10 @@ from attrs import evolve, frozen
 from benchmarks.transformers_coverage import outcomes_apart, replace_part
 from shardplan.functional.frontends.graph.schedule import infer_schedule
 from shardplan.functional.frontends.model_inputs import made_inputs
-from shardplan.functional.frontends.shrink.fields import changed, read_fields
 from shardplan.functional.frontends.shrink.shrink import shrink_config
 from shardplan.functional.frontends.tp_plan.schedule import schedule_from_tp_plan
 from shardplan.functional.frontends.transformers_models import declared_model, model_classes, model_types
+from shardplan.functional.model.config_fields import changed, read_fields
 from shardplan.functional.plan import plan_build
 from shardplan.functional.verify import verify
 from shardplan.specs.errors import PlanError

@@ -19,12 +19,13 @@ from torch import Tensor
 from ...specs import errors
 from ...specs.errors import PlanError, Problem
 from ...specs.mesh import Mesh
-from ..frontends.graph.inputs import inferred_inputs, with_no_cache
+from ..frontends.graph.inputs import inferred_inputs
 from ..frontends.graph.schedule import infer_schedule
 from ..frontends.shrink.shrink import shrink_config
 from ..frontends.tp_plan.declared import names_no_layer
 from ..frontends.tp_plan.schedule import schedule_from_tp_plan
 from ..frontends.transformers_models import model_classes
+from ..model.input_candidates import with_no_cache
 from ..schedule import Schedule, create_schedule
 
 if TYPE_CHECKING:

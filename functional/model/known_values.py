@@ -23,8 +23,9 @@ _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_stride
 class KnownValues(TorchDispatchMode):
     """Compute small tensors beside the fake ones, within the block, where all that they depend on is known.
 
-    Code that asks for a value gets it; zero if it is not known. An operator whose result has as many entries as a tensor
-    says runs too; where that tensor is not known, as if all entries of the mask were true.
+    Code that asks for a value gets it; zero if it is not known, but its own checks (``torch._check``) pass. An operator
+    whose result has as many entries as a tensor says runs too; where that tensor is not known, as if all entries of the
+    mask were true.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class KnownValues(TorchDispatchMode):
         self._num_assumed = 0
         self._real: dict[int, Tensor] = {}  # by the identity of the fake tensor, which is kept alive
         self._kept: list[Tensor] = []
+        self._checks: set[int] = set()  # tensors that say whether a check holds, of code on its own values
         self._changed: set[int] = set()  # memory of fake tensors into which unknown values were written
 
     @property
@@ -56,7 +58,7 @@ class KnownValues(TorchDispatchMode):
             if _is_function(func) and all(real is not None for real in known.values()):
                 return self._beside(func, args, kwargs, known)
             if asks_for_value(func):
-                return self._guesses.answer(args[0])
+                return self._answer(args[0])
             self._changed |= {storage_id(tensor) for tensor in self._written(func, args, kwargs)}
             return self._with_assumed_size(func, args, kwargs, known)
 
@@ -87,6 +89,10 @@ class KnownValues(TorchDispatchMode):
     def _with_assumed_size(self, func: Any, args: Any, kwargs: Any, known: Mapping[int, Tensor | None]) -> Any:
         """Run an operator on fake tensors, some of which are not known: as if all entries of an unknown mask were true."""
         match func:
+            case torch.ops.aten._is_all_true.default:  # noqa: SLF001  of torch._check_tensor_all
+                self._kept.append(result := func(*args, **kwargs))
+                self._checks.add(id(result))
+                return result
             case torch.ops.aten.nonzero.default:
                 self._num_assumed += 1
                 (mask,) = args
@@ -104,6 +110,12 @@ class KnownValues(TorchDispatchMode):
                 return func(args[0], indices)
             case _:
                 return func(*args, **kwargs)
+
+    def _answer(self, asked: Tensor) -> bool | int | float:
+        if id(asked) in self._checks:
+            self._num_assumed += 1
+            return True
+        return self._guesses.answer(asked)
 
     def _places(self, index: Any, real: Tensor | None) -> Sequence[Any]:
         """Return indices of numbers in place of a mask, one for each of its axes; another index as it is."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ....specs.errors import PlanError, Problem
+from ...model.input_candidates import with_no_cache
 
 _BATCH = 2
 _LENGTH = 7
@@ -42,16 +43,6 @@ def inferred_inputs(model: nn.Module) -> dict[str, Any]:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = _tokens(_OTHER_LENGTH)
     return with_no_cache(model, inputs)
-
-
-def with_no_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return inputs that ask for no cache of keys and values, where the model can be asked."""
-    takes = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    has_cache = hasattr(getattr(model, "config", None), "use_cache")
-    if has_cache and ("use_cache" in takes or takes_any):
-        return {"use_cache": False, **inputs}
-    return dict(inputs)
 
 
 def _tokens(length: int) -> Tensor:

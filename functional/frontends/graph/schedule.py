@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ....specs.errors import PlanError, Problem
 from ....specs.mesh import Mesh
 from ...layout.local_model import LocalModel
+from ...model.input_candidates import with_no_cache
 from ...schedule import Schedule, create_schedule
 from ..verb_calls import VerbCall, apply_all
 from .dropouts import without_mixed_dropouts
 from .export import ExportFailure, RankGraph, export_rank
 from .fit import Choice, Inference, fit
-from .inputs import inferred_inputs, with_no_cache
+from .inputs import inferred_inputs
 from .propagate import ModelAxes, propagate
 from .reasons import reasons
 from .regions import find_regions

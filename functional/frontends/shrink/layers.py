@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .fields import Field
+from ...model.config_fields import Field
 
 _DEPTH = re.compile(r"(^|_)(layers?|depth|blocks)$")
 _NO_DEPTH = re.compile(

@@ -12,9 +12,9 @@ from attrs import evolve, frozen
 from torch import nn
 
 from ....specs.errors import PlanError, Problem
+from ...model.config_fields import Changes, Field, changed, read_fields
 from ..model_inputs import why_no_inputs
 from ..transformers_models import model_classes
-from .fields import Changes, Field, changed, read_fields
 from .layers import Kept, layer_changes, layers_from_the_start, layers_of_each_kind, stacks, without_numbers
 from .sizes import small_counts
 from .widths import Sections, small_widths

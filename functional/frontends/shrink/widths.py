@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from .fields import Changes, Field
+from ...model.config_fields import Changes, Field
 from .sizes import Role, alike, by_role, fewer
 
 if TYPE_CHECKING:

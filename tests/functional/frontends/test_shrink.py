@@ -12,10 +12,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaModel, Qwen2MoeConfig
 
 from shardplan.functional.frontends import shrink_config
-from shardplan.functional.frontends.shrink.fields import read_fields
 from shardplan.functional.frontends.shrink.layers import is_depth
-from shardplan.functional.frontends.shrink.sizes import role_of
 from shardplan.functional.frontends.transformers_models import model_classes, model_types
+from shardplan.functional.model.config_fields import read_fields, role_of
 from shardplan.functional.model.rng_state import python_state
 from shardplan.specs import Mesh, PlanError
 

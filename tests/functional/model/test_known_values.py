@@ -100,6 +100,16 @@ def test_given_tensors_and_constants_stay_as_they_are():
     assert torch.equal(constant, torch.ones(2))
 
 
+def test_checks_of_code_on_its_own_values_pass_where_these_are_not_known():
+    def code(x):
+        torch._check_tensor_all((x == 3).sum() == 2)
+        return bool((x == 3).any())
+
+    assert seen(code, unknown(4)) == (False, 2)
+    with pytest.raises(RuntimeError, match="Expected cond to be True"):
+        seen(code, torch.zeros(4))
+
+
 def test_large_tensors_are_not_computed():
     assert seen(lambda: bool(torch.ones(2**19).all())) == (False, 1)
 
