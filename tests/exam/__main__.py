@@ -41,12 +41,15 @@ Written by `python -m tests.exam --write docs/exam.md`.
 {num_wrong} layouts compute something else than the whole model, and {num_right} near misses compute the same.
 Each is a schedule of a small model in [tests/exam](../tests/exam).
 
-- Of the wrong ones `plan_build` accepts {accepted}, and with `example_inputs` {accepted_with_inputs}; the audit calls
-  {audited_ok} of the plans ok. `verify` finds {found}, and names the place of the fault for {named}.
-- Of the right ones `plan_build` refuses {refused}, and with `example_inputs` {refused_with_inputs}; the audit calls
-  {audited_not_ok} of the plans not ok. `verify` finds a difference in {flagged}.
+- Of the wrong ones `plan_build` with `example_inputs` refuses {refused_wrong}, and says of {unfollowed_wrong} that nobody
+  could follow them; without inputs it accepts {accepted}. `verify` finds {found}, and names the place of the fault for
+  {named}.
+- Of the right ones `plan_build` with `example_inputs` proves {proven_right}, says of {unfollowed_right} that nobody could
+  follow them, and refuses {refused_right}; without inputs it refuses {refused}. `verify` finds a difference in {flagged}.
 
-A model that is cut into stages is not planned without `example_inputs`. *Audit*: `ok` or `not ok`, with the codes of
+A model that is cut into stages is not planned without `example_inputs`. *With example_inputs*: where planning refuses, or
+whether the law of equality `holds` or is `not followed`. Some right ones are code that nobody can follow, with the
+user's word for it (`.trust`, `gives`). *Audit*, of the plan without inputs: `ok` or `not ok`, with the codes of
 [its findings](findings.md). *Verify*: the kind of the first difference, where it is, and the norm of the difference over the
 norm of the whole model's tensor.
 
@@ -59,13 +62,14 @@ def _figures(wrong, right):
         "num_wrong": len(wrong),
         "num_right": len(right),
         "accepted": sum(j.planned == "accepted" for j in wrong),
-        "accepted_with_inputs": sum(j.planned_with_inputs == "accepted" for j in wrong),
-        "audited_ok": sum(j.audited.startswith("ok") for j in wrong),
+        "refused_wrong": _all_or(sum(j.planned_with_inputs.startswith("refused") for j in wrong), len(wrong)),
+        "unfollowed_wrong": _or_none(sum(j.planned_with_inputs == "not followed" for j in wrong)),
+        "proven_right": _all_or(sum(j.planned_with_inputs == "holds" for j in right), len(right)),
+        "unfollowed_right": _or_none(sum(j.planned_with_inputs == "not followed" for j in right)),
+        "refused_right": _or_none(sum(j.planned_with_inputs.startswith("refused") for j in right)),
         "found": _all_or(sum(j.is_found for j in wrong), len(wrong)),
         "named": sum(j.is_named for j in wrong),
         "refused": _or_none(sum(j.planned.startswith("refused") for j in right)),
-        "refused_with_inputs": _or_none(sum(j.planned_with_inputs != "accepted" for j in right)),
-        "audited_not_ok": _or_none(sum(j.audited.startswith("not ok") for j in right)),
         "flagged": _or_none(sum(j.is_found for j in right)),
     }
 

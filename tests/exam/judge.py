@@ -22,7 +22,7 @@ class Judgement:
     Args:
         entry: The entry.
         planned: What ``plan_build`` says without inputs: ``accepted``, or where it refuses; ``-`` for stages.
-        planned_with_inputs: What it says with inputs.
+        planned_with_inputs: Where it refuses with inputs; ``holds`` or ``not followed``, as the law of equality, if not.
         audited: What the audit says of the plan; ``-`` without a plan.
         verified: What ``verify`` says.
         is_found: Whether ``verify`` finds a difference.
@@ -60,13 +60,13 @@ def judge(entry):
     plan, planned = (None, "-") if is_cut else _plan(sch)
     comparison = verify(sch, inputs)
     refused = comparison.refused
-    if plan is None and not refused:
-        plan, _ = _plan(sch, example_inputs=inputs)
+    proven, _ = (None, "") if refused else _plan(sch, example_inputs=inputs)
+    plan = plan or proven
     first = comparison.first
     return Judgement(
         entry=entry,
         planned=planned,
-        planned_with_inputs=f"refused at {_place(refused[0].path)}" if refused else "accepted",
+        planned_with_inputs=proven.equality.answer if proven else f"refused at {_place(refused[0].path)}",
         audited="-" if plan is None else _audited(plan),
         verified="right" if first is None else _told(first),
         is_found=not comparison.ok,

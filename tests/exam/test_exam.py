@@ -21,6 +21,16 @@ def test_verify_tells_wrong_entries_from_right_ones():
     assert not misjudged
 
 
+def test_planning_refuses_wrong_entries_and_proves_right_ones():
+    expected = {True: "holds", False: "refused"}
+    others = [
+        f"{j.entry.name}: {j.planned_with_inputs}"
+        for j in judgements()
+        if not j.planned_with_inputs.startswith(expected[j.entry.is_right])
+    ]
+    assert not others
+
+
 def test_the_page_is_that_of_the_entries():
     assert PAGE.read_text() == page(judgements()), "write it anew: python -m tests.exam --write docs/exam.md"
 
