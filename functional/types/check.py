@@ -86,7 +86,7 @@ def _followed(
     if isinstance(whole, Stopped) and cannot_run(whole.error):
         return Checked((), [Unfollowed(whole.path, "", f"it cannot run without values: {_told(whole.error)}")])
     if isinstance(local, Stopped):
-        return Checked(stopped(subject, local, is_whole=isinstance(whole, Stopped)))
+        return Checked(_of_stopped(subject, rank, trusts, local, whole))
     silent = list(_never_called(subject, local))
     if isinstance(whole, Stopped):
         cause = f"the whole model stops there: {_told(whole.error)}"
@@ -102,6 +102,27 @@ def _followed(
     wrong = [fault for fault in faults if fault.kind != "unfollowed"]
     lost = [Unfollowed(f.path, _operator(local, f), f.cause) for f in faults if f.kind == "unfollowed"]
     return Checked([*silent, *problems_of(wrong, local, types, subject)], lost, local, types)
+
+
+def _of_stopped(
+    subject: LocalModel, rank: int, trusts: Sequence[Trust], local: Stopped, whole: Tape | Stopped
+) -> Iterator[Problem]:
+    """Iterate over the problems of a rank's run that stops: there, and before."""
+    yield from stopped(subject, local, is_whole=isinstance(whole, Stopped))
+    if isinstance(whole, Stopped):
+        return
+    begun = with_macros(local.tape, subject.layout, trusts)
+    types = follow(begun, with_macros(whole, (), trusts), subject, trusts, rank)
+    wrong = [fault for fault in types.faults if fault.kind == "forward" and fault.call >= 0]
+    yield from problems_of(wrong, begun, types, subject)
+    split = [number for number, call in enumerate(begun.calls) if any(map(types.is_split, call.results))]
+    if split and not wrong and (module := begun.calls[split[-1]].module) != local.path:
+        result = next(filter(types.is_split, begun.calls[split[-1]].results))
+        given = types.held[result].activation_type(begun.values[result].dtype)
+        cause = f"it gives {given}, the last before {local.path or 'the model'} stops"
+        yield Problem(
+            module, cause, "Split what uses it alike, or join it here: .sync('forward_post', 'all_gather', axis=...)"
+        )
 
 
 def _of_chain(fault: Fault) -> Fault:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from ...specs.mesh import Mesh
 from ...specs.param import ParamSpec
+from ...specs.paths import module_of
 from .axes import axis_of, parts_in, whole
 from .held import Held, whole_of
 
@@ -24,4 +25,4 @@ def tensor_of(spec: ParamSpec, mesh: Mesh) -> Held:
         return whole_of(spec.orig_shape)
     axes = tuple(split if at == shard.axis else whole(size) for at, size in enumerate(spec.orig_shape))
     padding = "" if shard.pad_to_multiple == 1 else "any" if spec.requires_grad else "zero"
-    return Held("parts", axes, padding=padding)
+    return Held("parts", axes, padding=padding, origin=module_of(spec.path) if padding else "")

@@ -130,6 +130,8 @@ class _Follower:
 
     def _without_dead_code(self) -> None:
         """Leave out what was found of calls whose results nothing depends on."""
+        if not self.local.outputs:  # it stopped
+            return
         live = set(self.local.outputs)
         kept = {value.storage for value in self.local.values if value.path}
         for call in reversed(self.local.calls):
@@ -154,9 +156,10 @@ class _Follower:
             self.types.held[result] = each
             self.types.counterparts.setdefault(result, -1)
 
-    def _fault(self, pair: Pair, cause: str, **known: Any) -> None:
+    def _fault(self, pair: Pair, cause: str, path: str | None = None, **known: Any) -> None:
         told = f" ({pair.call.line})" if pair.call.line else ""
-        self.types.faults.append(Fault(pair.number, pair.call.module, f"{cause}{told}", **known))
+        where = pair.call.module if path is None else path
+        self.types.faults.append(Fault(pair.number, where, f"{cause}{told}", **known))
 
     def _enter(self, value: int, counterpart: int) -> None:
         """Note a value that no call has made: a tensor of the model, an input, a constant."""
@@ -205,7 +208,7 @@ class _Follower:
 
     def _misuse(self, pair: Pair, misuse: Misuse, cause: str) -> None:
         refs = references(pair.call)
-        self._fault(pair, cause, value=refs[misuse.operand].value if refs else None, needs=misuse.needs)
+        self._fault(pair, cause, misuse.path, value=refs[misuse.operand].value if refs else None, needs=misuse.needs)
         self._is(pair, UNKNOWN)
 
     def _both(self, pair: Pair) -> None:
@@ -220,6 +223,9 @@ class _Follower:
         if call.name == TRUSTED:
             self._trusted(pair)
             return
+        if call.is_guessed or other.is_guessed:
+            cause = f"{call.name} depends on the values of tensors, which are not known while planning"
+            self._fault(pair, cause, kind="unfollowed")
         operands = self._operands(pair)
         if any(held.kind == "unknown" for held in operands):
             self._is(pair, UNKNOWN)

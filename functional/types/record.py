@@ -36,10 +36,12 @@ class Stopped:
     Args:
         path: The innermost module that ran.
         error: What its code raised.
+        tape: What ran before.
     """
 
     path: str
     error: Exception
+    tape: Tape
 
 
 def record_whole(subject: LocalModel, *, skip: bool = True) -> Tape | Stopped:
@@ -122,7 +124,7 @@ def _tried(
                 outputs = _called(local, chain, inputs) if chain else local(**inputs)
                 tape.outputs += writer.values(outputs)
         except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
-            return Stopped(running.innermost, error), not layers.representative_of
+            return Stopped(running.innermost, error, writer.tape), not layers.representative_of
         writer.backward.run()
     return tape, layers.is_sound
 

@@ -38,11 +38,13 @@ class Misuse:
         cause: The fact, as a sentence about the operands.
         operand: Number of the operand that it is about.
         needs: What would be needed of that operand: ``whole`` or nothing that is known.
+        path: The module that is to blame, if it is not the operator's.
     """
 
     cause: str
     operand: int = 0
     needs: str = ""
+    path: str | None = None
 
 
 @frozen
@@ -414,7 +416,8 @@ def _sum_of(call: Call, rule: Relation, label: Label, axis: Axis) -> Fraction | 
     elif label in rule.averaged and len({len(held) for held in parts.held}) > 1:
         cause = f"{call.name} takes the mean over other numbers of entries on the ranks"
     if cause:
-        return Misuse(cause, number, "whole")
+        is_padding = cause.endswith("padding")
+        return Misuse(cause, number, "whole", next(held.origin for held in padded) if is_padding else None)
     return Fraction(call.num_ranks if label in rule.averaged else 1)
 
 

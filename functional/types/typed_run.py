@@ -47,3 +47,7 @@ class Types:
     producers: dict[int, int] = Factory(dict)
     copies: dict[int, int] = Factory(dict)
     faults: list[Fault] = Factory(list)
+
+    def is_split(self, value: int) -> bool:
+        """Tell whether ranks hold parts of a value, or summands."""
+        return value in self.held and self.held[value].kind in {"parts", "summand"}
