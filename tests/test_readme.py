@@ -112,7 +112,10 @@ def test_python_blocks_fit_a_screen():
         assert all(len(line) <= 140 for line in textwrap.dedent(block).splitlines())
 
 
-@pytest.mark.parametrize("page", ["architecture", "init-programs", "layouts", "frontends", "audit", "checkpoints", "types", "verify"])
+PAGES = ("architecture", "init-programs", "layouts", "frontends", "audit", "checkpoints", "types", "verify")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_prints(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text()

@@ -174,6 +174,14 @@ def _grouped_mm(call: OperatorCall) -> Relation | None:
     )
 
 
+def _grouped_mm_of_transformers(call: OperatorCall) -> Relation | None:
+    """Relate transformers' own product of groups, whose gradient is its derivative."""
+    rows, matrices, ends = ("t", "k"), ("g", "k", "j"), ("g",)
+    whole = {"g": "each group has its own matrix", "t": "groups are counted in all rows"}
+    operands = {"input": rows, "weight": matrices, "offs": ends}
+    return relate(call, operands, [("t", "j")], summed="k", whole=whole, linear=["input", "weight"])
+
+
 def _chain(call: OperatorCall) -> Relation | None:
     operands: list[Operand] = list(call.operands)
     if any(len(operand.shape) != 2 for operand in operands):  # noqa: PLR2004
@@ -202,5 +210,6 @@ PRODUCTS: dict[str, OperatorRule] = {
     "_trilinear": _trilinear,
     **each("cross linalg_cross", _cross),
     "_grouped_mm": _grouped_mm,
+    "transformers::grouped_mm_fallback": _grouped_mm_of_transformers,
     "linalg_multi_dot": _chain,
 }
