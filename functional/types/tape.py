@@ -191,7 +191,8 @@ def operator_call(tape: Tape, call: RecordedCall) -> OperatorCall:
 
     def met(value: Any) -> Any:
         if isinstance(value, ValueRef):
-            operands.append(Operand(len(operands), tape.values[value.value].shape))
+            known = tape.values[value.value]
+            operands.append(Operand(len(operands), known.shape, is_mask=known.dtype == "bool"))
             return operands[-1]
         return type(value)(map(met, value)) if isinstance(value, (list, tuple)) else value
 

@@ -95,3 +95,16 @@ def test_written_views_are_followed():
 
     sch = create_schedule(Buffered(), Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise().at["scale"].init(1.0)
     assert "scale  f32[]: it is whole, and meets parts" in refusal(sch, x=torch.empty(2, 4))
+
+
+def test_what_is_written_where_a_mask_says_is_followed():
+    class Masked(Scaled):
+        def forward(self, x):
+            up = self.up(x) * 1
+            up[up > 1] = 0
+            return self.down(up)
+
+    model = Masked()
+    model.scale = None
+    sch = create_schedule(model, Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise()
+    assert plan_build(sch, example_inputs={"x": torch.empty(2, 4)}).equality.answer == "holds"
