@@ -5,7 +5,7 @@ Which operators they run depends on sizes, strides and flags, so that a whole an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -56,7 +56,7 @@ class Composites(TorchFunctionMode):
             return handle
         if (name := _OPERATORS.get(func)) is not None:
             args, kwargs = _as_in_schema(name, args, kwargs)
-            return self._record(_overload(name, args), func, args, kwargs)
+            return self._record(_overload(name, args, kwargs), func, args, kwargs)
         if isinstance(func, FunctionType) and (body := self._without_check(func)) is not None:
             with self:  # what it calls comes here too
                 return body(*args, **kwargs)
@@ -100,17 +100,28 @@ def _as_in_schema(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return tuple(args), dict(kwargs)
 
 
-def _overload(name: str, args: Sequence[Any]) -> Any:
+def _overload(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the operator that takes some arguments."""
     packet = getattr(torch.ops.aten, name)
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    return next((found for found in overloads if _fits(found, args)), overloads[0])
+    return next((found for found in overloads if _fits(found, args, kwargs)), overloads[0])
 
 
-def _fits(overload: Any, args: Sequence[Any]) -> bool:
+def _fits(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether arguments are tensors where an operator takes tensors, and lists where it takes lists."""
-    taken = [str(argument.type) for argument in overload._schema.arguments]  # noqa: SLF001  its public string lacks them
-    return len(args) <= len(taken) and all(
-        value is None or isinstance(value, Tensor) == ("Tensor" in kind and "List" not in kind)
-        for value, kind in zip(args, taken, strict=False)
+    taken = {argument.name: argument for argument in overload._schema.arguments}  # noqa: SLF001  the operator's signature
+    by_place = [name for name, argument in taken.items() if not argument.kwarg_only]
+    given = dict(zip(by_place, args, strict=False)) | {_in_schema(name, taken): value for name, value in kwargs.items()}
+    return len(args) <= len(by_place) and all(
+        name in taken and _is_of_kind(value, taken[name]) for name, value in given.items()
     )
+
+
+def _in_schema(name: str, taken: Container[str]) -> str:
+    """Return the name that an operator has for an argument: functions of torch name the first ``input``."""
+    return "self" if name == "input" and name not in taken else name
+
+
+def _is_of_kind(value: Any, argument: Any) -> bool:
+    kind = str(argument.type)
+    return value is None or isinstance(value, Tensor) == ("Tensor" in kind and "List" not in kind)

@@ -303,3 +303,17 @@ class Experts(nn.Module):
 def test_all_experts_run():
     tape = whole(Experts(), {"x": torch.empty(2, 4, device="meta")})
     assert [call.module for call in tape.calls if call.name == "linear"] == ["router", *(f"experts.{n}" for n in range(2))]
+
+
+def test_the_operator_that_takes_the_arguments_is_recorded():
+    def forward(_, x):
+        x = x.repeat_interleave(2, dim=1)
+        x = torch.repeat_interleave(input=x, repeats=3, dim=0)
+        return torch.repeat_interleave(x, torch.tensor([1] * 6), 0)
+
+    tape = recorded(forward, (2, 4))
+    calls = [call for call in tape.calls if call.name == "repeat_interleave"]
+    assert [(call.arguments["repeats"], call.arguments["dim"]) for call in calls[:2]] == [(2, 1), (3, 0)]
+    assert isinstance(calls[2].arguments["repeats"], ValueRef)
+    assert all(isinstance(call.arguments["self"], ValueRef) for call in calls)
+    assert tape.values[tape.outputs[0]].shape == (6, 8)
