@@ -130,8 +130,12 @@ class Schedule(Declaration):
             mesh_axis: Mesh axis along which it communicates.
             which: Number of the floating-point tensor, from 0.
             features: Entries of the last axis to which the sum of a gradient is limited, as ``(start, stop)``.
-            gives: What a function returns on each rank, which nobody can follow: ``whole`` (the tensor that the whole model
-                has there), ``split`` (its parts along ``axis``) or ``summand``. Without it the law ``equal`` is not followed
+            gives: What a function returns on each rank: ``whole`` (the tensor that the whole model has there, joined along
+                ``axis`` from equal parts if there is one), ``split`` (equal parts along ``axis`` of a tensor of the size
+                that it takes) or ``summand``. The function is then not called while planning. Its gradient is taken to be
+                that of the operator of the table between the same two types: of a sum, a gather, a scatter. Before
+                ``backward_post`` and ``backward_pre`` the function returns the tensor that it takes, and this says what its
+                gradient is. ``verify`` measures whether the word is true. Without it the law ``equal`` is not followed
                 beyond the function.
         """
         return syncs.sync(self, when, op, axis, mesh_axis, which, features, gives)

@@ -7,15 +7,16 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from attrs import evolve, frozen
 from frozendict import frozendict
 from torch import Tensor, nn
 
-from ...specs.layout_steps import needed_neighbours
+from ...specs.layout_steps import Sync, SyncOp, needed_neighbours
 from ...specs.mesh import AXIS_NAMES, Mesh
+from ..model.callables import find_callable
 from ..model.copy import copy_module
 from ..model.known_values import KnownValues, ReadLists
 from ..model.read import named_tensors
@@ -23,6 +24,7 @@ from ..model.rng_state import own_generators
 from .apply import RankContext, apply_layout
 from .collectives import SyncGroup
 from .hooks import group_name
+from .user_syncs import SyncFunction, stand_in
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,6 +64,7 @@ class LocalModel:
         numbered: bool = False,
         coordinate: Coordinate | None = None,
         around: Callable[[LayoutStep], AbstractContextManager[Any]] = nullcontext,
+        synchronise: Callable[[Sync, SyncFunction], SyncFunction] = stand_in,
     ) -> nn.Module:
         """Return a copy of the model with fake CPU tensors of one rank's shapes, changed as the layout says.
 
@@ -73,6 +76,7 @@ class LocalModel:
                 operator is.
             coordinate: The rank; the first by default.
             around: As in ``RankContext``.
+            synchronise: Returns what is called in place of a user's function that synchronises.
         """
         here = coordinate or self.mesh.coordinate(0)
         tensors = named_tensors(self.model)
@@ -90,7 +94,10 @@ class LocalModel:
         with mode:
             for number, step in enumerate(self.layout):
                 own = {key: evolve(group, name=f"{key}#{number}") for key, group in groups.items()} if numbered else groups
-                apply_layout(local, step, RankContext(here, own, self.callables, around))
+                callables = self.callables
+                if isinstance(step, Sync) and step.op not in get_args(SyncOp):
+                    callables = {**callables, step.op: synchronise(step, find_callable(step.op, callables))}
+                apply_layout(local, step, RankContext(here, own, callables, around))
         return local
 
     def fake_inputs(self, values: KnownValues | None = None) -> dict[str, Any]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ...specs.errors import PlanError, Problem
-from ...specs.layout_steps import Sync, SyncOp
 from ..layout.local_model import LocalModel, quiet
-from ..model.callables import find_callable
+from ..layout.user_syncs import stand_in
 from ..model.open_modules import OpenModules
 from ..model.rng_state import own_generators
 from .example_inputs import recorded, with_free_sizes
@@ -74,9 +73,9 @@ def _export(subject: LocalModel, *, training: bool, once: bool) -> Captured | No
     """Export a model, with ``once`` repeated layers a single time; return None if that turns out to be impossible."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
     opaque = OpaqueCalls()
-    names = [step.op for step in subject.layout if isinstance(step, Sync) and step.op not in get_args(SyncOp)]
-    callables = {name: opaque.function(name, find_callable(name, subject.callables)) for name in names}
-    local = evolve(subject, callables=callables).fake_copy(mode, named=True)
+    local = subject.fake_copy(
+        mode, named=True, synchronise=lambda step, function: opaque.function(step.op, stand_in(step, function))
+    )
     if not training or not local.training:
         local.train(training)  # else modules that the user has put in evaluation stay so in training
     running = OpenModules()

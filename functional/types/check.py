@@ -19,6 +19,7 @@ from .macros import with_macros
 from .problems import cannot_run, problems_of, stopped
 from .record import Stopped, record_local, record_whole
 from .skips import is_sound
+from .steps import unsaid
 from .tape import Tape
 from .typed_backward import TypedBackward
 from .typed_run import Fault, Types
@@ -86,7 +87,8 @@ def _followed(
     if isinstance(whole, Stopped) and cannot_run(whole.error):
         return Checked((), [Unfollowed(whole.path, "", f"it cannot run without values: {_told(whole.error)}")])
     if isinstance(local, Stopped):
-        return Checked(_of_stopped(subject, rank, trusts, local, whole))
+        lost = [Unfollowed(step.module, step.op, unsaid(step)) for step in dict.fromkeys(local.unsaid)]
+        return Checked(() if lost else _of_stopped(subject, rank, trusts, local, whole), lost)
     silent = list(_never_called(subject, local))
     if isinstance(whole, Stopped):
         cause = f"the whole model stops there: {_told(whole.error)}"

@@ -17,7 +17,7 @@ from .axes import parts_in, whole
 from .entering import tensor_of
 from .grouped import GROUPS, relate_groups
 from .held import UNKNOWN, Held, lost, same, whole_of
-from .macros import TRUSTED
+from .macros import GIVEN, TRUSTED
 from .memory import written
 from .numbers import fill_of, kept_fill, other_number, ratio_of
 from .relate import Call, Misuse, relate
@@ -204,6 +204,11 @@ class _Follower:
         if isinstance(found, Misuse):
             self._misuse(pair, found, found.cause)
         else:
+            shape = self.local.values[call.results[0]].shape
+            if call.name == GIVEN and found.kind != "unknown" and found.local_shape(self.rank) != shape:
+                told = f"{self.layout[call.step]} is said to give {found.activation_type('')}"
+                self._fault(pair, f"{told}, and would give {list(shape)} on a rank: say the axis that it joins or cuts")
+                found = UNKNOWN
             self._is(pair, found)
 
     def _misuse(self, pair: Pair, misuse: Misuse, cause: str) -> None:

@@ -243,13 +243,32 @@ class _Walk:
             case _ if isinstance(step, Sync) and step.op == "divide":
                 return evolve(total, scale=total.scale / self.num, scaled_by=module)
             case _:
-                return self._of_users(step, operand, total)
+                return self._of_users(call, step, operand, total)
 
-    def _of_users(self, step: LayoutStep, operand: Held, total: Gradient) -> Gradient:
-        """Return the gradient of what a user's function takes: as it is to be, for it was tried with numbers."""
-        del step
-        kinds: dict[str, Kind] = {"whole": "whole", "parts": "parts", "summand": "whole"}
-        return evolve(total, kind=kinds.get(operand.kind, "unknown"), met=frozenset())
+    def _of_users(self, call: RecordedCall, step: LayoutStep, operand: Held, total: Gradient) -> Gradient:
+        """Return the gradient of what a user's function takes: as of an operator of ours that gives the same."""
+        assert isinstance(step, Sync), "nothing else calls a function of the user's"
+        result = self._held(call.results[0])
+        if step.when in {"backward_pre", "backward_post"}:
+            return self._as_said(step, operand, total)
+        if result.kind == "unknown":
+            return UNKNOWN_GRADIENT
+        if operand.kind == result.kind:
+            return self._needing_whole(total) if operand.kind == "summand" else total
+        if operand.kind == "whole" and result.kind == "summand":  # each rank has a share of it
+            number = self.types.producers[call.results[0]]
+            met = frozenset({Met(number, references(call)[0].value)})
+            return evolve(self._needing_whole(total), kind="summand", met=met)
+        found = self._needing_whole(total)
+        return evolve(found, kind="parts" if operand.kind == "parts" else "whole")
+
+    def _as_said(self, step: Sync, operand: Held, total: Gradient) -> Gradient:
+        """Return what the user says that a function makes of a gradient."""
+        kinds: dict[str | None, Kind] = {"whole": "whole", "split": "parts", "summand": "summand"}
+        kind = kinds.get(step.gives, "unknown")
+        if kind == "unknown" or (operand.kind == "parts") != (kind == "parts"):
+            return UNKNOWN_GRADIENT
+        return evolve(total, kind=kind)
 
     def _needing_whole(self, total: Gradient) -> Gradient:
         if total.kind == "summand":

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ...specs.mesh import Mesh
 from ..layout.forward.run_once import SkippedLayers
 from ..layout.local_model import LocalModel, following
+from ..layout.user_syncs import SyncFunction, stand_in
 from ..model.known_values import KnownValues
 from ..model.open_modules import OpenModules
 from .tape import ModuleCall, SkippedLayer, Tape
@@ -24,7 +25,7 @@ from .tape_writer import TapeWriter
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
-    from ...specs.layout_steps import LayoutStep
+    from ...specs.layout_steps import LayoutStep, Sync
     from ...specs.mesh import Coordinate
     from ..model.repeated_layers import LayerCall, Representative
 
@@ -37,11 +38,14 @@ class Stopped:
         path: The innermost module that ran.
         error: What its code raised.
         tape: What ran before.
+        unsaid: Steps whose functions, of the user's own, could not run without a process group: their results had the
+            shape of what they took.
     """
 
     path: str
     error: Exception
     tape: Tape
+    unsaid: tuple[Sync, ...] = ()
 
 
 def record_whole(subject: LocalModel, *, skip: bool = True) -> Tape | Stopped:
@@ -107,7 +111,12 @@ def _tried(
         finally:
             writer.steps.pop()
 
-    local = run.fake_copy(mode, named=True, coordinate=coordinate, around=around)
+    unsaid: list[Sync] = []
+
+    def synchronise(step: Sync, function: SyncFunction) -> SyncFunction:
+        return stand_in(step, function, unsaid.append)
+
+    local = run.fake_copy(mode, named=True, coordinate=coordinate, around=around, synchronise=synchronise)
     layers = _WrittenLayers(subject.layout, subject.tree, running.num_calls, writer=writer)
     with following(mode, values), torch.enable_grad(), _checkpoints_in_line():
         if skip:
@@ -124,7 +133,7 @@ def _tried(
                 outputs = _called(local, chain, inputs) if chain else local(**inputs)
                 tape.outputs += writer.values(outputs)
         except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
-            return Stopped(running.innermost, error, writer.tape), not layers.representative_of
+            return Stopped(running.innermost, error, writer.tape, tuple(unsaid)), not layers.representative_of
         writer.backward.run()
     return tape, layers.is_sound
 

@@ -94,6 +94,8 @@ class RecordedBackward:
             self.seen(tensor, value)
         self._is_running = True
         for code in self.writer.tape.backward:
+            if code.step is not None:  # a synchronisation's, of which the user says what it gives
+                continue
             if code.is_hook:
                 tensor, handle, hook = self._hooks[id(code)]
                 if handle.id not in (tensor._backward_hooks or ()):  # noqa: SLF001  it was removed

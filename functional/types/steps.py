@@ -50,12 +50,19 @@ def after_step(  # noqa: PLR0911  a return for each step
             return UNKNOWN
 
 
+def unsaid(step: Sync) -> str:
+    """Return why nobody can follow a function of the user's own that synchronises."""
+    return f"nobody says what {step.op} gives: sync(..., gives='whole')"
+
+
 def _given(step: Sync, operands: tuple[Held, ...], num: int) -> Held | Misuse:
     """Return what the user says that a function of theirs gives."""
     if not operands or operands[0].kind == "unknown":
         return UNKNOWN
     if step.gives is None:
-        return lost(f"nobody says what {step.op} gives: sync(..., gives='whole')")
+        return lost(unsaid(step))
+    if step.when in {"backward_pre", "backward_post"}:  # said of the gradient
+        return operands[0]
     return given(step.gives, step.axis, operands[0].shape, num)
 
 

@@ -93,7 +93,7 @@ def _largest(tensor, group):
 
 @right("a sum by a function of the user's own")
 def own_sum():
-    return _split_without_a_sum().at["body.2"].sync("forward_post", _sum), x()
+    return _split_without_a_sum().at["body.2"].sync("forward_post", _sum, gives="whole"), x()
 
 
 @wrong("a sum by a function that loses the gradient", where="body.2")

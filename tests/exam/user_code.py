@@ -159,15 +159,15 @@ class _MeanOfGradient(_Sum):
         return grad / ctx.group.num_ranks, None
 
 
-def _summed_by(function):
+def _summed_by(function, gives=None):
     """Return the schedule of two layers, split by a sum of the user's own."""
     sch = rows_alone(scheduled(lambda: Behind(mlp(bias=False))).at["body.0"].colwise(), "body.2")
-    return sch.at["body.2"].sync("forward_post", function.apply), x()
+    return sch.at["body.2"].sync("forward_post", function.apply, gives=gives), x()
 
 
 @right("a sum by an autograd function of the user's own")
 def own_sum():
-    return _summed_by(_Sum)
+    return _summed_by(_Sum, "whole")
 
 
 @wrong("a sum by an autograd function whose gradient is summed too", where="body.2")
@@ -183,7 +183,7 @@ def own_mean_of_gradient():
 @right("the sum of a gradient by an autograd function of the user's own")
 def own_sum_of_gradient():
     sch = columns_alone(scheduled(lambda: Behind(mlp())), "body.0").at["body.2"].rowwise()
-    return sch.at["body.0"].sync("forward_pre", _SumOfGradient.apply), x()
+    return sch.at["body.0"].sync("backward_post", _SumOfGradient.apply, gives="whole"), x()
 
 
 def _placed(tensor, group):
@@ -209,19 +209,19 @@ def _joined_in_turn(tensor, group):
     return torch.cat([tensor, *(parts[(group.index + step) % group.num_ranks] for step in range(1, group.num_ranks))], -1)
 
 
-def _gathered_by(function):
+def _gathered_by(function, **said):
     sch = scheduled(lambda: Behind(mlp())).at["body.0"].colwise()
-    return sch.at["body.1"].sync("forward_post", function), x()
+    return sch.at["body.1"].sync("forward_post", function, **said), x()
 
 
 @right("a gather made of a sum of parts, each at its rank's place among zeros")
 def placed():
-    return _gathered_by(_placed)
+    return _gathered_by(_placed, gives="whole", axis=-1)
 
 
 @right("a gather of the user's own, each rank's gradient its part")
 def joined():
-    return _gathered_by(_joined)
+    return _gathered_by(_joined, gives="whole", axis=-1)
 
 
 @wrong("a gather of the user's own that begins with each rank's own part", where="body.1")
@@ -233,5 +233,6 @@ def joined_in_turn():
 def joined_before_a_split_layer():
     """Each rank's features of the split layer give a gradient to all parts, and nobody sums them."""
     layers = [nn.Linear(12, WIDE), nn.GELU(), nn.Linear(WIDE, WIDE), nn.GELU(), nn.Linear(WIDE, 12)]
-    sch = scheduled(lambda: Behind(nn.Sequential(*layers))).at["body.0"].colwise().at["body.1"].sync("forward_post", _joined)
+    sch = scheduled(lambda: Behind(nn.Sequential(*layers))).at["body.0"].colwise()
+    sch = sch.at["body.1"].sync("forward_post", _joined, axis=-1, gives="whole")
     return columns_alone(sch, "body.2").at["body.4"].rowwise(), x()
