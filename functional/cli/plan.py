@@ -111,8 +111,9 @@ Examples:
   shardplan plan --hf-config path/to/llama --mesh data=8,tensor=8 --checkpoint path/to/llama --dedupe -o plan.json
 
 \b
-With --batch and --sequence a forward pass is followed at local shapes: partial gradients are found, traffic and
-activations are known to the audit. A pipeline needs them. Without -o the plan is printed.
+The split model is followed beside the whole one on short inputs that are made from the configuration of a transformers
+model; with --batch and --sequence on inputs of these sizes, so that the audit knows traffic and activations too. A
+pipeline needs them. Without -o the plan is printed.
 
 \b
 Exit codes: 0 planned, 2 the schedule or what was given is wrong; all problems are on stderr.
