@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -31,11 +31,9 @@ class Sample:
 
     operator: Any
     arguments: Mapping[str, Any]
-    results: tuple[torch.Tensor, ...] = field(init=False)
-
-    @results.default
-    def _run(self) -> tuple[torch.Tensor, ...]:
-        return run(self.operator, self.arguments)
+    results: tuple[torch.Tensor, ...] = field(
+        init=False, default=Factory(lambda self: run(self.operator, self.arguments), takes_self=True)
+    )
 
     @property
     def name(self) -> str:
@@ -106,7 +104,12 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and all(0 < tensor.numel() < 20_000 and tensor.layout is torch.strided for tensor in tensors):
+        sees_memory = "as_strided" in str(func)  # copies have other memory
+        if (
+            tensors
+            and not sees_memory
+            and all(0 < tensor.numel() < 20_000 and tensor.layout is torch.strided for tensor in tensors)
+        ):
             kind = (func, tuple(min(n, 2) for t in tensors for n in (*t.shape, -1)), _other(args), _other(kwargs or {}))
             if kind not in self.found:
                 copied = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs or {}))
@@ -118,7 +121,7 @@ def _other(arguments: Any) -> str:
     return str(tree_map_only(torch.Tensor, lambda _: "tensor", arguments))
 
 
-def dispatched(limit: int = 12, most: int = 6) -> Iterator[Sample]:
+def dispatched(limit: int = 60, most: int = 30) -> Iterator[Sample]:
     """Iterate over calls that reach the dispatcher in torch's own samples.
 
     Args:
@@ -142,7 +145,7 @@ def dispatched(limit: int = 12, most: int = 6) -> Iterator[Sample]:
             yield sample(func, *args, **kwargs)
 
 
-def undispatched(names: Collection[str], limit: int = 12, most: int = 6) -> Iterator[Sample]:
+def undispatched(names: Collection[str], limit: int = 60, most: int = 30) -> Iterator[Sample]:
     """Iterate over calls of operators that torch takes apart before they reach the dispatcher, in torch's own samples.
 
     Args:

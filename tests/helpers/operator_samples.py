@@ -63,6 +63,12 @@ def _pointwise() -> list[Any]:
         ("where.self", MASK, X, ROW),
         ("where.ScalarOther", MASK, X, 0.0),
         ("where.ScalarOther", MASK, X, 1.0),
+        ("where.ScalarSelf", MASK, 0.0, X),
+        ("where.Scalar", MASK, 0.0, 1.0),
+        ("where", MASK),
+        ("pow.Scalar", 2.0, X),
+        ("div.Scalar_mode", X, 2.0, {"rounding_mode": "trunc"}),
+        ("bernoulli.Tensor", X, X.abs().clamp(max=1)),
         ("masked_fill.Scalar", X, COLUMN > 0, 0.0),
         ("masked_fill_.Scalar", X, MASK, -1.0),
         ("masked_fill.Tensor", X, MASK, torch.tensor(2.0, dtype=torch.float64)),
@@ -183,6 +189,7 @@ def _shapes() -> list[Any]:
         ("permute", y, [2, 0, -2]),
         ("movedim.intlist", y, [0, 1], [2, 0]),
         ("moveaxis.int", y, 0, -1),
+        ("movedim.int", y, -1, 0),
         ("swapaxes", y, 0, 1),
         ("swapdims", y, -1, 1),
         ("numpy_T", y),
@@ -298,10 +305,14 @@ def _indexing() -> list[Any]:
         ("bucketize.Tensor", X, torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)),
         ("searchsorted.Tensor", X.sort(-1).values, _made(4, 3)),
         ("searchsorted.Tensor", ROW.sort().values, _made(4, 3)),
+        ("searchsorted.Scalar", ROW.sort().values, 0.5),
+        ("bucketize.Scalar", 0.5, ROW.sort().values),
+        ("isin.Tensor_Scalar", rows, 2),
         ("multinomial", X.abs(), 2),
     ]
 
 
+_FLOATS = (None, torch.float32)
 _CLASSES = ("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 
 
@@ -326,6 +337,11 @@ def _others() -> list[Any]:
         *((f"{name}.int", scores, -1) for name in ("softmax", "log_softmax")),
         *((name, scores, -1) for name in ("special_softmax", "special_log_softmax")),
         ("argsort", scores, 0),
+        *((name, scores, [0], {"dtype": dtype}) for name in ("sum.dim_IntList", "mean.dim") for dtype in _FLOATS),
+        ("sum.dim_IntList", scores * 9, [0], {"dtype": torch.int64}),
+        ("sum.dim_IntList", MASK, [0], {"dtype": torch.bool}),
+        ("sum", MASK),
+        *(("cumsum", scores * 9, 0, {"dtype": dtype}) for dtype in (*_FLOATS, torch.int64)),
         ("batch_norm", IMAGE, *norms, True, 0.1, 1e-5, False),
         ("batch_norm", IMAGE, *norms, False, 0.1, 1e-5, False),
         ("batch_norm", IMAGE, *norms[:2], None, None, True, 0.1, 1e-5, False),
@@ -387,6 +403,9 @@ def _convolutions() -> Iterator[Sample]:
         ("_upsample_nearest_exact3d", _made(2, 3, 4, 4, 4), [5, 5, 5]),
     ):
         yield sample(getattr(aten, name).default, *args)
+    yield sample(aten.conv2d.padding, IMAGE, _made(3, 6, 2, 2), None, [1, 1], "same")
+    yield sample(aten.upsample_nearest2d.vec, IMAGE, None, [2.0, 2.0])
+    yield sample(aten.upsample_bilinear2d.vec, IMAGE, [7, 7], False, None)
 
 
 def _recurrent() -> Iterator[Sample]:

@@ -197,6 +197,9 @@ def _expected(sample: Sample, rule: Rule) -> Iterator[np.ndarray | None]:  # noq
 def _assert_close(sample: Sample, made: torch.Tensor, expected: torch.Tensor, fault: str) -> None:
     assert made.shape == expected.shape, f"{sample.name}: {fault}: {list(made.shape)} against {list(expected.shape)}"
     if not sample.is_random:
-        precision = 1e-6 if expected.dtype in {torch.float64, torch.complex128} else 1e-4
+        precision = _PRECISION.get(expected.dtype, 1e-4)
         close = torch.allclose(made.to(expected.dtype), expected, rtol=precision, atol=precision, equal_nan=True)
         assert close, f"{sample.name}: {fault}"
+
+
+_PRECISION = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3, torch.complex32: 5e-3}

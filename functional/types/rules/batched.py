@@ -79,5 +79,5 @@ BATCHED: dict[str, OperatorRule] = {
     **each("_linalg_det linalg_det det _linalg_slogdet linalg_slogdet linalg_lu_factor_ex linalg_lu", _of_matrices),
     **each("linalg_matrix_exp matrix_exp linalg_pinv linalg_matrix_power matrix_power", _of_matrices),
     **each("linalg_solve_triangular triangular_solve _linalg_solve_ex linalg_solve cholesky_solve", _of_matrices),
-    **each("_cdist_forward cdist", _distances),
+    **each("_cdist_forward cdist _euclidean_dist", _distances),
 }

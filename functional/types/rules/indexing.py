@@ -163,7 +163,7 @@ def _index_fill(call: OperatorCall) -> Relation:
 def _gather(call: OperatorCall) -> Relation:
     own, index = shape_of(call, "self"), shape_of(call, "index")
     labels, apart = numbered(len(own)), _apart(call, own, index)
-    picked = tuple(label if axis in apart else f"picked{axis}" for axis, label in enumerate(labels))[: len(index)]
+    picked = tuple(label if axis in apart else f"picked{axis}" for axis, label in enumerate(labels))
     free = {*(labels[axis] for axis in apart), f"picked{axis_of(call, len(own))}"}
     return relate(
         call, {"self": labels, "index": picked}, [picked], whole=reasons({*labels, *picked} - free, _PICKED), linear=["self"]

@@ -123,6 +123,12 @@ def replaced(labels: Labels, axis: int, label: Label = "") -> Labels:
     return (*labels[:axis], label, *labels[axis + 1 :])
 
 
+def keeps_fractions(call: OperatorCall) -> bool:
+    """Tell whether a call gives numbers with fractions, or those of its operand: a cast to integers is not linear."""
+    dtype = call.arguments.get("dtype")
+    return dtype is None or "float" in str(dtype) or "complex" in str(dtype)
+
+
 def is_number(argument: object, number: float) -> bool:
     """Return whether an argument is a certain number."""
     return isinstance(argument, (int, float, complex)) and argument == number

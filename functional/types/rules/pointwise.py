@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..relation import Filled, Operand, OperatorCall, Relation
-from .labels import OperatorRule, aligned, all_numbers, broadcast, each, is_number, numbered, numbers_of
+from .labels import OperatorRule, aligned, all_numbers, broadcast, each, is_number, keeps_fractions, numbered, numbers_of
 
 LinearSets = tuple[frozenset[int], ...]
 
@@ -53,13 +53,15 @@ def _divided(call: OperatorCall) -> LinearSets:
 def _cast(call: OperatorCall) -> LinearSets:
     if "other" in call.arguments:  # its dtype is not known here
         return ()
-    dtype = call.arguments.get("dtype")
-    return _in_first(call) if dtype is None or "float" in str(dtype) or "complex" in str(dtype) else ()
+    return _in_first(call) if keeps_fractions(call) else ()
 
 
-def _chosen(call: OperatorCall) -> LinearSets:
+def _where(call: OperatorCall) -> Relation | None:
+    if "self" not in call.arguments:  # the numbers of those that are true
+        return None
     chosen = [call.arguments["self"], call.arguments["other"]]
-    return _sets(call, "self other") if all(isinstance(met, Operand) or is_number(met, 0) for met in chosen) else ()
+    is_linear = all(isinstance(met, Operand) or is_number(met, 0) for met in chosen)
+    return _entry_by_entry(call, _sets(call, "self other") if is_linear else ())
 
 
 def _masked(call: OperatorCall) -> LinearSets:
@@ -123,7 +125,7 @@ POINTWISE: dict[str, OperatorRule] = {
     **each("mul multiply", _linear(_multiplied)),
     **each("div divide true_divide", _linear(_divided)),
     **each("fill zero", _linear(_fill)),
-    "where": _linear(_chosen),
+    "where": _where,
     "masked_fill": _linear(_masked),
     "addcmul": _linear(_with_product),
     "addcdiv": _linear(_with_quotient),

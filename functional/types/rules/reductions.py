@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..relation import Operand, OperatorCall, Relation
-from .labels import Labels, OperatorRule, axes_of, axis_of, each, numbered, reasons, replaced, without
+from .labels import Labels, OperatorRule, axes_of, axis_of, each, keeps_fractions, numbered, reasons, replaced, without
 from .pointwise import pointwise
 
 
@@ -19,13 +19,17 @@ def _sum(call: OperatorCall) -> Relation:
     axes = [labels[axis] for axis in gone if labels]
     if "bool" in str(call.arguments.get("dtype")):
         return Relation((labels,), (result,), whole=reasons(axes, "all of them are summed as bool"))
-    return Relation((labels,), (result,), summed=frozenset(axes), linear=(frozenset({0}),))
+    return Relation((labels,), (result,), summed=frozenset(axes), linear=_linear(call))
+
+
+def _linear(call: OperatorCall) -> tuple[frozenset[int], ...]:
+    return (frozenset({0}),) if keeps_fractions(call) else ()
 
 
 def _mean(call: OperatorCall) -> Relation:
     labels, gone, result = _reduced(call)
     axes = [labels[axis] for axis in gone if labels]
-    return Relation((labels,), (result,), averaged=frozenset(axes), linear=(frozenset({0}),))
+    return Relation((labels,), (result,), averaged=frozenset(axes), linear=_linear(call))
 
 
 def _reduce(call: OperatorCall) -> Relation | None:
@@ -40,7 +44,7 @@ def _reduce(call: OperatorCall) -> Relation | None:
 def _run(call: OperatorCall) -> Relation:
     labels = numbered(len(call.operands[0].shape))
     whole = reasons(labels[axis_of(call, len(labels)) :][:1], f"{call.name} runs along them")
-    linear = (frozenset({0}),) if call.name in {"cumsum", "cumsum_"} else ()
+    linear = _linear(call) if call.name in {"cumsum", "cumsum_"} else ()
     return Relation((labels,), (labels,) * len(call.shapes), whole=whole, linear=linear)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..relation import OperatorCall, Rule
+from ..relation import OperatorCall, Relation, Rule
 from .attention import ATTENTION
 from .batched import BATCHED
 from .convolutions import CONVOLUTIONS
@@ -35,7 +35,15 @@ def rule_of(call: OperatorCall) -> Rule | None:
     rule = RULES.get(call.name) or RULES.get(call.name.removesuffix("_"))
     if rule is None:
         return pointwise(call) if call.is_pointwise and call.name not in _NO_TENSOR else None
-    return rule(call)
+    made = rule(call)
+    return None if isinstance(made, Relation) and not _fits(call, made) else made
+
+
+def _fits(call: OperatorCall, made: Relation) -> bool:
+    """Tell whether a relation has a label for each axis: not so for some forms of operators on single numbers."""
+    shapes = (*(operand.shape for operand in call.operands), *call.shapes)
+    labels = (*made.operands, *made.results)
+    return list(map(len, shapes)) == list(map(len, labels)) and len(made.operands) == len(call.operands)
 
 
 _NO_TENSOR = frozenset({"equal"})

@@ -25,11 +25,10 @@ ONLY_ON_GPU = {
 GIVES_NOTHING = {"_assert_async"}
 
 WITHOUT_RULE = """
-    masked_select nonzero nonzero_static _unique2 unique_consecutive _local_scalar_dense equal allclose histogram
-    _histogramdd_bin_edges _histogramdd_from_bin_cts _histogramdd_from_bin_tensors repeat_interleave _to_sparse hash_tensor
-    as_strided as_strided_copy as_strided_scatter resize_ resize_as_ view
-    _chunk_cat block_diag rot90 put index_reduce renorm embedding_renorm_ linspace logspace segment_reduce narrow
-    tensor_split linalg_lu_solve linalg_ldl_solve linalg_ldl_factor_ex linalg_lstsq linalg_householder_product linalg_pinv
+    masked_select nonzero nonzero_static _unique2 unique_consecutive unique_dim _local_scalar_dense equal allclose histogram
+    _histogramdd_bin_edges _histogramdd_from_bin_cts _histogramdd_from_bin_tensors _to_sparse hash_tensor resize_ resize_as_
+    _chunk_cat block_diag rot90 put index_reduce renorm embedding_renorm_ linspace logspace segment_reduce
+    linalg_lu_solve linalg_ldl_solve linalg_ldl_factor_ex linalg_lstsq linalg_householder_product
     lu_unpack ormqr geqrf cholesky cholesky_inverse _linalg_check_errors fractional_max_pool2d fractional_max_pool3d
     max_unpool2d max_unpool3d _embedding_bag_forward_only _pdist_forward _ctc_loss multi_margin_loss
     multilabel_margin_loss_forward _unsafe_masked_index _unsafe_masked_index_put_accumulate
@@ -60,7 +59,7 @@ def test_what_rules_say_is_so(samples):
         except (AssertionError, RuntimeError, IndexError) as error:
             wrong.append(f"{met.call}: {rule}: {error}")
     assert wrong == []
-    assert num_tried.total() > 5000
+    assert num_tried.total() > 8000
 
 
 def test_every_rule_is_tried(samples):
@@ -70,8 +69,8 @@ def test_every_rule_is_tried(samples):
 
 
 def test_operators_without_a_rule_are_listed(samples):
-    without = {met.name for met in samples if rule_of(met.call) is None}
-    assert sorted(without - set(WITHOUT_RULE.split())) == []
+    having = {met.name for met in samples if rule_of(met.call) is not None}
+    assert {met.name for met in samples} - having == set(WITHOUT_RULE.split())
 
 
 def test_rules_are_of_operators_that_there_are():
