@@ -47,7 +47,7 @@ class Sample:
     def call(self) -> OperatorCall:
         """What a rule is asked about."""
         numbers = itertools.count()
-        named = _each_tensor(self.arguments, lambda met: Operand(next(numbers), tuple(met.shape), met.dtype is torch.bool))
+        named = each_tensor(self.arguments, lambda met: Operand(next(numbers), tuple(met.shape), met.dtype is torch.bool))
         operands = tuple(leaf for leaf in tree_leaves(named) if isinstance(leaf, Operand))
         shapes = tuple(tuple(result.shape) for result in self.results)
         return OperatorCall(self.name, named, operands, shapes, torch.Tag.pointwise in self.operator.tags)
@@ -63,16 +63,16 @@ class Sample:
     def run_on(self, operands: Iterable[torch.Tensor], **changed: Any) -> tuple[torch.Tensor, ...]:
         """Run the operator on other operands."""
         given = iter(operands)
-        return run(self.operator, {**_each_tensor(self.arguments, lambda _: next(given)), **changed})
+        return run(self.operator, {**each_tensor(self.arguments, lambda _: next(given)), **changed})
 
 
-def _each_tensor(arguments: Mapping[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+def each_tensor(arguments: Mapping[str, Any], change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
     return tree_map_only(torch.Tensor, change, dict(arguments))
 
 
 def run(operator: Any, arguments: Mapping[str, Any], seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Run an operator on copies of its operands, with the same random numbers every time."""
-    copies = _each_tensor(arguments, torch.clone)
+    copies = each_tensor(arguments, torch.clone)
     schema = operator._schema.arguments
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` notes where it is called, for each kind of device

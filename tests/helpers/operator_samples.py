@@ -337,6 +337,8 @@ def _others() -> list[Any]:
         *((f"{name}.int", scores, -1) for name in ("softmax", "log_softmax")),
         *((name, scores, -1) for name in ("special_softmax", "special_log_softmax")),
         ("argsort", scores, 0),
+        ("_is_all_true", MASK),
+        ("_is_any_true", MASK),
         *((name, scores, [0], {"dtype": dtype}) for name in ("sum.dim_IntList", "mean.dim") for dtype in _FLOATS),
         ("sum.dim_IntList", scores * 9, [0], {"dtype": torch.int64}),
         ("sum.dim_IntList", MASK, [0], {"dtype": torch.bool}),

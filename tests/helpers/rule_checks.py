@@ -36,7 +36,7 @@ def check(sample: Sample, rule: Rule) -> int:
     num_tried = 0
     for label, size in sizes.items():
         if label not in rule.whole and size > 1:
-            num_tried += sum(_check_label(sample, rule, label, size, adding) for adding in _adding(rule, label))
+            num_tried += sum(_check_label(sample, rule, label, size, some) for some in adding(rule, label))
     return num_tried + sum(_check_linear(sample, group) for group in rule.linear)
 
 
@@ -59,7 +59,7 @@ def label_sizes(sample: Sample, rule: Relation) -> dict[Label, int]:
     return found
 
 
-def _adding(rule: Relation, label: Label) -> list[frozenset[int]]:
+def adding(rule: Relation, label: Label) -> list[frozenset[int]]:
     """Return operands that must be summands where those with a label have parts, in each way that there is."""
     if label not in rule.summed | rule.averaged:
         return [frozenset()]

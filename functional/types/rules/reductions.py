@@ -88,7 +88,7 @@ REDUCTIONS: dict[str, OperatorRule] = {
     "sum": _sum,
     "mean": _mean,
     **each("max min amax amin aminmax all any argmax argmin prod var std var_mean std_mean logsumexp", _reduce),
-    **each("linalg_vector_norm norm count_nonzero nansum", _reduce),
+    **each("linalg_vector_norm norm count_nonzero nansum _is_all_true _is_any_true", _reduce),
     **each("cumsum cumprod logcumsumexp cummax cummin", _run),
     **each("topk sort argsort msort", _sorted),
     **each("kthvalue median nanmedian mode", _picked),
