@@ -24,8 +24,10 @@ from .planning.group_steps import group_steps
 from .planning.layout_steps import layout_steps
 from .planning.value_steps import Strategy, value_steps
 from .schedule import Schedule
-from .types.check import check_types
+from .types.check import Checked, check_types
 from .types.evidence import evidence
+from .types.mends import Mend, mended
+from .types.tape import Tape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +82,29 @@ def plan_build(
         msg = f"plan_build takes a schedule, not a {type(sch).__name__}: plan_build(create_schedule(model, mesh))"
         raise TypeError(msg)
 
+    return _planned(sch, target, init_weights, strategy, seed, config, example_inputs)
+
+
+def plan_to_judge(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> Plan:
+    """Plan a schedule of a model with values as ``plan_build`` does, but do not look for mends of what is wrong.
+
+    Raises:
+        PlanError: With everything that is wrong, at once.
+    """
+    return _planned(sch, init_weights=False, example_inputs=example_inputs, has_mends=False)
+
+
+def _planned(  # noqa: PLR0917  as plan_build has them
+    sch: Schedule,
+    target: str | None = None,
+    init_weights: bool | Checkpoint | Callable[..., object] = True,  # noqa: FBT001, FBT002  as above
+    strategy: Literal["auto"] | Strategy = "auto",
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    *,
+    has_mends: bool = True,
+) -> Plan:
     # arguments
     problems = [*sch.problems, *misfits(sch.mesh, sch.tree), *wrong_arguments(strategy, seed, init_weights, config)]
     problems += wrong_scripted(sch.runtime.model, sch.tree)
@@ -102,7 +127,7 @@ def plan_build(
     problems += wrong_stages(sch, example_inputs)
     problems = problems or _wrong_for_stages(sch, subject)
     checked = None if problems or example_inputs is None else check_types(subject, sch.trusts, sch.handed)
-    problems += checked.problems if checked else ()
+    problems += _with_mends(sch, subject, checked) if checked and has_mends else checked.problems if checked else ()
     if problems or dialect is None:
         raise PlanError(problems)
 
@@ -130,6 +155,23 @@ def plan_build(
         microbatch=None if example_inputs is None else follow_microbatch(subject),
         equality=evidence(checked, subject, sch.trusts) if checked else None,
     )
+
+
+def _with_mends(sch: Schedule, subject: LocalModel, checked: Checked) -> Sequence[Problem]:
+    """Return the problems of a split model, with mends that were tried."""
+    wholes: list[Tape] = []
+
+    def attempt(mends: Sequence[Mend]) -> Checked | None:
+        left_out = {step for mend in mends for step in mend.without}
+        changed = evolve(sch, layout=tuple(step for step in sch.layout if step not in left_out))
+        for call in (call for mend in mends for call in mend.calls):
+            changed = getattr(changed.at[call.path], call.verb)(*call.args, **dict(call.options))
+        layout, problems = layout_steps(subject, changed.layout)
+        if problems or changed.problems:
+            return None
+        return check_types(evolve(subject, layout=layout), sch.trusts, sch.handed, wholes=wholes)
+
+    return mended(checked.problems, subject, attempt) if checked.problems else ()
 
 
 def plan_unchecked(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> Plan:

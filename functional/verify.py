@@ -24,7 +24,7 @@ from .judging.tensors import norms, present_gradients
 from .judging.values import random_copy
 from .judging.whole import Job, WholeRuns, run_whole, unjudgeable
 from .model.rng_state import own_generators
-from .plan import plan_build, plan_unchecked
+from .plan import plan_to_judge, plan_unchecked
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _planned(
     """Return the plan of the schedule for the model with values, and why ``plan_build`` refuses the schedule, if it does."""
     exact = _exact(sch, whole)
     try:
-        return plan_build(exact, init_weights=False, example_inputs=inputs), ()
+        return plan_to_judge(exact, inputs), ()
     except PlanError:
         refused = _refused(sch, given)
     try:
@@ -148,7 +148,7 @@ def _planned(
 
 def _refused(sch: Schedule, given: Mapping[str, Any]) -> Sequence[Problem]:
     try:
-        plan_build(sch, init_weights=False, example_inputs=given)
+        plan_to_judge(sch, given)
     except PlanError as error:
         return error.problems
     return ()

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import evolve, field, frozen
+from frozendict import frozendict
 
 from ...specs.equality import Trust, Unfollowed
 from ...specs.errors import Problem
@@ -16,13 +17,13 @@ from .expert_split import without_experts, wrong_experts
 from .follow import follow
 from .gradients import wrong_gradients
 from .macros import with_macros
-from .problems import cannot_run, problems_of, stopped
+from .problems import cannot_run, problem_of, stopped
 from .record import Stopped, record_local, record_whole
 from .skips import is_sound
 from .steps import unsaid
 from .tape import Tape
 from .typed_backward import TypedBackward
-from .typed_run import Fault, Types
+from .typed_run import Fault, Found, Types
 
 
 @frozen(eq=False)
@@ -34,15 +35,23 @@ class Checked:
         unfollowed: What nobody could follow.
         local: The run of a rank; None where it stopped.
         types: What ranks hold of its values; None where there is no run of both models.
+        found: The fault that each problem of a run is about.
     """
 
     problems: tuple[Problem, ...] = field(default=(), converter=tuple)
     unfollowed: tuple[Unfollowed, ...] = field(default=(), converter=tuple)
     local: Tape | None = None
     types: Types | None = None
+    found: Mapping[Problem, Found] = frozendict()
 
 
-def check_types(subject: LocalModel, trusts: Sequence[Trust] = (), chain: Sequence[Sequence[str]] = ()) -> Checked:
+def check_types(
+    subject: LocalModel,
+    trusts: Sequence[Trust] = (),
+    chain: Sequence[Sequence[str]] = (),
+    *,
+    wholes: list[Tape] | None = None,
+) -> Checked:
     """Follow a split model beside the whole model, forward and backward.
 
     Ranks that hold tensors of other sizes are followed too.
@@ -51,6 +60,8 @@ def check_types(subject: LocalModel, trusts: Sequence[Trust] = (), chain: Sequen
         subject: The model, with example inputs.
         trusts: Modules of which the user's word is taken.
         chain: Paths of the modules of each stage, where the user gave stages that call modules in sequence.
+        wholes: Runs of the whole model that are known, to which further ones are added. With it repeated layers are skipped
+            also where faults are found: quicker, and less sure.
     """
     if wrong := list(wrong_inputs(subject)):
         return Checked(wrong)
@@ -58,13 +69,15 @@ def check_types(subject: LocalModel, trusts: Sequence[Trust] = (), chain: Sequen
     alone = without_experts(subject)
     ranks = _distinct_ranks(alone)
     found = [
-        _followed(alone, rank, trusts, chain, skip=True) or _followed(alone, rank, trusts, chain, skip=False)
+        _followed(alone, rank, trusts, chain, skip=True, wholes=wholes)
+        or _followed(alone, rank, trusts, chain, skip=False, wholes=wholes)
         for rank in ranks
     ]
     checked = [each for each in found if each is not None]
     problems = dict.fromkeys([*structural, *(problem for each in checked for problem in each.problems)])
     unfollowed = dict.fromkeys(lost for each in checked for lost in each.unfollowed)
-    return evolve(checked[0], problems=problems, unfollowed=unfollowed)
+    faults = {problem: found for each in reversed(checked) for problem, found in each.found.items()}
+    return evolve(checked[0], problems=problems, unfollowed=unfollowed, found=faults)
 
 
 def _distinct_ranks(subject: LocalModel) -> list[int]:
@@ -77,13 +90,20 @@ def _distinct_ranks(subject: LocalModel) -> list[int]:
 
 
 def _followed(
-    subject: LocalModel, rank: int, trusts: Sequence[Trust], chain: Sequence[Sequence[str]], *, skip: bool
+    subject: LocalModel,
+    rank: int,
+    trusts: Sequence[Trust],
+    chain: Sequence[Sequence[str]],
+    *,
+    skip: bool,
+    wholes: list[Tape] | None,
 ) -> Checked | None:
     """Return what is known of a rank; None with ``skip`` where skipped layers leave something open."""
+    anyway = wholes is not None or not skip
     local = record_local(subject, skip=skip, coordinate=subject.mesh.coordinate(rank), chain=chain)
-    if isinstance(local, Stopped) and skip:
+    if isinstance(local, Stopped) and not anyway:
         return None
-    whole = record_whole(subject, skip=skip)
+    whole = _whole_run(subject, local, wholes, skip=skip)
     if isinstance(whole, Stopped) and cannot_run(whole.error):
         return Checked((), [Unfollowed(whole.path, "", f"it cannot run without values: {_told(whole.error)}")])
     if isinstance(local, Stopped):
@@ -97,13 +117,31 @@ def _followed(
     types = follow(local, whole, subject, trusts, rank)
     backward = TypedBackward(local, whole, subject, types, rank)
     faults = [*types.faults, *wrong_gradients(local, types, subject.tree, subject.layout, subject.mesh.tensor, backward)]
-    if skip and local.skipped and (faults or silent or not is_sound(local, whole, types)):
+    is_wrong = bool(faults or silent)
+    if skip and local.skipped and (not anyway if is_wrong else not is_sound(local, whole, types)):
         return None
     if chain:
         faults = [_of_chain(fault) for fault in faults]
     wrong = [fault for fault in faults if fault.kind != "unfollowed"]
     lost = [Unfollowed(f.path, _operator(local, f), f.cause) for f in faults if f.kind == "unfollowed"]
-    return Checked([*silent, *problems_of(wrong, local, types, subject)], lost, local, types)
+    found = {problem_of(fault, local, subject.tree): Found(fault, local, types, subject.layout) for fault in reversed(wrong)}
+    return Checked([*silent, *reversed(found)], lost, local, types, found)
+
+
+def _whole_run(subject: LocalModel, local: Tape | Stopped, known: list[Tape] | None, *, skip: bool) -> Tape | Stopped:
+    """Return the run of the whole model: a known one if it skips the layers that the rank's run skips."""
+    skipped = [] if isinstance(local, Stopped) else _skipped(local)
+    for whole in known or ():
+        if _skipped(whole) == skipped:
+            return whole
+    whole = record_whole(subject, skip=skip)
+    if known is not None and isinstance(whole, Tape):
+        known.append(whole)
+    return whole
+
+
+def _skipped(tape: Tape) -> list[tuple[str, str]]:
+    return [(skipped.path, skipped.representative) for skipped in tape.skipped]
 
 
 def _of_stopped(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from attrs import Factory, define, frozen
 
+from ...specs.layout_steps import LayoutStep
 from .held import Held
+from .tape import Tape
 
 
 @frozen
@@ -51,3 +54,20 @@ class Types:
     def is_split(self, value: int) -> bool:
         """Tell whether ranks hold parts of a value, or summands."""
         return value in self.held and self.held[value].kind in {"parts", "summand"}
+
+
+@frozen(eq=False)
+class Found:
+    """A fault, and the run in which it was found.
+
+    Args:
+        fault: The fault.
+        local: The rank's run.
+        types: What ranks hold of its values.
+        layout: The layout steps of that run, by place.
+    """
+
+    fault: Fault
+    local: Tape
+    types: Types
+    layout: Sequence[LayoutStep]

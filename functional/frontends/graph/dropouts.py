@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from attrs import frozen
 
 from ....specs.paths import module_of
-from ..verb_calls import VerbCall
+from ....specs.verb_call import VerbCall
 from .regions import Outcome, RefusedRegion, Region, is_in
 
 if TYPE_CHECKING:

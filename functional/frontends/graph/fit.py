@@ -14,11 +14,12 @@ from frozendict import frozendict
 
 from ....specs.errors import Problem
 from ....specs.paths import join, module_of
+from ....specs.verb_call import VerbCall
 from ...layout.local_model import LocalModel
 from ...planning.layout_steps import layout_steps
 from ...schedule import Schedule
 from ...types.check import check_types
-from ..verb_calls import VerbCall, apply_all
+from ..verb_calls import apply_all
 from .dropouts import random_number_calls
 from .export import ExportFailure, RankGraph, export_rank
 from .local_sizes import SizeAttributes, first_difference, kind_to_change, local_shapes, size_attributes

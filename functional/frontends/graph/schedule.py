@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ....specs.errors import PlanError, Problem
 from ....specs.mesh import Mesh
+from ....specs.verb_call import VerbCall
 from ...layout.local_model import LocalModel
 from ...model.input_candidates import with_no_cache
 from ...schedule import Schedule, create_schedule
-from ..verb_calls import VerbCall, apply_all
+from ..verb_calls import apply_all
 from .dropouts import without_mixed_dropouts
 from .export import ExportFailure, RankGraph, export_rank
 from .fit import Choice, Inference, fit

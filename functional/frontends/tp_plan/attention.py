@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ....specs.errors import Problem
-from ..verb_calls import Options, VerbCall
+from ....specs.verb_call import Options, VerbCall
 from .declared import COLWISE, ROWWISE
 from .dropouts import dropouts_of_heads
 from .heads import Heads, counts_heads, forward_source, local_sizes, read_heads

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from ....specs.errors import Problem
-from ..verb_calls import wildcard
+from ....specs.verb_call import wildcard
 
 if TYPE_CHECKING:
     from torch import nn

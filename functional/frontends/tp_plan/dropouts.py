@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ....specs.paths import module_of, name_of
-from ..verb_calls import Options, VerbCall
+from ....specs.verb_call import Options, VerbCall
 from .heads import forward_source
 
 if TYPE_CHECKING:

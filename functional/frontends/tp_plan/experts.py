@@ -12,7 +12,7 @@ from attrs import frozen
 from ....specs.dtypes import num_bytes
 from ....specs.errors import Problem
 from ....specs.paths import name_of
-from ..verb_calls import Options, VerbCall
+from ....specs.verb_call import Options, VerbCall
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,7 +13,7 @@ from attrs import frozen
 from torch import nn
 
 from ....specs.errors import Problem
-from ..verb_calls import Options, VerbCall
+from ....specs.verb_call import Options, VerbCall
 
 if TYPE_CHECKING:
     from .declared import DeclaredPlan

@@ -17,8 +17,9 @@ from torch import nn
 
 from ....specs.errors import Problem
 from ....specs.paths import module_of
+from ....specs.verb_call import VerbCall, wildcard
 from ...schedule import Schedule, create_schedule
-from ..verb_calls import VerbCall, apply_all, wildcard
+from ..verb_calls import apply_all
 from .attention import norm_of_all_heads, split_attention
 from .declared import COLWISE, ROWWISE, SILENT, STYLES, DeclaredPlan, DeclaredRule, names_no_layer, read_plan
 from .heads import attention_above, forward_source

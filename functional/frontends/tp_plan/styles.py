@@ -10,7 +10,7 @@ from torch import nn
 
 from ....specs.errors import Problem
 from ....specs.paths import module_of, name_of
-from ..verb_calls import Options, VerbCall
+from ....specs.verb_call import Options, VerbCall
 from .attention import norm_of_all_heads
 from .declared import COLWISE, GATHERED, ROWWISE, SPLIT_INPUT
 from .dropouts import dropouts_of_features
