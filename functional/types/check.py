@@ -108,7 +108,7 @@ def _followed(
         return Checked((), [Unfollowed(whole.path, "", f"it cannot run without values: {_told(whole.error)}")])
     if isinstance(local, Stopped):
         lost = [Unfollowed(step.module, step.op, unsaid(step)) for step in dict.fromkeys(local.unsaid)]
-        return Checked(() if lost else _of_stopped(subject, rank, trusts, local, whole), lost)
+        return Checked((), lost) if lost else _of_stopped(subject, rank, trusts, local, whole)
     silent = list(_never_called(subject, local))
     if isinstance(whole, Stopped):
         cause = f"the whole model stops there: {_told(whole.error)}"
@@ -144,25 +144,22 @@ def _skipped(tape: Tape) -> list[tuple[str, str]]:
     return [(skipped.path, skipped.representative) for skipped in tape.skipped]
 
 
-def _of_stopped(
-    subject: LocalModel, rank: int, trusts: Sequence[Trust], local: Stopped, whole: Tape | Stopped
-) -> Iterator[Problem]:
-    """Iterate over the problems of a rank's run that stops: there, and before."""
-    yield from stopped(subject, local, is_whole=isinstance(whole, Stopped))
+def _of_stopped(subject: LocalModel, rank: int, trusts: Sequence[Trust], local: Stopped, whole: Tape | Stopped) -> Checked:
+    """Return the problems of a rank's run that stops: there, and before."""
+    there = list(stopped(subject, local, is_whole=isinstance(whole, Stopped)))
     if isinstance(whole, Stopped):
-        return
+        return Checked(there)
     begun = with_macros(local.tape, subject.layout, trusts)
     types = follow(begun, with_macros(whole, (), trusts), subject, trusts, rank)
     wrong = [fault for fault in types.faults if fault.kind == "forward" and fault.call >= 0]
-    yield from problems_of(wrong, begun, types, subject)
     split = [number for number, call in enumerate(begun.calls) if any(map(types.is_split, call.results))]
     if split and not wrong and (module := begun.calls[split[-1]].module) != local.path:
         result = next(filter(types.is_split, begun.calls[split[-1]].results))
         given = types.held[result].activation_type(begun.values[result].dtype)
         cause = f"it gives {given}, the last before {local.path or 'the model'} stops"
-        yield Problem(
-            module, cause, "Split what uses it alike, or join it here: .sync('forward_post', 'all_gather', axis=...)"
-        )
+        wrong.append(Fault(split[-1], module, cause, result, "whole"))
+    found = {problem_of(fault, begun, subject.tree): Found(fault, begun, types, subject.layout) for fault in reversed(wrong)}
+    return Checked([*there, *reversed(found)], found=found)
 
 
 def _of_chain(fault: Fault) -> Fault:
