@@ -374,8 +374,14 @@ def join(axes: Sequence[Axis]) -> Axis | str:
 def _in_the_layout_of(others: Sequence[Axis], axis: Axis) -> Axis:
     """Return an axis in a layout without equal entries, if there is one: that of an equally long one, or whole."""
     certain = without_alike(axis)
-    met = (meet(certain, other) for other in others if not has_alike(other) and has_alike(certain))
-    return next((found for found in met if found is not None), certain)
+    if not has_alike(certain):
+        return certain
+    even = [other for other in others if not has_alike(other) and _is_even(other)]  # else ranks may have another number
+    return next((found for other in even if (found := meet(certain, other)) is not None), certain)
+
+
+def _is_even(axis: Axis) -> bool:
+    return len({local_size(axis, rank) for rank in range(num_ranks(axis))}) == 1
 
 
 def repeat_each(axis: Axis, num: int, local_num: int) -> Axis:

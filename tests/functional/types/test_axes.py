@@ -362,6 +362,8 @@ def test_filled_memory_has_any_layout():
     assert meet((Alike(128, 32),), QUERY) == meet(QUERY, (Alike(128, 32),)) == QUERY
     assert meet((Alike(128, 128),), QUERY) is None
     assert join([QUERY, (Alike(128, 32),)]) == join([QUERY, QUERY])
+    uneven = axis_of(Shard(0, uneven=True), 3, TWO)
+    assert join([uneven, (Alike(3, 2),)]) == "the ranks have some of entries that are all equal, and it is open which"
 
 
 def test_padded_vocabulary():
