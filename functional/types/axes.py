@@ -308,9 +308,6 @@ def _take_parts(axis: Axis, wanted: tuple[int, int], local: tuple[int, int], ran
                 number, wanted, (low * unit, high * unit), (fitting[0] * unit, fitting[1] * unit), are_together=are_together
             )
         held.append(np.where(taken < 0, -1, taken - start))
-    had = np.unique(np.concatenate(held))
-    if (had >= 0).sum() != stop - start:
-        return f"some of {_span(wanted)} are on no rank"
     return canonical([parts_of(stop - start, held), Whole(unit)])
 
 

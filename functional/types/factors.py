@@ -273,4 +273,4 @@ def _num_blocks(size: int, held: Sequence[Entries]) -> int:
 def _repeats(own: Entries, size: int, num: int) -> bool:
     rows = own.reshape(num, -1)
     shifted = rows[0] + np.arange(num)[:, None] * (size // num)
-    return bool((rows[0] < size // num).all() and (np.where(rows[0] < 0, -1, shifted) == rows).all())
+    return bool((np.where(rows[0] < 0, -1, shifted) == rows).all())

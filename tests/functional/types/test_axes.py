@@ -104,16 +104,17 @@ def check(result, axes, locals_of, operands):
 
 @st.composite
 def split_axes(draw, num=None):
+    """An axis that is split as parameters are, or with any entries on any rank, in any order, also padding."""
     num = num or draw(st.integers(1, 4))
-    if draw(st.integers(0, 3)):
+    if draw(st.booleans()):
         mesh = Mesh(tensor=num)
         axis = axis_of(*draw(fitting_shards(mesh)), mesh)
     else:
-        entries = draw(st.permutations(range(draw(st.integers(1, 6)))))
-        bounds = sorted(draw(st.lists(st.integers(0, len(entries)), min_size=num - 1, max_size=num - 1)))
-        axis = canonical(
-            [Parts(len(entries), [entries[i:j] for i, j in zip([0, *bounds], [*bounds, len(entries)], strict=True)])]
-        )
+        size, unit = draw(st.integers(1, 6)), draw(st.integers(1, 2))
+        ranks = [draw(st.lists(st.integers(0, size + draw(st.integers(0, 1))), max_size=3, unique=True)) for _ in range(num)]
+        missing = set(range(size)).difference(*ranks)
+        ranks[0] = draw(st.permutations([*ranks[0], *missing]))
+        axis = canonical([Parts(size, ranks), Whole(unit)])
     assume(size_of(axis) and local_size(axis))
     return axis
 
@@ -175,6 +176,8 @@ def test_a_view(data):
         cut = data.draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
         local_cut = cut if size == local else data.draw(st.sampled_from([n for n in range(1, local + 1) if local % n == 0]))
         pieces += [(cut, local_cut), (size // cut, local // local_cut)]
+    if data.draw(st.integers(0, 3)) == 0:
+        pieces = data.draw(st.permutations(pieces))
     bounds = sorted(data.draw(st.lists(st.integers(0, len(pieces)), max_size=2)))
     groups = [pieces[i:j] for i, j in zip([0, *bounds], [*bounds, len(pieces)], strict=True)]
     shape, local_shape = ([prod(pair[which] for pair in group) for group in groups] for which in (0, 1))
@@ -243,18 +246,33 @@ def test_repetition(axis, num, local_num):
     check(np.tile(tensor, num), (tile(axis, num),), lambda rank: np.tile(own(rank), num), [axis])
 
 
+def one_of_the_equal(draw, axis, rank):
+    """For each entry that a rank has, one that equals it; now and then another."""
+    alike = firsts(axis)
+    found = []
+    for entry in held(axis, rank).tolist():
+        equals = np.flatnonzero(alike == entry).tolist() if entry >= 0 else [size_of(axis)]
+        is_right = draw(st.integers(0, 9))
+        found.append(draw(st.sampled_from([e for e in equals if e not in found] or equals)) if is_right else 0)
+    return found
+
+
 @often
 @given(st.data())
 def test_two_operands(data):
     a = data.draw(loose_axes())
-    if data.draw(st.booleans()):
-        b = canonical(
-            Alike(factor.size, local_size((factor,))) if data.draw(st.booleans()) else factor
-            for factor in a
-            if isinstance(factor, Whole) or is_even((factor,))
-        )
-    else:
-        b = data.draw(loose_axes())
+    match data.draw(st.sampled_from(["any", "alike", "one of the equal ones"])):
+        case "any":
+            b = data.draw(loose_axes())
+        case "alike":
+            b = canonical(
+                Alike(factor.size, local_size((factor,))) if data.draw(st.booleans()) else factor
+                for factor in a
+                if isinstance(factor, Whole) or is_even((factor,))
+            )
+        case _:
+            b = canonical([Parts(size_of(a), [one_of_the_equal(data.draw, a, rank) for rank in ranks_of(a)])])
+            assume(set().union(*(held(b, rank) for rank in ranks_of(b))) >= set(range(size_of(b))))
     a, b = data.draw(st.permutations([a, b]))
     found = meet(a, b)
     assert found == meet(b, a)
@@ -348,6 +366,7 @@ def test_grouped_heads_repeated():
     num_query, _ = viewed((QUERY,), (8, 16), (2, 16))
     assert meet(num_query, repeated) == meet(repeated, num_query) == num_query
     assert meet(num_query, tile(num_kv, 4)) is None
+    assert meet(num_query, (Alike(4, 2), *num_kv)) is None
     merged = viewed((num_kv, (Alike(4, 2),), each), (8, 16), (2, 16))
     assert merged == (repeated, each)
     assert meet(num_query, repeat_each(axis_of(Shard(0, replicate=True), 1, FOUR), 8, 2)) == num_query
@@ -373,6 +392,22 @@ def test_padded_vocabulary():
     assert viewed((whole(6), vocabulary), (2, 3, 50257), (2, 3, 6283))[2] == vocabulary
     assert padding(taken(vocabulary, 0, 50257, 0, 6283))
     assert not padding(axis_of(Shard(0, pad_to_multiple=8), 48, Mesh(tensor=8)))
+
+
+def test_padding_among_other_entries():
+    padded, even = axis_of(Shard(0, pad_to_multiple=4), 7, TWO), axis_of(Shard(0), 4, TWO)
+    both = join([padded, even])
+    assert [held(both, rank).tolist() for rank in (0, 1)] == [[0, 1, 2, 3, 7, 8], [4, 5, 6, -1, 9, 10]]
+    assert take(both, 7, 11, 4, 6) == even
+    assert take(both, 0, 7, 0, 4) == padded
+
+
+def test_slices_of_what_is_repeated():
+    uneven = Parts(3, ((0, 1), (2,)))
+    assert take((Alike(2, 2), Whole(4)), 0, 4, 0, 4) == whole(4)
+    assert isinstance(take((Alike(2, 2), Whole(4)), 0, 4, 1, 5), str)
+    assert take((Alike(4, 2), Whole(4)), 4, 12, 0, 4) == (Alike(2, 1), Whole(4))
+    assert take((Alike(3, 2), uneven), 0, 3, 0, 2) == "entries 0 to 3 are a part of entries that are repeated"
 
 
 def test_a_split_sequence_merged_with_the_batch():
