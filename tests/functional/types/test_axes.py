@@ -157,6 +157,7 @@ def test_what_is_held_has_one_form(axis, outer, inner):
     axis = canonical([Whole(outer), *axis, Whole(inner)])
     if not is_whole(axis):
         entries = [held(axis, rank) for rank in ranks_of(axis)]
+        assume(all((own >= 0).any() for own in entries if len(own)))  # padding alone is the same in several forms
         again = canonical([Parts(size_of(axis), [np.where(own < 0, size_of(axis) + 7, own).tolist() for own in entries])])
         assert equal(again, axis)
         num = sum(int((own >= 0).sum()) for own in entries)
@@ -210,7 +211,7 @@ def test_a_slice(data):
 
     def local(rank):
         own = part(values([axis]), [axis], rank)
-        if is_even(axis) or (start, stop) == (local_start, local_stop):
+        if is_even(axis) or (stop < size and (start, stop) == (local_start, local_stop)):  # else it asks for sizes
             return own[local_start:local_stop]
         ranges = [own[low : low + local_size(found, rank)] for low in range(len(own) + 1)]
         claimed = part(values([axis])[start:stop], [found], rank)
