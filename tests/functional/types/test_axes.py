@@ -165,6 +165,11 @@ def test_what_is_held_has_one_form(axis, outer, inner):
         assert holders(axis) == ("once" if len(set(once)) == num else "repeated")
 
 
+def test_runs_that_end_within_those_of_other_ranks_are_not_units():
+    overlapping = Parts(4, ((0, 1, 2), (2, 3)))
+    assert canonical([overlapping]) == (overlapping,)
+
+
 @often
 @given(st.data())
 def test_a_view(data):
