@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 from attrs import frozen
@@ -151,6 +151,19 @@ class Schedule(Declaration):
             mesh_axis: Mesh axis along which the activations are split.
         """
         return syncs.sum_gradient(self, name, mesh_axis)
+
+    def sum_products(self, what: Literal["outputs", "gradients"]) -> Schedule:
+        """Sum products with tensors that code uses directly, such as those of an ``nn.ParameterList``.
+
+        No module is called with what they are multiplied with, so that no ``.sync`` could stand there. Products are those
+        of ``@``, ``*``, ``linear``, ``einsum`` and their kind, with the tensor or a view of it, while the module runs whose
+        code uses it.
+
+        Args:
+            what: ``outputs`` sums the products: each rank has a part of the axis that they sum over. ``gradients`` sums the
+                gradients of the other factors, which are whole: each rank has a part of the products.
+        """
+        return syncs.sum_products(self, what)
 
     def fork_rng(self) -> Schedule:
         """Draw different random numbers on each rank along ``tensor`` within modules: dropout on parts of activations."""

@@ -190,6 +190,26 @@ class SumGradient(_Along):
 
 
 @frozen
+class SumProducts(_Along):
+    """Products with a tensor that no module of its own computes are summed, or the gradients of what they take.
+
+    Args:
+        module: Path of the module that holds it.
+        name: The tensor's name in it.
+        what: ``outputs`` (the products, where each rank has some of the entries that are summed over), or ``gradients`` (of
+            the other factors, which are whole, where each rank has some of the entries of the products).
+    """
+
+    mesh_axis: ClassVar[MeshAxis] = "tensor"
+    name: str
+    what: Literal["outputs", "gradients"]
+
+    def describe(self) -> str:
+        what = "products" if self.what == "outputs" else "gradients of factors"
+        return f"{what} of {self.name} summed@{self.mesh_axis}"
+
+
+@frozen
 class DispatchTokens(_Along):
     """Experts split over ``expert``: each rank computes with its own for the tokens of all; the results are summed.
 
@@ -260,6 +280,7 @@ LayoutStep = (
     | AddBiasAfterSync
     | Sync
     | SumGradient
+    | SumProducts
     | DispatchTokens
     | ForkRng
     | ShareRng

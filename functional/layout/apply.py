@@ -24,6 +24,7 @@ from ...specs.layout_steps import (
     SetToLocalSize,
     ShareRng,
     SumGradient,
+    SumProducts,
     Sync,
     SyncOp,
     VocabParallel,
@@ -33,6 +34,7 @@ from ..model.linear import forward_without_bias, linear_of
 from ..model.read import first_argument
 from .collectives import SyncGroup, own_ids, sync_function
 from .hooks import DispatchTokensHook, ForkRngHook, MaskPaddingHook, ShareRngHook, SumGradientHook, SyncHook
+from .products import sum_products
 
 if TYPE_CHECKING:
     from ...specs.mesh import Coordinate
@@ -92,6 +94,8 @@ def apply_layout(model: nn.Module, step: LayoutStep, rank: RankContext) -> None:
                 _hook_before(module, rank.within(step, hook.before))
         case SumGradient():
             _sum_gradient(module, step, rank)
+        case SumProducts():
+            sum_products(model, step, rank.groups[step.mesh_axis].name, rank.around)
         case DispatchTokens():
             dispatch = DispatchTokensHook(step, rank.groups[step.mesh_axis])
             if hasattr(module, "_is_expert_parallel"):  # transformers' mark of a module with part of the experts

@@ -103,6 +103,11 @@ def view_id(tensor: Tensor) -> tuple[object, ...]:
     return storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Tell whether a module's class has a forward: containers such as ``nn.ParameterList`` have none."""
+    return type(module).forward is not nn.Module.forward
+
+
 def first_argument(module: nn.Module) -> str:
     """Return the name of the first argument of a module's forward.
 

@@ -10,7 +10,8 @@ from frozendict import frozendict
 
 from ...specs.equality import Trust, Unfollowed
 from ...specs.errors import Problem
-from ...specs.layout_steps import SetAttributes, SetToLocalSize
+from ...specs.layout_steps import SetAttributes, SetToLocalSize, SumProducts
+from ...specs.paths import join
 from ..layout.local_model import LocalModel
 from ..model.read import named_tensors
 from .expert_split import without_experts, wrong_experts
@@ -196,11 +197,17 @@ def wrong_inputs(subject: LocalModel) -> Iterator[Problem]:
 
 
 def _never_called(subject: LocalModel, local: Tape) -> Iterator[Problem]:
-    changing = {step.module for step in subject.layout if not isinstance(step, (SetAttributes, SetToLocalSize))}
+    changing = {step.module for step in subject.layout if not isinstance(step, (SetAttributes, SetToLocalSize, SumProducts))}
     for path in sorted(changing - local.num_calls.keys()):
         cause = "it is not called in this forward pass, so that nothing is synchronised there"
         fix = "Synchronise a module that is called; code that uses its weight directly goes past it"
         yield Problem(path, cause, fix)
+    ran = {call.step for call in local.calls}
+    for place, step in enumerate(subject.layout):
+        is_skipped = any(f"{step.module}.".startswith(f"{skipped.path}.") for skipped in local.skipped)
+        if isinstance(step, SumProducts) and place not in ran and not is_skipped:
+            cause = "no product with it is computed in this forward pass, so that nothing is summed there"
+            yield Problem(join(step.module, step.name), cause, "Products are those of @, *, linear, einsum and their kind")
 
 
 def _operator(local: Tape, fault: Fault) -> str:

@@ -121,6 +121,25 @@ class _Search:
         for near in self._chain(value, "summand"):
             for path, which in self._givers(near):
                 yield Mend((_sync(path, "forward_post", "all_reduce", None, which),))
+        for near in self._chain(value, "summand"):
+            yield from self._of_bare_tensors(self.types.producers.get(near), "outputs")
+
+    def _of_bare_tensors(self, number: int | None, what: str) -> Iterator[Mend]:
+        """Iterate over sums around the product of a call with a tensor of the model that code uses directly."""
+        for ref in references(self.local.calls[number]) if number is not None else ():
+            path = self._tensor(ref.value)
+            if path and self._held(ref.value).kind == "parts":
+                yield Mend((VerbCall(path, "sum_products", (what,)),))
+
+    def _tensor(self, value: int) -> str:
+        """Return the path of the model's tensor that a value is, or is a view of; empty if it is neither."""
+        while not (path := self.local.values[value].path):
+            producer = self.types.producers.get(value)
+            operands = references(self.local.calls[producer]) if producer is not None else []
+            if len(operands) != 1:
+                return ""
+            value = operands[0].value
+        return self.tree[path].path
 
     def _joined(self, value: int, call: RecordedCall | None) -> Iterator[Mend]:
         """Iterate over gathers where parts are made; what follows is split again, or stays whole."""
@@ -154,6 +173,7 @@ class _Search:
             yield Mend((VerbCall(self.tree[path].path, "sum_gradient"),))
         if fault.value is not None and not path:
             yield from self._gradient_summed(fault.value, fault.call)
+            yield from self._of_bare_tensors(fault.call, "gradients")
 
     def _summed_twice(self, path: str) -> Iterator[Mend]:
         """Iterate over sums of a gradient that has been summed, to be left out."""

@@ -8,7 +8,17 @@ from typing import Any, get_args
 
 from attrs import evolve
 
-from ...specs.layout_steps import AddBiasAfterSync, Gives, LayoutStep, MaskPadding, SumGradient, Sync, SyncOp, VocabParallel
+from ...specs.layout_steps import (
+    AddBiasAfterSync,
+    Gives,
+    LayoutStep,
+    MaskPadding,
+    SumGradient,
+    SumProducts,
+    Sync,
+    SyncOp,
+    VocabParallel,
+)
 from .axes import Axis, Parts, Whole, canonical, local_size, padding, parts_in, size_of, whole
 from .held import UNKNOWN, Held, lost, whole_of
 from .relate import Misuse
@@ -38,7 +48,7 @@ def after_step(  # noqa: PLR0911  a return for each step
             return _given(step, operands, num)
         case Sync(op="divide"):
             return evolve(operands[0], scale=operands[0].scale / num, origin=step.module)
-        case Sync() | SumGradient():
+        case Sync() | SumGradient() | SumProducts():
             return _collective(call, operands, num, step.module)
         case VocabParallel():
             return _own_rows(call, operands)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeGuard, get_args
+from typing import Literal, TypeGuard, get_args
 
 from attrs import evolve
 
 from ...specs.declaration import D
 from ...specs.errors import Problem
 from ...specs.json_values import is_integer
-from ...specs.layout_steps import ForkRng, Gives, LayoutStep, ShareRng, SumGradient, Sync, SyncOp, When
+from ...specs.layout_steps import ForkRng, Gives, LayoutStep, ShareRng, SumGradient, SumProducts, Sync, SyncOp, When
 from ...specs.mesh import STAGE_AXES, MeshAxis
 from ...specs.module import ModuleSpec
 from ...specs.paths import join, module_of, name_of
@@ -120,6 +120,19 @@ def sum_gradient(sch: D, name: str | None, mesh_axis: MeshAxis) -> D:
         chosen |= found
     paths = [path for path in sch.tree.all_paths if path in chosen]
     return with_layout(sch, (SumGradient(module_of(path), name_of(path), mesh_axis) for path in paths))
+
+
+def sum_products(sch: D, what: Literal["outputs", "gradients"]) -> D:
+    """Sum products with the selected tensors, or the gradients of what these products take."""
+    sch = or_unmatched(sch)
+    if what not in {"outputs", "gradients"}:
+        return wrong(sch, Problem(sch.selected, f"no {what!r} of products are summed", 'They are "outputs" or "gradients"'))
+    chosen = {path for spec in selected_tensors(sch) for path in spec.paths}
+    if not chosen:
+        cause = "it selects no tensor, and products with tensors are summed"
+        sch = wrong(sch, Problem(sch.selected, cause, "Select the tensor itself"))
+    paths = [path for path in sch.tree.all_paths if path in chosen]
+    return with_layout(sch, (SumProducts(module_of(path), name_of(path), what) for path in paths))
 
 
 def fork_rng(sch: D) -> D:

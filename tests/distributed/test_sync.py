@@ -295,12 +295,29 @@ def gathered_columns(sch):
     return sch.at["inner.up"].colwise(gather_output=True).at["last"].colwise(gather_output=True)
 
 
-LAYOUTS = {f.__name__: f for f in (whole_module, of_the_users, gathered_columns, sequence_parallel)}
+def bare_tensors(sch):
+    """Code multiplies with tensors directly: no module is called that a synchronisation could stand at."""
+    sch = sch.at["up.weight"].shard(axis=0).sum_products("gradients")
+    return sch.at["down.weight"].shard(axis=1).sum_products("outputs")
+
+
+class Bare(nn.Module):
+    def __init__(self, device="meta"):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16, bias=False, device=device), nn.Linear(16, 8, bias=False, device=device)
+
+    def forward(self, x):
+        hidden = nn.functional.linear(x.tanh(), self.up.weight).relu()
+        return x + hidden @ self.down.weight.T
+
+
+LAYOUTS = {f.__name__: f for f in (whole_module, of_the_users, gathered_columns, sequence_parallel, bare_tensors)}
+MODELS = {"bare_tensors": Bare}
 X = torch.linspace(-2, 2, 32).view(4, 8)
 
 
 def run_layout(rank, name):
-    plan = plan_build(LAYOUTS[name](create_schedule(Net(), Mesh(tensor=2))), example_inputs={"x": X})
+    plan = plan_build(LAYOUTS[name](create_schedule(MODELS.get(name, Net)(), Mesh(tensor=2))), example_inputs={"x": X})
     module = execute(plan, device="cpu").module
     x = X.clone().requires_grad_()
     out = module(x)
@@ -311,7 +328,7 @@ def run_layout(rank, name):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_forward_and_backward_equal_one_process(name):
-    alone = execute(plan_build(create_schedule(Net(), Mesh())), device="cpu").module
+    alone = execute(plan_build(create_schedule(MODELS.get(name, Net)(), Mesh())), device="cpu").module
     x = X.clone().requires_grad_()
     out = alone(x)
     out.square().sum().backward()

@@ -54,6 +54,7 @@ from shardplan.specs.layout_steps import (
     SetToLocalSize,
     ShareRng,
     SumGradient,
+    SumProducts,
     Sync,
     VocabParallel,
 )
@@ -165,6 +166,7 @@ STEPS = (
     SetToLocalSize("up", "out_features", "weight", 0),
     SumGradient("up", "weight", axis=0, sharing=((4, 1), (2, 2))),
     SumGradient("up", "weight", "expert_data", divide=2),
+    SumProducts("up", "weight", "gradients"),
     DispatchTokens("up", 4),
     ForkRng("up"),
     ShareRng("up", onwards=True),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ....specs.layout_steps import DispatchTokens, SumGradient, Sync
+from ....specs.layout_steps import DispatchTokens, SumGradient, SumProducts, Sync
 from ....specs.microbatch import SyncCall
 from ..collectives import sent_by
 
@@ -52,7 +52,7 @@ class CollectiveCounts(TorchDispatchMode):
         if func.namespace == "shardplan" and (sent := sent_by(func._schema.name, args)):  # noqa: SLF001  the operator's name
             op, num_bytes = sent
             step = self._layout[int(args[-1].rpartition("#")[2])]
-            assert isinstance(step, (Sync, SumGradient, DispatchTokens)), f"{type(step).__name__} sends nothing"
+            assert isinstance(step, (Sync, SumGradient, SumProducts, DispatchTokens)), f"{type(step).__name__} sends nothing"
             cargo: Cargo = "gradients" if isinstance(step, SumGradient) else "activations"
             key = (step.module, self._direction, op, step.mesh_axis, cargo)
             self._num_calls[key] += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ....specs.layout_steps import DispatchTokens, SumGradient, Sync
+from ....specs.layout_steps import DispatchTokens, SumGradient, SumProducts, Sync
 from ....specs.microbatch import Microbatch
 from ...model.fake_values import DependsOnValuesError
 from ...model.known_values import KnownValues
@@ -94,7 +94,7 @@ def _represented(layers: SkippedLayers, layout: Sequence[LayoutStep], saved: Sav
     The backward pass does not run through hooks around a skipped layer, nor through operations between it and its
     representative: there must be none.
     """
-    hooked = {step.module for step in layout if isinstance(step, (Sync, SumGradient, DispatchTokens))}
+    hooked = {step.module for step in layout if isinstance(step, (Sync, SumGradient, SumProducts, DispatchTokens))}
     representative_of = layers.representative_of
     follow_directly = all(
         representative_of.get(before, before) == representative_of[path]

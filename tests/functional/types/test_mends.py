@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from attrs import evolve
+from torch import nn
 
 from shardplan.functional import create_schedule, plan_build, verify
 from shardplan.functional.types import mends
@@ -75,6 +76,43 @@ def test_a_mend_mends(name):
         sch = applied(sch, fix)
     assert plan_build(sch, init_weights=False, example_inputs=inputs)
     assert verify(sch, inputs).ok
+
+
+class Bare(nn.Module):
+    """Code that uses split tensors of lists, after other code in the same module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.ups = nn.ParameterList([nn.Parameter(torch.randn(16, 32)) for _ in range(2)])
+        self.downs = nn.ParameterList([nn.Parameter(torch.randn(32, 16)) for _ in range(2)])
+
+    def forward(self, x):
+        x = self.first(x)
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + torch.relu(x @ up) @ down
+        return x
+
+
+BARE = create_schedule(Bare(), Mesh(tensor=2)).at["ups.*"].shard(axis=1).at["downs.*"].shard(axis=0)
+X = {"x": torch.randn(4, 16)}
+
+
+def test_products_with_bare_tensors_are_summed():
+    (problem,) = refused(BARE, X)
+    assert problem.fix == "sch.at['downs.*'].sum_products('outputs').at['ups.*'].sum_products('gradients')"
+    sch = applied(BARE, problem.fix)
+    assert plan_build(sch, init_weights=False, example_inputs=X)
+    assert verify(sch, X).ok
+
+
+def test_products_that_are_not_computed_are_not_summed():
+    sch = create_schedule(Bare(), Mesh(tensor=2)).at["first.weight"].sum_products("gradients")
+    assert plan_build(sch, init_weights=False, example_inputs=X), "its module multiplies with it"
+    sch = create_schedule(Bare(), Mesh(tensor=2)).at["first.bias"].sum_products("gradients")
+    (problem,) = refused(sch, X)
+    assert problem.path == "first.bias"
+    assert "no product with it is computed" in problem.cause
 
 
 def test_where_nothing_mends_it_the_error_says_so():
