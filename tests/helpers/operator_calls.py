@@ -37,7 +37,7 @@ class Sample:
 
     @property
     def name(self) -> str:
-        return self.operator._schema.name.split("::")[1]
+        return self.operator._schema.name.removeprefix("aten::")
 
     @property
     def operands(self) -> list[torch.Tensor]:

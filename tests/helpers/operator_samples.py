@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ def own_samples() -> Iterator[Sample]:
         packet, _, overload = name.partition(".")
         kwargs: dict[str, Any] = args.pop() if args and isinstance(args[-1], dict) else {}
         yield sample(getattr(getattr(aten, packet), overload or "default"), *args, **kwargs)
+    yield _grouped_by_transformers()
     yield from _convolutions()
     yield from _recurrent()
 
@@ -158,6 +160,11 @@ def _products() -> list[Any]:
         ("baddbmm", _made(3), batch, other),
         ("addbmm", _made(4, 3), batch, other),
         ("addmv", _made(4), X, ROW),
+        ("inner", batch, X),
+        ("inner", X, ROW),
+        ("inner", X, torch.tensor(2.0, dtype=torch.float64)),
+        ("tensordot", batch, other, [0, 2], [0, 1]),
+        ("tensordot", batch, _made(6, 1), [2, 1], [0, 1]),
         ("outer", _made(4), ROW),
         ("addr", X, _made(4), ROW),
         ("bilinear", X, _made(4, 5), _made(3, 6, 5), _made(3)),
@@ -382,6 +389,12 @@ def _others() -> list[Any]:
     ]
 
 
+def _grouped_by_transformers() -> Sample:
+    importlib.import_module("transformers.integrations.moe")  # which registers it
+    offsets = torch.tensor([1, 3, 4], dtype=torch.int32)
+    return sample(torch.ops.transformers.grouped_mm_fallback.default, _made(4, 6), _made(3, 6, 5), offsets)
+
+
 def _convolutions() -> Iterator[Sample]:
     one, ones = _made(4, 6, 5), [1]
     for name, *args in (
@@ -416,6 +429,8 @@ def _recurrent() -> Iterator[Sample]:
         weights = [_made(gates * 3, 6), _made(gates * 3, 3), _made(gates * 3), _made(gates * 3)]
         hidden = [state, _made(1, 4, 3, seed=1)] if name == "lstm" else state
         yield sample(getattr(aten, name).input, x, hidden, weights, True, 1, 0.0, False, False, False)
+        of_cell = (x[0], [met[0] for met in hidden] if name == "lstm" else hidden[0], *weights)
+        yield sample(getattr(aten, f"{name}_cell").default, *of_cell)
         yield sample(getattr(aten, name).input, x.transpose(0, 1), hidden, weights, True, 1, 0.0, False, False, True)
     weights = [weight.float() for weight in (_made(12, 6), _made(12, 3), _made(12), _made(12))]
     states = [state.float(), state.float()]

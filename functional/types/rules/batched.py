@@ -23,6 +23,17 @@ def _recurrent(call: OperatorCall) -> Relation | None:
     return Relation(tuple(operands), (made, *states), whole=whole)
 
 
+def _recurrent_cell(call: OperatorCall) -> Relation:
+    hidden = call.arguments["hx"]
+    states = hidden if isinstance(hidden, (list, tuple)) else [hidden]
+    of_samples = {operand.number for operand in (call.arguments["input"], *states)}
+    operands = [numbered(len(operand.shape), f"operand{operand.number}") for operand in call.operands]
+    for number in of_samples:
+        operands[number] = replaced(operands[number], 0, "batch")
+    whole = reasons({label for labels in operands for label in labels} - {"batch"}, "a recurrent layer works on all of them")
+    return Relation(tuple(operands), (("batch", ""),) * len(call.shapes), whole=whole)
+
+
 def _recurrent_layer(call: OperatorCall) -> Relation | None:
     if call.arguments.get("batch_sizes"):
         return None
@@ -71,6 +82,7 @@ def _distances(call: OperatorCall) -> Relation:
 
 BATCHED: dict[str, OperatorRule] = {
     **each("lstm gru rnn_tanh rnn_relu", _recurrent),
+    **each("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _recurrent_cell),
     "mkldnn_rnn_layer": _recurrent_layer,
     **each("_fft_r2c _fft_c2c _fft_c2r fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft", _spectrum),
     **each("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn", _spectrum),

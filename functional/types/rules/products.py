@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..relation import Label, Operand, OperatorCall, Relation, Shape
-from .labels import Labels, OperatorRule, aligned, all_numbers, each, numbered, relate, shape_of, tensor
+from .labels import Labels, OperatorRule, aligned, all_numbers, each, numbered, relate, shape_of, tensor, without
 
 
 def einsum(call: OperatorCall) -> Relation | None:
@@ -113,6 +113,40 @@ def _linear(call: OperatorCall) -> Relation:
     return relate(call, operands, [result], summed="k", linear=["input bias", "weight bias"])
 
 
+def _inner(call: OperatorCall) -> Relation:
+    a, b = shape_of(call, "self"), shape_of(call, "other")
+    if not a or not b:  # a product with a number
+        labels = numbered(len(a) + len(b))
+        return relate(call, {"self": labels if a else (), "other": labels if b else ()}, [labels], linear=["self", "other"])
+    rows, columns = numbered(len(a) - 1, "row"), numbered(len(b) - 1, "column")
+    operands = {"self": (*rows, "k"), "other": (*columns, "k")}
+    return relate(call, operands, [(*rows, *columns)], summed="k", linear=["self", "other"])
+
+
+def _tensordot(call: OperatorCall) -> Relation | None:
+    """Relate ``tensordot``, whose axes are given as a number, as a pair of lists, or as two lists."""
+    a, b = shape_of(call, "self"), shape_of(call, "other")
+    match call.arguments.get("dims_self"), call.arguments.get("dims_other"):
+        case int(num), None:
+            axes_a, axes_b = list(range(len(a) - num, len(a))), list(range(num))
+        case [[*first], [*second]], None:
+            axes_a, axes_b = first, second
+        case [*first], [*second]:
+            axes_a, axes_b = first, second
+        case _:
+            return None
+    labels_a, labels_b = list(numbered(len(a), "row")), list(numbered(len(b), "column"))
+    for at, (axis_a, axis_b) in enumerate(zip(axes_a, axes_b, strict=True)):
+        is_single = (a[axis_a] == 1, b[axis_b] == 1)  # one entry meets each of the other axis
+        labels_a[axis_a] = "" if is_single[0] else f"summed{at}"
+        labels_b[axis_b] = "" if is_single[1] else f"summed{at}"
+    summed = {label for label in (*labels_a, *labels_b) if label.startswith("summed")}
+    gone_a, gone_b = {axis % len(a) for axis in axes_a}, {axis % len(b) for axis in axes_b}
+    result = (*without(tuple(labels_a), gone_a), *without(tuple(labels_b), gone_b))
+    operands = {"self": tuple(labels_a), "other": tuple(labels_b)}
+    return relate(call, operands, [result], summed=summed, linear=["self", "other"])
+
+
 def _outer(call: OperatorCall) -> Relation:
     return relate(call, {"self": ("i",), "vec2": ("j",)}, [("i", "j")], linear=["self", "vec2"])
 
@@ -204,7 +238,9 @@ PRODUCTS: dict[str, OperatorRule] = {
     "baddbmm": _baddbmm,
     "addbmm": _addbmm,
     "linear": _linear,
-    **each("outer", _outer),
+    "inner": _inner,
+    "tensordot": _tensordot,
+    "outer": _outer,
     "addr": _addr,
     "bilinear": _bilinear,
     "_trilinear": _trilinear,
