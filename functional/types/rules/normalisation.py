@@ -48,7 +48,8 @@ def _over_places(call: OperatorCall) -> Relation:
     whole = reasons(over, "a norm is taken over them")
     if shape_of(call, "running_mean") and call.arguments["use_input_stats"]:
         whole |= reasons(labels[:1], "running statistics are taken over all samples")
-    return relate(call, operands, [labels], whole=whole)
+    written = (channel,) * (len(call.shapes) - 1)  # running statistics
+    return relate(call, operands, [labels, *written], whole=whole)
 
 
 def _weight_norm(call: OperatorCall) -> Relation:
