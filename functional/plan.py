@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve
 
 from ..specs.checkpoint import Checkpoint
+from ..specs.equality import Unfollowed
 from ..specs.errors import PlanError, Problem
 from ..specs.plan import Plan, misfits
 from ..specs.source import ModuleValues, OwnValues, Uninitialised, Unknown
@@ -22,6 +23,7 @@ from .pipeline.plan_stages import cut_model, is_cut, on_their_stages, tied_acros
 from .planning.arguments import wrong_arguments, wrong_scripted
 from .planning.group_steps import group_steps
 from .planning.layout_steps import layout_steps
+from .planning.proof_inputs import proof_inputs
 from .planning.value_steps import Strategy, value_steps
 from .schedule import Schedule
 from .types.check import Checked, check_types
@@ -63,7 +65,8 @@ def plan_build(
         config: The target's configuration: plain JSON values.
         example_inputs: Tensors by the names of the model's arguments, also on the meta device; with them the model is
             followed on fake tensors, whole and as a rank has it, and activations and gradients that differ are found. A
-            model with stages is exported with them; the first stage takes them in this order.
+            model with stages is exported with them; the first stage takes them in this order. Left out, a split model of
+            transformers is followed with inputs made from its configuration, for the proof alone.
 
     Raises:
         PlanError: With everything that is wrong, at once.
@@ -126,8 +129,8 @@ def _planned(  # noqa: PLR0917  as plan_build has them
         problems += dialect.check(sch.mesh, subject.tree, layout, config)
     problems += wrong_stages(sch, example_inputs)
     problems = problems or _wrong_for_stages(sch, subject)
-    checked = None if problems or example_inputs is None else check_types(subject, sch.trusts, sch.handed)
-    problems += _with_mends(sch, subject, checked) if checked and has_mends else checked.problems if checked else ()
+    checked = None if problems else _checked(sch, subject, has_mends=has_mends)
+    problems += checked.problems if checked else ()
     if problems or dialect is None:
         raise PlanError(problems)
 
@@ -153,8 +156,30 @@ def _planned(  # noqa: PLR0917  as plan_build has them
         trusts=sch.trusts,
         runtime=evolve(sch.runtime, callables=subject.callables, partition=partition),
         microbatch=None if example_inputs is None else follow_microbatch(subject),
-        equality=evidence(checked, subject, sch.trusts) if checked else None,
+        equality=evidence(checked, subject, sch.trusts, "made" if example_inputs is None else "given") if checked else None,
     )
+
+
+def _checked(sch: Schedule, subject: LocalModel, *, has_mends: bool) -> Checked | None:
+    """Follow the split model, and try mends of what is wrong; None if there are no inputs."""
+    given = _with_inputs(sch, subject)
+    if not isinstance(given, LocalModel):
+        return given and Checked((), (given,))
+    found = check_types(given, sch.trusts, sch.handed)
+    return evolve(found, problems=_with_mends(sch, given, found)) if found.problems and has_mends else found
+
+
+def _with_inputs(sch: Schedule, subject: LocalModel) -> LocalModel | Unfollowed | None:
+    """Return the model with inputs to follow it with: given, or made from its configuration where anything is split.
+
+    None if there are no inputs, and nobody would expect any; why there are none, if they could not be made.
+    """
+    if subject.example_inputs is not None:
+        return subject
+    if max(sch.mesh.tensor, sch.mesh.expert) == 1 or is_cut(sch) or getattr(subject.model, "config", None) is None:
+        return None
+    made = proof_inputs(subject)
+    return made if isinstance(made, Unfollowed) else evolve(subject, example_inputs=made)
 
 
 def _with_mends(sch: Schedule, subject: LocalModel, checked: Checked) -> Sequence[Problem]:
@@ -171,7 +196,7 @@ def _with_mends(sch: Schedule, subject: LocalModel, checked: Checked) -> Sequenc
             return None
         return check_types(evolve(subject, layout=layout), sch.trusts, sch.handed, wholes=wholes)
 
-    return mended(checked.problems, subject, attempt) if checked.problems else ()
+    return mended(checked.problems, subject, attempt)
 
 
 def plan_unchecked(sch: Schedule, example_inputs: Mapping[str, Any] | None) -> Plan:

@@ -21,12 +21,23 @@ def test_verify_tells_wrong_entries_from_right_ones():
     assert not misjudged
 
 
+UNSAID = {
+    "a sum by a function that loses the gradient",
+    "a maximum over ranks in place of a sum",
+    "a sum that the second rank does not join",
+    "a sum by an autograd function whose gradient is summed too",
+    "a sum by an autograd function whose gradient is divided by the ranks",
+    "a gather of the user's own that begins with each rank's own part",
+}
+"""Wrong entries whose synchronisation is a function of the user's own, of which nobody says what it gives."""
+
+
 def test_planning_refuses_wrong_entries_and_proves_right_ones():
     expected = {True: "holds", False: "refused"}
     others = [
         f"{j.entry.name}: {j.planned_with_inputs}"
         for j in judgements()
-        if not j.planned_with_inputs.startswith(expected[j.entry.is_right])
+        if not j.planned_with_inputs.startswith("not followed" if j.entry.name in UNSAID else expected[j.entry.is_right])
     ]
     assert not others
 
