@@ -53,7 +53,7 @@ def check_types(
     *,
     wholes: list[Tape] | None = None,
 ) -> Checked:
-    """Follow a split model beside the whole model, forward and backward.
+    """Follow a split model beside the whole model, forward and backward; nothing of a model that is trusted as a whole.
 
     Ranks that hold tensors of other sizes are followed too.
 
@@ -64,7 +64,8 @@ def check_types(
         wholes: Runs of the whole model that are known, to which further ones are added. With it repeated layers are skipped
             also where faults are found: quicker, and less sure.
     """
-    if wrong := list(wrong_inputs(subject)):
+    wrong = list(wrong_inputs(subject))
+    if wrong or any(not trust.module for trust in trusts):
         return Checked(wrong)
     structural = [*wrong_experts(subject), *_broken_ties(subject)]
     alone = without_experts(subject)
@@ -109,7 +110,8 @@ def _followed(
         return Checked((), [Unfollowed(whole.path, "", f"it cannot run without values: {_told(whole.error)}")])
     if isinstance(local, Stopped):
         lost = [Unfollowed(step.module, step.op, unsaid(step)) for step in dict.fromkeys(local.unsaid)]
-        return Checked((), lost) if lost else _of_stopped(subject, rank, trusts, local, whole)
+        is_refused_later = bool(chain)  # stages that do not fit together are refused where they are cut
+        return Checked((), lost) if lost or is_refused_later else _of_stopped(subject, rank, trusts, local, whole)
     silent = list(_never_called(subject, local))
     if isinstance(whole, Stopped):
         cause = f"the whole model stops there: {_told(whole.error)}"
