@@ -25,6 +25,7 @@ from .steps import unsaid
 from .tape import Tape
 from .typed_backward import TypedBackward
 from .typed_run import Fault, Found, Types
+from .unreached import Reach, is_unreached, unreached
 
 
 @frozen(eq=False)
@@ -78,6 +79,8 @@ def check_types(
     checked = [each for each in found if each is not None]
     problems = dict.fromkeys([*structural, *(problem for each in checked for problem in each.problems)])
     unfollowed = dict.fromkeys(lost for each in checked for lost in each.unfollowed)
+    if local := checked[0].local:
+        unfollowed |= dict.fromkeys(unreached(alone, local, trusts))
     faults = {problem: found for each in reversed(checked) for problem, found in each.found.items()}
     return evolve(checked[0], problems=problems, unfollowed=unfollowed, found=faults)
 
@@ -200,7 +203,8 @@ def wrong_inputs(subject: LocalModel) -> Iterator[Problem]:
 
 def _never_called(subject: LocalModel, local: Tape) -> Iterator[Problem]:
     changing = {step.module for step in subject.layout if not isinstance(step, (SetAttributes, SetToLocalSize, SumProducts))}
-    for path in sorted(changing - local.num_calls.keys()):
+    uncalled, reach = sorted(changing - local.num_calls.keys()), Reach.of(local)
+    for path in (path for path in uncalled if not is_unreached(path, subject, reach)):
         cause = "it is not called in this forward pass, so that nothing is synchronised there"
         fix = "Synchronise a module that is called; code that uses its weight directly goes past it"
         yield Problem(path, cause, fix)
