@@ -21,28 +21,38 @@ class Reach:
     """The tensors of a model that a run computes with.
 
     Args:
-        used: Canonical paths of the tensors that its operators take.
+        takers: For each tensor that operators take, by its canonical path, the modules in which they are called.
         representative_of: Repeated layers that did not run, each with the layer that ran in its place.
     """
 
-    used: frozenset[str]
+    takers: Mapping[str, frozenset[str]]
     representative_of: Mapping[str, str]
 
     @classmethod
     def of(cls, local: Tape) -> Reach:
         """Return the reach of a run."""
-        used = {local.values[ref.value].path for call in local.calls for ref in references(call)}
-        return cls(frozenset(used), {layer.path: layer.representative for layer in local.skipped})
+        takers: dict[str, set[str]] = {}
+        for call in local.calls:
+            for ref in references(call):
+                takers.setdefault(local.values[ref.value].path, set()).add(call.module)
+        named = {path: frozenset(modules) for path, modules in takers.items() if path}
+        return cls(named, {layer.path: layer.representative for layer in local.skipped})
 
     def takes(self, spec: ParamSpec) -> bool:
-        """Tell whether the run takes a tensor, or the same tensor of the layer that ran in place of a repeated layer."""
-        return any(path in self.used for tie in spec.paths for path in (tie, *self._in_representatives(tie)))
+        """Tell whether an operator takes a tensor, or the same tensor of the layer that ran in place of a repeated layer."""
+        return any(self.followed(path) in self.takers for path in spec.paths)
 
-    def _in_representatives(self, path: str) -> Iterator[str]:
-        module = path
-        while module := module_of(module):
-            if module in self.representative_of:
-                yield self.representative_of[module] + path.removeprefix(module)
+    def goes_past(self, module: str, spec: ParamSpec) -> bool:
+        """Tell whether an operator takes a tensor of a module elsewhere than in another module that holds it too."""
+        elsewhere = {self.followed(module_of(path)) for path in spec.paths if not _is_within(path, module)}
+        return any(self.takers.get(self.followed(path), elsewhere) - elsewhere for path in spec.paths)
+
+    def followed(self, path: str) -> str:
+        """Map a path in a repeated layer that did not run to the same path in the layer that ran in its place."""
+        around = path
+        while around and around not in self.representative_of:
+            around = module_of(around)
+        return self.representative_of[around] + path.removeprefix(around) if around else path
 
 
 def unreached(subject: LocalModel, local: Tape, trusts: Sequence[Trust] = ()) -> Iterator[Unfollowed]:
@@ -65,9 +75,9 @@ def unreached(subject: LocalModel, local: Tape, trusts: Sequence[Trust] = ()) ->
 
 
 def is_unreached(module: str, subject: LocalModel, reach: Reach) -> bool:
-    """Tell whether a module holds tensors, and a run takes none of them."""
+    """Tell whether a module that is not called holds tensors, and no code goes past it to take one of them."""
     held = [spec for spec in subject.tree.values() if any(_is_within(path, module) for path in spec.paths)]
-    return bool(held) and not any(map(reach.takes, held))
+    return bool(held) and not any(reach.goes_past(module, spec) for spec in held)
 
 
 def _is_within(path: str, module: str) -> bool:

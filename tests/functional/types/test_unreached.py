@@ -85,3 +85,21 @@ def test_a_synchronised_module_that_code_goes_past_is_still_refused():
         sch = create_schedule(Direct(), Mesh(tensor=2)).at["vision.up"].colwise().at["vision.down"].rowwise()
     with pytest.raises(PlanError, match=r"vision\.down: it is not called in this forward pass"):
         plan_build(sch, example_inputs=ROWS)
+
+
+def test_a_tied_module_that_is_not_called_where_the_other_one_is():
+    """Beside images a model may embed its tokens by one of two modules that hold the same weight."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.encoder = nn.Embedding(16, 8), nn.Embedding(16, 8)
+            self.encoder.weight = self.shared.weight
+
+        def forward(self, ids):
+            return self.shared(ids)
+
+    with torch.device("meta"):
+        sch = create_schedule(Tied(), Mesh(tensor=2)).at["{shared,encoder}"].vocab_parallel()
+    plan = plan_build(sch, example_inputs={"ids": torch.zeros(2, 4, dtype=torch.long)})
+    assert audit(plan).proof("equal").holds
