@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import Factory, define, evolve, field
@@ -14,6 +14,7 @@ from ...specs.tree import SpecTree
 from ..layout.local_model import LocalModel
 from .alignment import Alignment, Pair
 from .axes import parts_in, whole
+from .ends import wrong_ends
 from .entering import tensor_of
 from .grouped import GROUPS, relate_groups
 from .held import UNKNOWN, Held, lost, same, whole_of
@@ -98,7 +99,13 @@ class _Follower:
         for name, value in self.local.inputs.items():
             self._enter(value, self.model.inputs.get(name, -1))
         self.walk()
-        self._outputs()
+        ends = zip(self.local.outputs, self.model.outputs, strict=False)
+        changed = ((mine, self.model.changed.get(path, -1)) for path, mine in self.local.changed.items())
+        for mine, theirs in (*ends, *changed):
+            if mine not in self.types.held:
+                self._enter(mine, theirs)
+        if self.local.outputs:
+            self.types.faults += wrong_ends(self.alignment, self.tree, self.mesh)
         self._without_dead_code()
         return self.types
 
@@ -132,7 +139,7 @@ class _Follower:
         """Leave out what was found of calls whose results nothing depends on."""
         if not self.local.outputs:  # it stopped
             return
-        live = set(self.local.outputs)
+        live = {*self.local.outputs, *self.local.changed.values()}
         kept = {value.storage for value in self.local.values if value.path}
         for call in reversed(self.local.calls):
             is_kept = any(self.local.values[result].storage in kept for result in call.results)
@@ -304,10 +311,25 @@ class _Follower:
             if isinstance(found, Misuse):
                 told = ", ".join(self._text(ref.value) for ref in references(call))
                 self._misuse(pair, found, f"{call.name} of {told}: {found.cause}")
+            elif found and (cause := self._not_additive(call, operands, found)):
+                self._misuse(pair, Misuse(cause, needs="whole"), cause)
             elif found:
                 fill = fill_of(call) if isinstance(rule, Filled) else kept_fill(call, operands)
                 made = (self._completed(pair, evolve(h, fill=fill), ratio) for h in self._drawn(pair, found))
                 self._is(pair, *made)
+
+    def _not_additive(self, call: RecordedCall, operands: Sequence[Held], found: Sequence[Held]) -> str:
+        """Say that numbers of summands are rounded to integers, which do not add up, if they are."""
+        of_reals = any(
+            held.kind == "summand" and self.local.values[ref.value].is_real
+            for ref, held in zip(references(call), operands, strict=True)
+        )
+        to_integers = (
+            held.kind == "summand" and not self.local.values[result].is_real
+            for result, held in zip(call.results, found, strict=True)
+        )
+        is_rounded = of_reals and any(to_integers)
+        return f"{call.name} makes integers of what is still to be summed over ranks" if is_rounded else ""
 
     def _related(
         self, pair: Pair, rule: Rule | None, operands: tuple[Held, ...], shapes: Any, local_shapes: Any
@@ -364,34 +386,6 @@ class _Follower:
         else:
             shape = self.model.values[pair.other.results[0]].shape
             self._is(pair, Held("summand", tuple(map(whole, shape)), unmasked=True, origin=call.module))
-
-    def _outputs(self) -> None:
-        if len(self.local.outputs) != len(self.model.outputs):
-            cause = f"it returns {len(self.local.outputs)} tensors, and {len(self.model.outputs)} in the whole model"
-            self.types.faults.append(Fault(-1, "", cause))
-            return
-        for at, (mine, theirs) in enumerate(zip(self.local.outputs, self.model.outputs, strict=True)):
-            self.types.faults += self._wrong_output(at, mine, theirs)
-
-    def _wrong_output(self, at: int, mine: int, theirs: int) -> Iterator[Fault]:
-        if mine not in self.types.held:
-            self._enter(mine, theirs)
-        held = self.types.held[mine]
-        which = f"output {at}" if len(self.local.outputs) > 1 else "its output"
-        producer = self.types.producers.get(mine)
-        path = self.local.calls[producer].module if producer is not None else ""
-        counterpart = self.alignment.theirs(self.types.counterparts[mine])
-        if held.kind == "unknown":
-            if held.origin:
-                kind = "forward" if held.is_wrong else "unfollowed"
-                yield Fault(-1, path, f"the model returns it as {which}: {held.origin}", kind=kind)
-        elif not held.is_plain:
-            cause = f"the model returns {self._text(mine)} as {which}, and each rank is to return it whole"
-            if held.is_due:
-                cause = f"the model returns as {which} what is not complete: {held.due}"
-            yield Fault(-1, path, cause, mine, "whole" if held.kind in {"parts", "summand"} else "")
-        elif counterpart != self.alignment.theirs(theirs):
-            yield Fault(-1, path, f"{which} is another value than in the whole model", kind="unfollowed")
 
 
 def _shapes(tape: Tape, call: RecordedCall) -> tuple[tuple[int, ...], ...]:

@@ -45,6 +45,7 @@ def ratio_of(call: RecordedCall, numbers: tuple[Any, Any] | None) -> Fraction | 
     """Return the multiple of the whole model's result, where a call multiplies by another number than there."""
     if (
         numbers is None
+        or call.arguments.get("rounding_mode") is not None
         or call.name not in {"mul", "div", "mul_", "div_"}
         or not all(isinstance(n, (int, float)) and n for n in numbers)
     ):

@@ -133,6 +133,8 @@ def _tried(
                 tape.inputs |= {name: writer.value(value) for name, value in inputs.items() if isinstance(value, Tensor)}
                 outputs = _called(local, chain, inputs) if chain else local(**inputs)
                 tape.outputs += writer.values(outputs)
+                tape.numbers += (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, (int, float)))
+                writer.name_changed(local, subject.tree)
         except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
             return Stopped(running.innermost, error, writer.tape, tuple(unsaid)), not layers.representative_of
         writer.backward.run()

@@ -42,6 +42,11 @@ class Value:
     path: str = ""
     storage: int = -1
 
+    @property
+    def is_real(self) -> bool:
+        """Whether its entries are real or complex numbers, and no integers or truth values."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
 
 @frozen(eq=False)
 class RecordedCall:
@@ -158,6 +163,8 @@ class Tape:
         skipped: Repeated layers that did not run.
         inputs: The value of each input tensor of the model, by argument name.
         outputs: The values of the tensors that the model returns.
+        numbers: The plain numbers that the model returns.
+        changed: The value that each tensor of the model has at the end, by canonical path, if it is another one.
         num_calls: How often each module was called, by path.
         backward: Code of the user's own that runs in the backward pass, in the order in which the forward pass met it.
     """
@@ -168,6 +175,8 @@ class Tape:
     skipped: list[SkippedLayer] = Factory(list)
     inputs: dict[str, int] = Factory(dict)
     outputs: list[int] = Factory(list)
+    numbers: list[float] = Factory(list)
+    changed: dict[str, int] = Factory(dict)
     num_calls: dict[str, int] = Factory(dict)
     backward: list[BackwardCode] = Factory(list)
 

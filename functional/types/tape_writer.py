@@ -79,6 +79,14 @@ class TapeWriter(TorchDispatchMode):
             if id(tensor) not in self._value_of:
                 self._new_value(tensor, tree[path].path if path in tree else path)
 
+    def name_changed(self, model: nn.Module, tree: SpecTree) -> None:
+        """Note the values of parameters and buffers that are others than those that :meth:`name_tensors` has named."""
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for path, tensor in named:
+            name, number = tree[path].path if path in tree else path, self.value(tensor)
+            if self.tape.values[number].path != name:
+                self.tape.changed[name] = number
+
     def value(self, tensor: Tensor) -> int:
         """Return the number of the value that a tensor holds now."""
         number = self._value_of.get(id(tensor))
