@@ -142,10 +142,11 @@ class Alignment:
 
 
 def _is_identity(tape: Tape, call: RecordedCall) -> bool:
-    """Tell whether a call gives its operand the shape that it has."""
+    """Tell whether a call gives its operand the shape and the dtype that it has."""
     if call.name not in VIEWS:
         return False
-    return tape.values[references(call)[0].value].shape == tape.values[call.results[0]].shape
+    operand, result = tape.values[references(call)[0].value], tape.values[call.results[0]]
+    return (operand.shape, operand.dtype) == (result.shape, result.dtype)
 
 
 def _without_bias(call: RecordedCall) -> RecordedCall:

@@ -2,16 +2,19 @@
 
 Ranks along ``data`` and ``expert`` have samples of their own. A module of experts gets the tokens of all ranks
 (``DispatchTokens``) and computes for each token the weighted sum of the experts that were chosen for it, so that the sums of
-all ranks' experts add up. Each rank must therefore hold whole experts, one after another, as many as the step says.
+all ranks' experts add up. Each rank must therefore hold whole experts, one after another, as many as the step says. That the
+code of transformers' experts keeps the contract is measured over all its models (``docs/coverage.md``); of other code it is
+the user's word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from attrs import evolve
 from frozendict import frozendict
 
+from ...specs.equality import Trust, Unfollowed
 from ...specs.errors import Problem
 from ...specs.layout_steps import DispatchTokens, LayoutStep, SetAttributes, SumGradient
 from ...specs.mesh import Mesh
@@ -40,6 +43,22 @@ def _others(subject: LocalModel, dispatching: set[str]) -> Iterator[LayoutStep]:
                 pass
             case _:
                 yield step
+
+
+def unfollowed_experts(subject: LocalModel, trusts: Sequence[Trust] = ()) -> Iterator[Unfollowed]:
+    """Iterate over modules of experts whose code nobody has held against the contract: others than those of transformers.
+
+    Args:
+        subject: The split model.
+        trusts: Modules of which the user's word is taken.
+    """
+    trusted = {trust.module for trust in trusts}
+    for step in subject.layout:
+        if isinstance(step, DispatchTokens) and step.module not in trusted:
+            kind = type(subject.model.get_submodule(step.module))
+            if kind.__module__.partition(".")[0] != "transformers":
+                cause = f"nobody follows that {kind.__name__} gives for each token the weighted sum of what its experts give"
+                yield Unfollowed(step.module, "", cause)
 
 
 def wrong_experts(subject: LocalModel) -> Iterator[Problem]:

@@ -64,14 +64,34 @@ def _within_experts(sch):
     return sch.at["body.experts.up"].shard(axis=2).at["body.experts.down"].shard(axis=1)
 
 
+_CONTRACT = "it gives the weighted sum of what its experts give"
+
+
 @right("experts over data ranks")
 def expert_parallel():
-    return _mixture(EXPERT).at["body.experts"].expert_parallel(), x(4, 5)
+    return _mixture(EXPERT).at["body.experts"].expert_parallel().trust(_CONTRACT), x(4, 5)
+
+
+class _DividedExperts(_Experts):
+    """Experts whose sum is divided by how many there are."""
+
+    def forward(self, tokens, chosen, weights):
+        return super().forward(tokens, chosen, weights) / self.num_experts
+
+
+@wrong("experts over data ranks, their sum divided by the local number of experts", where="body.experts")
+def divided_by_the_local_number():
+    def make():
+        mixture = _Mixture()
+        mixture.experts = _DividedExperts()
+        return Behind(mixture)
+
+    return scheduled(make, EXPERT).at["body.experts"].expert_parallel(), x(4, 5)
 
 
 @right("experts over data ranks, with a shared expert on all")
 def shared_expert():
-    return _mixture(EXPERT, shared=True).at["body.experts"].expert_parallel(), x(4, 5)
+    return _mixture(EXPERT, shared=True).at["body.experts"].expert_parallel().trust(_CONTRACT), x(4, 5)
 
 
 @wrong("experts over data ranks without an exchange of tokens", where="body.experts")
@@ -108,7 +128,7 @@ def _within_all(sch):
 
 @right("experts over data ranks, and their features over tensor ranks")
 def expert_and_tensor():
-    return _within_all(_mixture(BOTH)), x(4, 5)
+    return _within_all(_mixture(BOTH)).at["body.experts"].trust(_CONTRACT), x(4, 5)
 
 
 @wrong("experts over data ranks, and their features over tensor ranks without a sum", where="")

@@ -28,8 +28,9 @@ UNSAID = {
     "a sum by an autograd function whose gradient is summed too",
     "a sum by an autograd function whose gradient is divided by the ranks",
     "a gather of the user's own that begins with each rank's own part",
+    "experts over data ranks, their sum divided by the local number of experts",
 }
-"""Wrong entries whose synchronisation is a function of the user's own, of which nobody says what it gives."""
+"""Wrong entries with code of the user's own of which nobody says what it gives: functions that synchronise, and experts."""
 
 
 def test_planning_refuses_wrong_entries_and_proves_right_ones():
