@@ -21,7 +21,8 @@ from .held import UNKNOWN, Held, lost, same, whole_of
 from .macros import GIVEN, TRUSTED
 from .memory import written
 from .numbers import fill_of, kept_fill, other_number, ratio_of
-from .relate import Call, Misuse, relate
+from .paired_call import Call, Misuse
+from .relate import relate
 from .relation import Filled, Rule
 from .rules import rule_of
 from .steps import after_step, are_rows, given

@@ -6,7 +6,7 @@ from attrs import evolve
 
 from .axes import Axis, equal, local_size, parts_in, reshape, size_of, whole
 from .held import Held, is_all
-from .relate import Call, Misuse
+from .paired_call import Call, Misuse
 
 GROUPS = {"group_norm": "num_groups", "native_group_norm": "group", "convolution": "groups", "_convolution": "groups"}
 """Operators by name, and the argument that is the number of groups."""

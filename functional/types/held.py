@@ -9,7 +9,8 @@ from typing import Literal
 from attrs import field, frozen
 
 from ...specs.equality import ActivationType, TypeKind
-from .axes import Axes, Axis, Whole, equal, local_size, parts_in, size_of, text, whole
+from .axes import Axes, Axis, Whole, equal, local_size, parts_in, size_of, whole
+from .axis_text import text
 from .relation import Shape
 
 Kind = Literal["whole", "parts", "summand", "rows", "unknown"]

@@ -2,74 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from .axes import (
-    Alike,
     Axes,
     Axis,
-    canonical,
     holders,
-    join,
     local_size,
     meet,
     padding,
     parts_in,
     repeat_each,
-    reshape,
     size_of,
-    take,
-    tile,
     whole,
 )
 from .held import Held, Kind, is_all
-from .relation import Filled, Joined, Label, Relation, RepeatedEach, Reshaped, Rule, Shape, Strided, Taken, Tiled, Widened
-
-
-@frozen
-class Misuse:
-    """Why an operator does not compute on the ranks what it computes in the whole model.
-
-    Args:
-        cause: The fact, as a sentence about the operands.
-        operand: Number of the operand that it is about.
-        needs: What would be needed of that operand: ``whole`` or nothing that is known.
-        path: The module that is to blame, if it is not the operator's.
-    """
-
-    cause: str
-    operand: int = 0
-    needs: str = ""
-    path: str | None = None
-
-
-@frozen
-class Call:
-    """A call of an operator in both models.
-
-    Args:
-        name: The operator.
-        rule: The rule for the whole model's call.
-        local_rule: The rule for a rank's call.
-        operands: What ranks hold of its operands.
-        shapes: Shapes of the results in the whole model.
-        local_shapes: Shapes of the results on a rank.
-        num_ranks: Ranks along ``tensor``.
-        rank: The rank whose call it is.
-    """
-
-    name: str
-    rule: Rule
-    local_rule: Rule
-    operands: tuple[Held, ...]
-    shapes: tuple[Shape, ...]
-    local_shapes: tuple[Shape, ...]
-    num_ranks: int
-    rank: int = 0
+from .moves import alike, joined, moved
+from .paired_call import Call, Misuse, counted_twice
+from .relation import Filled, Joined, Label, Relation
 
 
 def relate(call: Call) -> tuple[Held, ...] | Misuse:
@@ -87,118 +41,13 @@ def relate(call: Call) -> tuple[Held, ...] | Misuse:
 def _related(call: Call) -> tuple[Held, ...] | Misuse:
     match call.rule:
         case Filled():
-            return tuple(_alike(shape, local) for shape, local in zip(call.shapes, call.local_shapes, strict=True))
+            return tuple(alike(shape, local) for shape, local in zip(call.shapes, call.local_shapes, strict=True))
         case Relation():
             return _by_labels(call, call.rule)
         case Joined(axis):
-            return _joined(call, axis)
+            return joined(call, axis)
         case _:
-            return _moved(call)
-
-
-def _alike(shape: Shape, local: Shape) -> Held:
-    pairs = zip(shape, local, strict=True)
-    return Held("whole", tuple(whole(n) if n == m else canonical([Alike(n, m)]) for n, m in pairs))
-
-
-def _moved(call: Call) -> tuple[Held, ...] | Misuse:
-    """Follow an operator that moves the entries of one operand."""
-    held = call.operands[0]
-    if held.lacks and (not isinstance(call.rule, Reshaped) or call.shapes[0][-1] != held.shape[-1]):
-        return Misuse("its bias is not added yet", 0, "whole")
-    made: list[Held] = []
-    for number, (shape, local) in enumerate(zip(call.shapes, call.local_shapes, strict=True)):
-        axes = _moved_axes(call, held.axes, number, shape, local)
-        if isinstance(axes, str):
-            return Misuse(axes)
-        made.append(evolve(held, axes=axes))
-    return tuple(made)
-
-
-def _moved_axes(call: Call, axes: Axes, number: int, shape: Shape, local: Shape) -> Axes | str:  # noqa: PLR0911  a rule each
-    match call.rule, call.local_rule:
-        case Reshaped(), _:
-            return reshape(axes, shape, local, call.rank)
-        case Taken(), _ if call.operands[0].fill is not None:
-            return _alike(shape, local).axes
-        case Taken(axis, ranges), Taken(_, local_ranges):
-            taken = take(axes[axis], *ranges[number], *local_ranges[number], call.rank)
-            return taken if isinstance(taken, str) else (*axes[:axis], taken, *axes[axis + 1 :])
-        case Strided(axis, _, step), Strided(_, _, _):
-            each = _strided(axes[axis], step, call.rank)
-            return each if isinstance(each, str) else (*axes[:axis], each, *axes[axis + 1 :])
-        case Widened(), _:
-            old = (*((),) * (len(shape) - len(axes)), *axes)
-            return tuple(
-                axis
-                if size_of(axis) == n and local_size(axis, call.rank) == m
-                else canonical([Alike(n, m)])
-                if n != m
-                else whole(n)
-                for axis, n, m in zip(old, shape, local, strict=True)
-            )
-        case Tiled(repeats), Tiled(local_repeats):
-            old = (*((),) * (len(repeats) - len(axes)), *axes)
-            return tuple(_tiled(axis, n, m) for axis, n, m in zip(old, repeats, local_repeats, strict=True))
-        case RepeatedEach(axis, num), RepeatedEach(_, local_num):
-            return (*axes[:axis], repeat_each(axes[axis], num, local_num), *axes[axis + 1 :])
-        case _:
-            return f"{call.name} is another kind of operator at local sizes"
-
-
-def _strided(axis: Axis, step: int, rank: int) -> Axis | str:
-    """Return every so many entries of an axis: ranks have all or none of each group of so many."""
-    size, local = size_of(axis), local_size(axis, rank)
-    if is_all(axis):
-        return whole(-(-size // step))
-    if size % step or local % step:
-        return f"every {step} entries are taken, and ranks have {local} of {size}"
-    groups = reshape((axis,), (size // step, step), (local // step, step), rank)
-    if isinstance(groups, str) or not is_all(groups[1]):
-        return f"every {step} entries are taken, and they are shared out in other units"
-    return groups[0]
-
-
-def _tiled(axis: Axis, num: int, local: int) -> Axis:
-    return tile(axis, num) if num == local else canonical([Alike(num, local), *axis])
-
-
-def _joined(call: Call, at: int) -> tuple[Held, ...] | Misuse:
-    rank = len(call.shapes[0])
-    operands = tuple(held for held in call.operands if len(held.axes) == rank or held.shape != (0,))
-    kinds = {held.kind for held in operands if held.fill != 0}
-    if "summand" in kinds and "whole" in kinds:
-        return _counted(call, next(n for n, held in enumerate(operands) if held.kind == "whole" and held.fill != 0))
-    if len({(held.scale, held.unmasked) for held in operands}) > 1 or any(held.lacks for held in operands):
-        return Misuse("what is joined is not complete in the same way")
-    made: list[Axis] = []
-    for axis in range(rank):
-        present = [held.axes[axis] for held in operands]
-        if axis == at % rank:
-            found = join(present)
-        else:
-            found = present[0]
-            for other in present[1:]:
-                met = meet(found, other)
-                if met is None:
-                    return Misuse(f"axis {axis} of what is joined is shared out in other ways")
-                found = met
-        if isinstance(found, str):
-            return Misuse(found)
-        made.append(found)
-    kind = "summand" if "summand" in kinds else "parts" if any(parts_in(axis) for axis in made) else "whole"
-    first = next((held for held in operands if held.kind == kind), operands[0])
-    is_drawn = any(held.is_drawn for held in operands)
-    return (evolve(first, kind=kind, axes=tuple(made), fill=None, is_drawn=is_drawn, padding=_worst(operands)),)
-
-
-def _worst(operands: Sequence[Held]) -> Any:
-    found = {held.padding for held in operands if held.padding}
-    return found.pop() if len(found) == 1 else "any" if found else ""
-
-
-def _counted(call: Call, number: int) -> Misuse:
-    return Misuse(f"a whole value meets summands in {call.name}, and each rank adds it", number, "summand")
+            return moved(call)
 
 
 def _by_labels(call: Call, rule: Relation) -> tuple[Held, ...] | Misuse:
@@ -382,7 +231,7 @@ def _wrong_summands(call: Call, rule: Relation, summands: list[int], *, is_split
     if is_split:
         return Misuse(f"{call.name} brings parts and summands together", summands[0], "whole")
     alone = [[number for number in group if not _is_summand(call.operands[number])] for group in joint]
-    return _counted(call, alone[0][0]) if all(alone) else None
+    return counted_twice(call, alone[0][0]) if all(alone) else None
 
 
 def _wrong_sum(call: Call, rule: Relation, summands: list[int], label: Label) -> Misuse | None:
@@ -391,7 +240,7 @@ def _wrong_sum(call: Call, rule: Relation, summands: list[int], label: Label) ->
     beside = {number for group in rule.linear if group & members for number in group - members}
     for number in sorted(beside):
         if not _is_summand(call.operands[number]):
-            return _counted(call, number)
+            return counted_twice(call, number)
     if members & set(summands):
         return Misuse(f"{call.name} sums over parts of what is still to be summed over ranks", summands[0], "whole")
     return None

@@ -21,7 +21,7 @@ from ...specs.layout_steps import (
 )
 from .axes import Axis, Parts, Whole, canonical, local_size, padding, parts_in, size_of, whole
 from .held import UNKNOWN, Held, lost, whole_of
-from .relate import Misuse
+from .paired_call import Misuse
 from .relation import Shape
 from .tape import RecordedCall
 

@@ -28,10 +28,10 @@ from shardplan.functional.types.axes import (
     reshape,
     size_of,
     take,
-    text,
     tile,
     whole,
 )
+from shardplan.functional.types.axis_text import text
 from shardplan.specs import Mesh, Shard
 
 from ...helpers.strategies import fitting_shards, law
