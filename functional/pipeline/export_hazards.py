@@ -57,7 +57,8 @@ def _replaced(owner: type, name: str, note: Callable[[], None]) -> Iterator[None
     original = vars(owner)[name]
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        if not getattr(args[0], "__module__", "").startswith("torch."):  # torch's own operators use it too
+        code = args[0] if isinstance(args[0], type) else args[1]  # the function's class, or the hook of a tensor
+        if not (getattr(code, "__module__", None) or "").startswith("torch."):  # torch's own operators use it too
             note()
         return original.__func__(*args, **kwargs) if isinstance(original, classmethod) else original(*args, **kwargs)
 

@@ -51,6 +51,7 @@ __all__ = [
     "canonical",
     "equal",
     "holders",
+    "is_product",
     "is_whole",
     "join",
     "local_size",
@@ -229,6 +230,32 @@ def _why_not_cut(axes: Axes, shape: Sequence[int], number: int) -> str:
             if not rest and new != unit:
                 return f"its entries are shared out in units of {unit}, and here in units of {new}"
     return f"{', '.join(map(text, axes))} cannot be seen as {', '.join(map(str, shape))}"
+
+
+def is_product(axes: Axes, shape: Sequence[int], local_shape: Sequence[int], rank: int = 0) -> bool:
+    """Tell whether ranks hold some entries along each of several new axes, into which a view cuts a split axis.
+
+    Such a layout may be right, and no axis of it has a type: groups are shared out, and two ranks share a group's heads.
+    """
+    at = next((n for n, axis in enumerate(axes) if parts_in(axis) is not None), None)
+    if at is None:
+        return False
+    split, before = axes[at], prod(size_of(axis) for axis in axes[:at])
+    start = next((n for n in range(len(shape) + 1) if prod(shape[:n]) == before), None)
+    stops = range(len(shape) + 1) if start is None else range(start + 1, len(shape) + 1)
+    stop = next((n for n in stops if start is not None and prod(shape[start:n]) == size_of(split)), None)
+    if start is None or stop is None or prod(local_shape[start:stop]) != local_size(split, rank):
+        return False
+    for place in range(num_ranks(split)):
+        own = entries_of(split, place)
+        if len(own) != local_size(split, rank) or (own < 0).any() or (own >= size_of(split)).any():
+            return False
+        places = np.unravel_index(own.reshape(local_shape[start:stop]), tuple(shape[start:stop]))
+        for along, each in enumerate(places):
+            others = (axis for axis in range(stop - start) if axis != along)
+            if any((np.diff(each, axis=axis) != 0).any() for axis in others):
+                return False
+    return True
 
 
 def take(axis: Axis, start: int, stop: int, local_start: int, local_stop: int, rank: int = 0) -> Axis | str:

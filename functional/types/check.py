@@ -14,7 +14,7 @@ from ...specs.layout_steps import SetAttributes, SetToLocalSize, SumProducts
 from ...specs.paths import join
 from ..layout.local_model import LocalModel
 from ..model.read import named_tensors
-from .expert_split import unfollowed_experts, without_experts, wrong_experts
+from .expert_split import unfollowed_axes, unfollowed_experts, without_experts, wrong_experts
 from .follow import follow
 from .gradients import wrong_gradients
 from .macros import with_macros
@@ -81,7 +81,7 @@ def check_types(
     unfollowed = dict.fromkeys(lost for each in checked for lost in each.unfollowed)
     if local := checked[0].local:
         unfollowed |= dict.fromkeys(unreached(alone, local, trusts))
-    unfollowed |= dict.fromkeys(unfollowed_experts(subject, trusts))
+    unfollowed |= dict.fromkeys([*unfollowed_experts(subject, trusts), *unfollowed_axes(subject)])
     faults = {problem: found for each in reversed(checked) for problem, found in each.found.items()}
     return evolve(checked[0], problems=problems, unfollowed=unfollowed, found=faults)
 

@@ -16,11 +16,17 @@ from frozendict import frozendict
 
 from ...specs.equality import Trust, Unfollowed
 from ...specs.errors import Problem
-from ...specs.layout_steps import DispatchTokens, LayoutStep, SetAttributes, SumGradient
-from ...specs.mesh import Mesh
+from ...specs.layout_steps import DispatchTokens, LayoutStep, SetAttributes, SumGradient, Sync
+from ...specs.mesh import BATCH_AXES, MODEL_AXES, SPLIT_AXES, STAGE_AXES, Mesh
 from ...specs.param import ParamSpec
 from ...specs.paths import module_of
 from ..layout.local_model import LocalModel
+
+_OTHERS = tuple(mesh_axis for mesh_axis in MODEL_AXES if mesh_axis != "tensor")
+"""Mesh axes whose ranks share the work on a batch, beside ``tensor``: types do not follow them."""
+
+_WITH_SAMPLES = tuple(mesh_axis for mesh_axis in SPLIT_AXES if mesh_axis not in MODEL_AXES)
+"""Mesh axes whose ranks have samples of their own, and may share out tensors."""
 
 
 def without_experts(subject: LocalModel) -> LocalModel:
@@ -39,10 +45,21 @@ def _others(subject: LocalModel, dispatching: set[str]) -> Iterator[LayoutStep]:
                 rest = {name: value for name, value in values.items() if name != "num_experts"}
                 if rest:
                     yield evolve(step, values=frozendict(rest))
-            case SumGradient(mesh_axis="expert_data" | "expert"):
+            case SumGradient(mesh_axis=mesh_axis) if mesh_axis not in STAGE_AXES:
+                pass
+            case Sync(mesh_axis=mesh_axis) | SumGradient(mesh_axis=mesh_axis) if mesh_axis in _OTHERS:
                 pass
             case _:
                 yield step
+
+
+def unfollowed_axes(subject: LocalModel) -> Iterator[Unfollowed]:
+    """Iterate over mesh axes that share work on a batch as ``tensor`` does, and that types do not follow."""
+    for mesh_axis in _OTHERS:
+        is_split = any(spec.on(mesh_axis) for spec in subject.tree.values())
+        is_used = is_split or any(getattr(step, "mesh_axis", None) == mesh_axis for step in subject.layout)
+        if is_used and subject.mesh.num(mesh_axis) > 1:
+            yield Unfollowed("", "", f"types follow what ranks along tensor hold, and not along {mesh_axis}")
 
 
 def unfollowed_experts(subject: LocalModel, trusts: Sequence[Trust] = ()) -> Iterator[Unfollowed]:
@@ -65,17 +82,17 @@ def wrong_experts(subject: LocalModel) -> Iterator[Problem]:
     """Iterate over tensors that are shared out over ranks with samples of their own, against the contract of experts."""
     steps = {step.module: step for step in subject.layout if isinstance(step, DispatchTokens)}
     for spec in subject.tree.values():
-        for mesh_axis in ("data", "expert"):
+        for mesh_axis in _WITH_SAMPLES:
             shard = spec.on(mesh_axis)
             if shard is None or subject.mesh.num(mesh_axis) == 1:
                 continue
             modules = {module_of(path) for path in spec.paths}
             step = next((steps[module] for module in modules if module in steps), None)
-            if mesh_axis == "data" or step is None:
+            if mesh_axis in BATCH_AXES or step is None:
                 cause = (
                     f"each rank along {mesh_axis} has a part of it, and samples of its own, with which it needs all of it"
                 )
-                fix = "Split it over tensor" if mesh_axis == "data" else "Send tokens to the experts: .expert_parallel()"
+                fix = "Split it over tensor" if mesh_axis in BATCH_AXES else "Send tokens to the experts: .expert_parallel()"
                 yield Problem(spec.path, cause, fix, spec.type)
             else:
                 yield from _wrong_part(subject, spec, step)

@@ -221,7 +221,8 @@ class _Follower:
 
     def _misuse(self, pair: Pair, misuse: Misuse, cause: str) -> None:
         refs = references(pair.call)
-        self._fault(pair, cause, misuse.path, value=refs[misuse.operand].value if refs else None, needs=misuse.needs)
+        value, kind = refs[misuse.operand].value if refs else None, "unfollowed" if misuse.is_open else "forward"
+        self._fault(pair, cause, misuse.path, value=value, needs=misuse.needs, kind=kind)
         self._is(pair, UNKNOWN)
 
     def _both(self, pair: Pair) -> None:

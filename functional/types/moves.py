@@ -12,6 +12,7 @@ from .axes import (
     Axes,
     Axis,
     canonical,
+    is_product,
     join,
     local_size,
     meet,
@@ -43,7 +44,8 @@ def moved(call: Call) -> tuple[Held, ...] | Misuse:
     for number, (shape, local) in enumerate(zip(call.shapes, call.local_shapes, strict=True)):
         axes = _moved_axes(call, held.axes, number, shape, local)
         if isinstance(axes, str):
-            return Misuse(axes)
+            is_open = isinstance(call.rule, Reshaped) and is_product(held.axes, shape, local, call.rank)
+            return Misuse(f"{axes}, or of two axes at once" if is_open else axes, is_open=is_open)
         made.append(evolve(held, axes=axes))
     return tuple(made)
 

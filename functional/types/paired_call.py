@@ -17,12 +17,14 @@ class Misuse:
         operand: Number of the operand that it is about.
         needs: What would be needed of that operand: ``whole`` or nothing that is known.
         path: The module that is to blame, if it is not the operator's.
+        is_open: Whether ranks may be right all the same, by a layout that types cannot say.
     """
 
     cause: str
     operand: int = 0
     needs: str = ""
     path: str | None = None
+    is_open: bool = False
 
 
 @frozen

@@ -60,7 +60,7 @@ def _planned(names):
 
 
 def _plan(sch, inputs):
-    plan = plan_build(sch)
+    plan = plan_build(sch.at[""].trust("real ranks judge it"))
     if not audit(plan).ok:
         return None
     whole = execute(plan_build(create_schedule(sch.runtime.model, Mesh())), device="cpu", progress=False).module.double()

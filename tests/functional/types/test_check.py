@@ -108,3 +108,28 @@ def test_what_is_written_where_a_mask_says_is_followed():
     model.scale = None
     sch = create_schedule(model, Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise()
     assert plan_build(sch, example_inputs={"x": torch.empty(2, 4)}).equality.answer == "holds"
+
+
+class Groups(nn.Module):
+    """Heads in groups, as a fused matrix has them, scaled by numbers of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups, self.up, self.down = 2, nn.Linear(4, 16, device="meta"), nn.Linear(16, 4, device="meta")
+
+    def forward(self, x):
+        y = self.up(x).unflatten(-1, (self.groups, -1, 2))
+        return self.down(y.tanh().flatten(-3))
+
+
+@pytest.mark.parametrize(("granule", "answer"), [(2, "not followed"), (1, "refused")])
+def test_parts_along_two_axes_at_once_are_not_followed_and_others_are_refused(granule, answer):
+    """Two ranks share a group: each has two of its four pairs, or single entries of all pairs."""
+    blocks = (4, 4) if granule == 2 else (2, 2, 2, 2)
+    sch = create_schedule(Groups(), Mesh(tensor=4)).at["up"].colwise(interleaved=2, blocks=blocks, granule=granule)
+    sch = sch.at["down"].rowwise(interleaved=2, blocks=blocks, granule=granule).at[""].set(groups=1)
+    try:
+        said = plan_build(sch, example_inputs={"x": torch.empty(2, 4)}).equality.answer
+    except PlanError:
+        said = "refused"
+    assert said == answer
