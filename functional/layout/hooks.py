@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,7 @@ from attrs import Factory, define, frozen
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from ..model.rng_state import derive_seed
+from ..model.rng_state import FORKS, RngState, derive_seed
 from .collectives import average_gradient, gather_parts, gather_sum, own_ids, reduce_scatter, sum_gradient
 
 if TYPE_CHECKING:
@@ -226,36 +224,9 @@ class MaskPaddingHook:
         return output.masked_fill(places >= end, torch.finfo(output.dtype).min)
 
 
-RngState = tuple[Tensor, Tensor | None] | bool
-"""States of torch's generators on the CPU, and on the GPU if it is used; on fake tensors, whether their numbers differ."""
-
-
-class _Forks(threading.local):
-    """The calls with random numbers of their own that are running in a thread, outermost first."""
-
-    def __init__(self) -> None:
-        self.outside: list[RngState | None] = []
-        """States of the generators outside of each call; None where these run again."""
-        self.differ = False
-        """Whether numbers would differ along ``tensor``, on fake tensors, which draw none."""
-
-
-_FORKS = _Forks()
-
-
-@contextmanager
-def random_numbers_alike() -> Iterator[None]:
-    """Let a run on fake tensors begin with random numbers that all ranks share, whatever a run that stopped has left."""
-    before, _FORKS.differ = _FORKS.differ, False
-    try:
-        yield
-    finally:
-        _FORKS.differ = before
-
-
 def random_numbers_differ() -> bool:
     """Tell whether random numbers that are drawn now, on fake tensors, differ along ``tensor``."""
-    return _FORKS.differ
+    return FORKS.differ
 
 
 @frozen
@@ -277,24 +248,24 @@ class ForkRngHook:
         """Keep the states of the generators, and seed them."""
         if detect_fake_mode() is not None:  # no number is drawn
             self._open()
-            _FORKS.differ = True
+            FORKS.differ = True
             return
         common = int(torch.randint(2**62, ()))
         self._open()
         torch.manual_seed(derive_seed(common, f"tensor {self.index}"))
 
     def _open(self) -> None:
-        self.running.append(len(_FORKS.outside))
-        _FORKS.outside.append(_rng_state())
+        self.running.append(len(FORKS.outside))
+        FORKS.outside.append(_rng_state())
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Restore the generators, also after an error."""
         if not self.running:
             return
         around = self.running.pop()
-        if (outside := _FORKS.outside[around]) is not None:
+        if (outside := FORKS.outside[around]) is not None:
             _restore_rng(outside)
-        del _FORKS.outside[around:]
+        del FORKS.outside[around:]
 
 
 @frozen
@@ -311,12 +282,12 @@ class ShareRngHook:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Go on with the common random numbers."""
-        common = next((state for state in _FORKS.outside if state is not None), None)
+        common = next((state for state in FORKS.outside if state is not None), None)
         self.inside.append(_rng_state() if common is not None and not self.onwards else None)
         if common is not None:
             _restore_rng(common)
         if self.onwards:
-            _FORKS.outside[:] = [None] * len(_FORKS.outside)
+            FORKS.outside[:] = [None] * len(FORKS.outside)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Go back to the random numbers around it, also after an error."""
@@ -324,21 +295,21 @@ class ShareRngHook:
             return
         around = self.inside.pop()
         if around is not None:
-            at = next(at for at, state in enumerate(_FORKS.outside) if state is not None)
-            _FORKS.outside[at] = _rng_state()
+            at = next(at for at, state in enumerate(FORKS.outside) if state is not None)
+            FORKS.outside[at] = _rng_state()
             _restore_rng(around)
 
 
 def _rng_state() -> RngState:
     if detect_fake_mode() is not None:
-        return _FORKS.differ
+        return FORKS.differ
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
 
 
 def _restore_rng(state: RngState) -> None:
     if isinstance(state, bool):
-        _FORKS.differ = state
+        FORKS.differ = state
         return
     cpu, gpu = state
     torch.set_rng_state(cpu)

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+RngState = tuple[Tensor, Tensor | None] | bool
+"""States of torch's generators on the CPU, and on the GPU if it is used; on fake tensors, whether their numbers differ."""
+
+
+class _Forks(threading.local):
+    """The calls with random numbers of their own that are running in a thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.outside: list[RngState | None] = []
+        """States of the generators outside of each call; None where these run again."""
+        self.differ = False
+        """Whether numbers would differ along ``tensor``, on fake tensors, which draw none."""
+
+
+FORKS = _Forks()
+"""Of this thread."""
 
 
 def derive_seed(seed: int, path: str) -> int:
@@ -48,6 +67,9 @@ class Reseeding:
 def own_generators(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of torch, NumPy and Python within the block; restore their state after it.
 
+    All ranks draw alike where it begins. Calls with random numbers of their own that an error ends within it do not stay
+    open: while torch compiles or exports, it calls no hooks after an error.
+
     Args:
         seed: 63 bits.
         device: CUDA device whose generator is seeded too.
@@ -55,6 +77,8 @@ def own_generators(seed: int, device: torch.device | None = None) -> Iterator[No
     cuda = torch.cuda.default_generators[device.index or 0] if device is not None and device.type == "cuda" else None
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     before = cuda.get_state() if cuda is not None else None
+    differ, outside = FORKS.differ, FORKS.outside
+    FORKS.differ, FORKS.outside = False, []
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002  init code draws from the global generator
@@ -68,3 +92,4 @@ def own_generators(seed: int, device: torch.device | None = None) -> Iterator[No
         torch.default_generator.set_state(cpu)
         if cuda is not None and before is not None:
             cuda.set_state(before)
+        FORKS.differ, FORKS.outside = differ, outside

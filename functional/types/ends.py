@@ -8,7 +8,8 @@ from ...specs.mesh import Mesh
 from ...specs.tree import SpecTree
 from .alignment import Alignment
 from .entering import tensor_of
-from .held import Held, same, whole_of
+from .held import UNKNOWN, Held, same, whole_of
+from .tape import references
 from .typed_run import Fault
 
 
@@ -21,6 +22,10 @@ def wrong_ends(alignment: Alignment, tree: SpecTree, mesh: Mesh) -> Iterator[Fau
         mesh: The mesh, with ranks along ``tensor`` alone.
     """
     local, model = alignment.local, alignment.model
+    if not alignment.types.faults:
+        for value in (*local.outputs, *local.changed.values()):
+            if alignment.types.held[value] == UNKNOWN:
+                yield Fault(-1, _maker(alignment, value), "nobody could follow what it gives", kind="unfollowed")
     if len(local.outputs) != len(model.outputs):
         cause = f"it returns {len(local.outputs)} tensors, and {len(model.outputs)} in the whole model"
         yield Fault(-1, "", cause)
@@ -43,7 +48,7 @@ def _wrong_output(alignment: Alignment, which: str, mine: int, theirs: int) -> I
         text = held.activation_type(alignment.local.values[mine].dtype)
         cause = f"the model returns {text} as {which}, and each rank is to return it whole"
         if held.is_due:
-            cause = f"the model returns as {which} what is not complete: {held.due}"
+            path, cause = held.origin or path, f"the model returns as {which} what is not complete: {held.due}"
         yield Fault(-1, path, cause, mine, "whole" if held.kind in {"parts", "summand"} else "")
     elif not _is_counterpart(alignment, mine, theirs):
         yield Fault(-1, path, f"{which} is another value than in the whole model", kind="unfollowed")
@@ -77,5 +82,9 @@ def _is_counterpart(alignment: Alignment, mine: int, theirs: int) -> bool:
 
 
 def _maker(alignment: Alignment, value: int) -> str:
-    producer = alignment.types.producers.get(value)
-    return alignment.local.calls[producer].module if producer is not None else ""
+    """Return the module that makes a value; for code between modules, the one that makes what it is split like."""
+    types, calls, producer = alignment.types, alignment.local.calls, alignment.types.producers.get(value)
+    while producer is not None and not calls[producer].module:
+        split = next((ref.value for ref in references(calls[producer]) if types.is_split(ref.value)), None)
+        producer = None if split is None else types.producers.get(split)
+    return "" if producer is None else calls[producer].module

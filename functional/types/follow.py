@@ -387,7 +387,7 @@ class _Follower:
             self._is(pair, UNKNOWN)
         else:
             shape = self.model.values[pair.other.results[0]].shape
-            self._is(pair, Held("summand", tuple(map(whole, shape)), unmasked=True, origin=call.module))
+            self._is(pair, Held("summand", tuple(map(whole, shape)), unmasked=len(shape) - 1, origin=call.module))
 
 
 def _shapes(tape: Tape, call: RecordedCall) -> tuple[tuple[int, ...], ...]:

@@ -42,6 +42,8 @@ def wrong_gradients(
     """
     walk = _Walk(local, types, tree, layout, num, backward)
     walk.run()
+    if not (types.faults or walk.faults or backward.faults):  # else it was said where that began
+        walk.faults += (Fault(-1, path, "nobody could follow its gradient", kind="unfollowed") for path in walk.lost_tensors)
     return list(dict.fromkeys([*walk.faults, *backward.faults]))
 
 
@@ -57,6 +59,8 @@ class _Walk:
     gradients: dict[int, list[Gradient]] = Factory(dict)
     totals: dict[int, Gradient] = Factory(dict)
     faults: list[Fault] = Factory(list)
+    lost_tensors: list[str] = Factory(list)
+    scaled: dict[tuple[str, Fraction], list[int]] = Factory(dict)
 
     def run(self) -> None:
         for value in self.local.outputs:
@@ -70,6 +74,8 @@ class _Walk:
         for value, info in enumerate(self.local.values):
             if info.path and (total := self._total(value)) is not None:
                 self._at_tensor(value, info.path, total)
+        for (module, scale), values in self.scaled.items():
+            self.faults.append(Fault(-1, module, self._counts(scale, values), value=values[0], kind="gradient"))
 
     def _held(self, value: int) -> Held:
         return self.types.held.get(value, UNKNOWN)
@@ -200,8 +206,8 @@ class _Walk:
             )
             return _collapsed(axis, inside)
         rule = rule_of(operator_call(self.local, call))
-        if not isinstance(rule, Taken):
-            return UNKNOWN_GRADIENT
+        if not isinstance(rule, Taken):  # every second entry: of one kind, as its operand's
+            return self._sum(value, list(_flat(total)))
         start, stop = rule.ranges[at]
         if total.pieces is not None and total.pieces[0] != rule.axis:
             total = self._sum(value, list(_flat(total)))
@@ -308,17 +314,17 @@ class _Walk:
 
     def _at_tensor(self, value: int, path: str, total: Gradient) -> None:
         """Check the gradient of a tensor of the model."""
-        spec, held = self.tree[path], self._held(value)
-        if not spec.requires_grad:
+        if not self.tree[path].requires_grad:
             return
         for gradient in _flat(total):
-            if gradient.kind == "summand":
+            if gradient.kind == "unknown":
+                self.lost_tensors.append(path)
+            elif gradient.kind == "summand":
                 self._report([gradient])
             elif gradient.kind == "shared":
                 self._report_shared(value)
-            elif gradient.kind != "unknown" and gradient.scale != 1:
+            elif gradient.scale != 1:
                 self._report_scale(value, gradient)
-        del held
 
     def _report(self, summands: Iterable[Gradient]) -> None:
         for met in sorted({met for gradient in summands for met in gradient.met}, key=lambda met: met.call):
@@ -326,8 +332,13 @@ class _Walk:
             self.faults.append(Fault(met.call, call.module, "summand", value=met.value, kind="gradient"))
 
     def _report_scale(self, value: int, gradient: Gradient) -> None:
-        cause = f"its gradient counts {gradient.scale} times"
-        self.faults.append(Fault(-1, gradient.scaled_by, cause, value=value, kind="gradient"))
+        self.scaled.setdefault((gradient.scaled_by, gradient.scale), []).append(value)
+
+    def _counts(self, scale: Fraction, values: list[int]) -> str:
+        paths = dict.fromkeys(path for value in values if (path := self.local.values[value].path))
+        what = f"the gradient of {next(iter(paths), 'an activation')}"
+        further = f" and of {len(paths) - 1} more tensor{'s' if len(paths) > 2 else ''}" if len(paths) > 1 else ""  # noqa: PLR2004
+        return f"{what}{further} counts {scale} times"
 
     def _report_shared(self, value: int) -> None:
         path = self.local.values[value].path

@@ -26,7 +26,8 @@ class Held:
         axes: How each axis is shared out.
         scale: The ranks hold this multiple of it.
         lacks: Paths of biases that are yet to be added.
-        unmasked: Whether rows that a rank does not have are yet to be set to zero.
+        unmasked: How many of the first axes count the tokens whose rows a rank does not have, and which are yet to be set to
+            zero; 0 if there are none.
         fill: The number that all entries are; None if they differ, or nobody knows.
         is_drawn: Whether entries are random numbers, drawn by each rank for itself.
         padding: The number at entries that are padding.
@@ -38,7 +39,7 @@ class Held:
     axes: Axes = ()
     scale: Fraction = Fraction(1)
     lacks: frozenset[str] = frozenset()
-    unmasked: bool = False
+    unmasked: int = 0
     fill: float | None = None
     is_drawn: bool = False
     padding: Literal["", "zero", "lowest", "any"] = ""
@@ -53,7 +54,7 @@ class Held:
     @property
     def is_due(self) -> bool:
         """Whether something is still to be done before it is what the whole model has."""
-        return self.scale != 1 or bool(self.lacks) or self.unmasked
+        return self.scale != 1 or bool(self.lacks or self.unmasked)
 
     @property
     def due(self) -> str:

@@ -30,7 +30,9 @@ def problem_of(fault: Fault, local: Tape, tree: SpecTree) -> Problem:
         cause = "a whole activation meets parts here, and nothing adds up its gradient: each rank has a part of it"
         return Problem(fault.path, cause)
     if path:
-        cause = f"{fault.cause}, since {fault.path} sums it" if fault.path else fault.cause
+        if fault.path and module_of(path) != fault.path:
+            return Problem(fault.path, f"{fault.cause}, by what is summed or divided here")
+        cause = f"{fault.cause}, by what {fault.path} sums or divides" if fault.path else fault.cause
         return Problem(tree[path].path, cause, type=tree[path].type)
     return Problem(fault.path, fault.cause)
 

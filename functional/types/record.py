@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from ...specs.mesh import Mesh
 from ..layout.forward.run_once import SkippedLayers
-from ..layout.hooks import random_numbers_alike
 from ..layout.local_model import LocalModel, following
 from ..layout.user_syncs import SyncFunction, stand_in
 from ..model.known_values import KnownValues
@@ -119,7 +118,7 @@ def _tried(
 
     local = run.fake_copy(mode, named=True, coordinate=coordinate, around=around, synchronise=synchronise)
     layers = _WrittenLayers(subject.layout, subject.tree, running.num_calls, writer=writer)
-    with following(mode, values), torch.enable_grad(), _checkpoints_in_line(), random_numbers_alike():
+    with following(mode, values), torch.enable_grad(), _checkpoints_in_line():
         if skip:
             layers.watch(subject.model, local)
         running.follow(local)

@@ -23,12 +23,12 @@ from .axes import (
 from .held import Held, Kind, is_all
 from .moves import alike, joined, moved
 from .paired_call import Call, Misuse, counted_twice
-from .relation import Filled, Joined, Label, Relation
+from .relation import Filled, Joined, Label, Relation, Reshaped
 
 
 def relate(call: Call) -> tuple[Held, ...] | Misuse:
     """Return what ranks hold of the results of a call, or why they are not parts of what the whole model computes."""
-    found = _related(call)
+    found = _mixed_rows(call) or _related(call)
     if isinstance(found, Misuse):
         return found
     for held, shape, local in zip(found, call.shapes, call.local_shapes, strict=True):
@@ -36,6 +36,28 @@ def relate(call: Call) -> tuple[Held, ...] | Misuse:
             cause = f"{call.name} makes {list(local)} on a rank of what is {list(shape)} in the whole model"
             return Misuse(f"{cause}, and its operands are shared out otherwise")
     return found
+
+
+def _mixed_rows(call: Call) -> Misuse | None:
+    """Return why an operator cannot have rows that other ranks set to zero later: each row is to be worked on alone."""
+    unmasked = [number for number, held in enumerate(call.operands) if held.unmasked]
+    if not unmasked:
+        return None
+    first, rule = unmasked[0], call.rule
+    num, shape = call.operands[first].unmasked, call.operands[first].shape
+    is_alone = all(held.unmasked == num or held.is_plain for held in call.operands) and all(
+        made[:num] == shape[:num] for made in call.shapes
+    )
+    if isinstance(rule, Relation):
+        rows = rule.operands[first][:num]
+        together = {*rule.whole, *rule.summed, *rule.averaged}
+        is_alone = is_alone and all(labels[:num] == rows for labels in rule.results) and not together.intersection(rows)
+        is_alone = is_alone and all(rule.operands[number][:num] == rows for number in unmasked)
+    elif isinstance(rule, Joined):
+        is_alone = is_alone and rule.axis % len(shape) >= num
+    elif not isinstance(rule, Reshaped):
+        is_alone = is_alone and all(len(made) == len(shape) for made in call.shapes)
+    return None if is_alone else Misuse("rows of other ranks are not set to zero yet", first, "whole")
 
 
 def _related(call: Call) -> tuple[Held, ...] | Misuse:
@@ -57,7 +79,7 @@ def _by_labels(call: Call, rule: Relation) -> tuple[Held, ...] | Misuse:
         return layout
     summed = [label for label in (*rule.summed, *rule.averaged) if label in layout and not is_all(layout[label])]
     split = [label for label, axis in layout.items() if parts_in(axis) is not None and label not in summed]
-    summands = [number for number, held in enumerate(call.operands) if held.kind == "summand"]
+    summands = [number for number, held in enumerate(call.operands) if held.kind == "summand" and not held.unmasked]
     wrong = _not_whole(call, rule, layout)
     if len(split) + len(summed) > 1:
         wrong = Misuse("two axes are shared out over the same ranks: of their products, each rank has some", 0, "whole")
@@ -69,7 +91,8 @@ def _by_labels(call: Call, rule: Relation) -> tuple[Held, ...] | Misuse:
     if isinstance(times, Misuse):
         return times
     assert not isinstance(scale, Misuse), "it is among what is wrong"
-    kind = "summand" if summed or summands else "parts" if split else "whole"
+    is_unmasked = any(held.unmasked for held in call.operands)
+    kind = "summand" if summed or summands or is_unmasked else "parts" if split else "whole"
     return tuple(
         _result(
             call, tuple(layout.get(label, whole(n)) for label, n in zip(labels, shape, strict=True)), kind, scale * times
@@ -91,7 +114,7 @@ def _result(call: Call, axes: Axes, kind: Kind, scale: Fraction) -> Held:
         own,
         axes,
         scale,
-        unmasked=any(held.unmasked for held in call.operands),
+        unmasked=max((held.unmasked for held in call.operands), default=0),
         origin=next((held.origin for held in call.operands if held.origin), ""),
         is_drawn=any(held.is_drawn for held in call.operands) and own != "parts",
         padding=_padded(call, axes),
@@ -202,7 +225,7 @@ def _scale(call: Call, rule: Relation) -> Fraction | Misuse:
             None,
         )
         if together is None:
-            return Misuse(_multiple(call.operands[number]), number)
+            return Misuse(_multiple(call.operands[number]), number, path=call.operands[number].origin or None)
         total *= scale
         scaled = [n for n in scaled if n not in together]
     return total
@@ -217,8 +240,6 @@ def _wrong_due(call: Call, rule: Relation, summands: list[int], summed: list[Lab
     for number, held in enumerate(call.operands):
         if held.lacks:
             return Misuse(f"the bias of {', '.join(sorted(held.lacks))} is not added yet", number, "whole")
-        if held.unmasked and frozenset({number}) not in rule.linear:
-            return Misuse("rows of other ranks are not set to zero yet", number, "whole")
     wrong = _wrong_summands(call, rule, summands, is_split=bool(split)) if summands else None
     return wrong or (_wrong_sum(call, rule, summands, summed[0]) if summed else None)
 

@@ -181,8 +181,10 @@ def _cut(held: Held, at: int, num: int, part: int | None = None) -> Held:
 def _own_rows(call: RecordedCall, operands: tuple[Held, ...]) -> Held | Misuse:
     """Follow the calls around an embedding that looks up the rows that each rank has."""
     match call.name, operands:
-        case "masked_fill", (held, *_):
-            return evolve(held, unmasked=False, origin="")
+        case "masked_fill", (held, *_) if held.unmasked == len(held.axes) - 1:
+            return evolve(held, unmasked=0, origin="")
+        case "masked_fill", (held, *_) if held.unmasked:
+            return Misuse("rows of other ranks are set to zero as if tokens were counted by all axes but the last", 0)
         case "where", (_, held, *_) if held.unmasked:  # the row of the padding token is not trained
             return held
         case "detach" | "clone", (held,):

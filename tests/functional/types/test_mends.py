@@ -24,7 +24,9 @@ MENDS = {
     "softmax of summands, summed": "Leave out forward_post all_reduce@tensor at 'act', "
     "and sch.at['down'].sync('forward_post', 'all_reduce')",
     "gradient behind a column split never summed": "sch.at['body.0'].sync('backward_post', 'all_reduce')",
-    "gradient of a norm on whole activations summed": "Leave out gradient of weight summed@tensor at 'body.0'",
+    "gradient of a norm on whole activations summed": (
+        "Leave out gradient of weight summed@tensor at 'body.0', gradient of bias summed@tensor at 'body.0'"
+    ),
     "a whole trained scale within split code": "sch.at['body.scale'].sum_gradient()",
     "routing weights' gradients of split experts nowhere summed": "sch.at['experts']"
     ".sync('backward_post', 'all_reduce', which=1)",
