@@ -8,7 +8,7 @@ from ...specs.mesh import Mesh
 from ...specs.tree import SpecTree
 from .alignment import Alignment
 from .entering import tensor_of
-from .held import UNKNOWN, Held, same, whole_of
+from .held import Held, same, whole_of
 from .tape import references
 from .typed_run import Fault
 
@@ -24,7 +24,8 @@ def wrong_ends(alignment: Alignment, tree: SpecTree, mesh: Mesh) -> Iterator[Fau
     local, model = alignment.local, alignment.model
     if not alignment.types.faults:
         for value in (*local.outputs, *local.changed.values()):
-            if alignment.types.held[value] == UNKNOWN:
+            held = alignment.types.held[value]
+            if held.kind == "unknown" and not held.origin:
                 yield Fault(-1, _maker(alignment, value), "nobody could follow what it gives", kind="unfollowed")
     if len(local.outputs) != len(model.outputs):
         cause = f"it returns {len(local.outputs)} tensors, and {len(model.outputs)} in the whole model"

@@ -28,7 +28,7 @@ class Held:
         lacks: Paths of biases that are yet to be added.
         unmasked: How many of the first axes count the tokens whose rows a rank does not have, and which are yet to be set to
             zero; 0 if there are none.
-        fill: The number that all entries are; None if they differ, or nobody knows.
+        fill: The number that all entries are, ``nan`` before any is written; None if they differ, or nobody knows.
         is_drawn: Whether entries are random numbers, drawn by each rank for itself.
         padding: The number at entries that are padding.
         origin: Where ``scale``, ``lacks`` or ``unmasked`` come from: a module; why it is unknown, until that is said.

@@ -11,7 +11,7 @@ from .held import Held, lost
 def written(old: Held, changed: Held, rank: int) -> Held:
     """Return what ranks hold of a view, after another view of the same memory was changed.
 
-    Memory in which all entries are equal takes the layout of what is written into it.
+    Memory in which all entries are equal along an axis takes the layout there of what is written into it.
 
     Args:
         old: What they held of the view.
@@ -20,21 +20,21 @@ def written(old: Held, changed: Held, rank: int) -> Held:
     """
     if old.is_plain and changed.is_plain:
         return evolve(old, fill=None)
-    if old.is_plain and changed.kind == "parts" and old.kind == "whole" and not any(map(_is_free, old.axes)):
+    if old.is_plain and changed.kind == "parts":
         return lost("each rank has written its own entries to the same places of it", is_wrong=True)
-    reason = "its memory was changed through a view, with what is shared out in another way"
-    if old.fill is None:
-        is_alike = old.kind == changed.kind != "whole" and not old.is_due and not changed.is_due
-        return old if is_alike and old.kind == "summand" else lost(reason)
-    if changed.kind == "summand":
-        is_sum = old.fill == 0 and old.is_plain and not changed.is_due
-        return evolve(old, kind="summand", fill=None) if is_sum else lost(reason)
-    return _taking_layout(old, changed, rank) or lost(reason)
+    made = None if old.is_due or changed.is_due else _taking_layout(old, changed, rank)
+    return made or lost("its memory was changed through a view, with what is shared out in another way")
 
 
 def _taking_layout(old: Held, changed: Held, rank: int) -> Held | None:
+    if changed.kind == "summand":
+        is_sum = old.kind == "summand" or (old.fill == 0 and old.is_plain)
+        return evolve(old, kind="summand", fill=None) if is_sum else None
+    free, others = ([axis for axis in held.axes if _is_free(axis)] for held in (old, changed))
+    if old.kind == changed.kind == "whole" and free == others != []:
+        return evolve(old, fill=None)
     split = [axis for axis in changed.axes if parts_in(axis) is not None]
-    if len(split) != 1 or changed.kind != "parts" or changed.is_due:
+    if old.kind != "whole" or changed.kind != "parts" or others or len(split) != 1:
         return None
     axes = tuple(split[0] if _is_free(axis) else axis for axis in old.axes)
     made = evolve(old, kind="parts", axes=axes, fill=None)

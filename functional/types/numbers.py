@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import nan
 from typing import Any
 
 from .grouped import GROUPS
@@ -66,7 +67,9 @@ def _differing(mine: Any, theirs: Any) -> tuple[Any, Any] | None:
 
 
 def fill_of(call: RecordedCall) -> float | None:
-    """Return the number with which an operator fills new memory."""
+    """Return the number with which an operator fills new memory: no number for memory that is to be written to first."""
+    if call.name.startswith(("empty", "new_empty")):
+        return nan
     if call.name.startswith(("zeros", "new_zeros", "zero")):
         return 0.0
     if call.name.startswith(("ones", "new_ones")):

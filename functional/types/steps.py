@@ -180,6 +180,8 @@ def _cut(held: Held, at: int, num: int, part: int | None = None) -> Held:
 
 def _own_rows(call: RecordedCall, operands: tuple[Held, ...]) -> Held | Misuse:
     """Follow the calls around an embedding that looks up the rows that each rank has."""
+    if any(held.kind == "unknown" for held in operands):
+        return UNKNOWN
     match call.name, operands:
         case "masked_fill", (held, *_) if held.unmasked == len(held.axes) - 1:
             return evolve(held, unmasked=0, origin="")

@@ -211,3 +211,32 @@ class _DetachedBranch(_Residual):
 def detached_branch():
     sch = columns_alone(scheduled(lambda: Behind(_DetachedBranch())), "body.inner.0")
     return sch.at["body.inner.2"].rowwise(), x()
+
+
+class _Turned(nn.Module):
+    """A block whose whole input is turned in pairs of neighbouring features before it, as rotary positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, y):
+        turned = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+        return self.inner(y + turned) + functional.softplus(y[..., ::2]).sum(-1, keepdim=True)
+
+
+@right("a block behind pairs of neighbouring features")
+def behind_pairs():
+    return split_mlp(scheduled(lambda: Behind(_Turned())), "body.inner."), x()
+
+
+@wrong("the gradient of a block behind pairs of neighbouring features, nowhere summed", where="first")
+def behind_pairs_alone():
+    sch = columns_alone(scheduled(lambda: Behind(_Turned())), "body.inner.0")
+    return sch.at["body.inner.2"].rowwise(), x()
+
+
+@wrong("the gradient of a layer before pairs of neighbouring features, summed though it is whole", where="first")
+def before_pairs_summed():
+    sch = split_mlp(scheduled(lambda: Behind(_Turned())), "body.inner.")
+    return sch.at["first"].sync("backward_pre", "all_reduce"), x()

@@ -10,6 +10,7 @@ from .blocks import (
     HEAD_DIM,
     HEADS,
     WIDE,
+    WIDTH,
     Attention,
     Behind,
     Between,
@@ -239,3 +240,62 @@ def first_entries_of_a_table():
 @right("features added up by head, by a table that is split with them")
 def split_table():
     return _grouped().at["middle.head_of"].shard(axis=0), x()
+
+
+class _Keys(nn.Module):
+    """Keys of heads, of which each has features of its own and features that all share, written into new memory."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.up, self.shared, self.down = nn.Linear(WIDTH, WIDE), nn.Linear(WIDTH, HEAD_DIM), nn.Linear(2 * WIDE, WIDTH)
+        self.write = write
+
+    def forward(self, y):
+        own = as_heads(self.up(y))
+        keys = self.write(own, self.shared(y).unsqueeze(-2))
+        return self.down(keys.flatten(-2))
+
+
+def _keys(write):
+    sch = scheduled(lambda: Behind(_Keys(write))).at["body.up"].colwise().at["body.down"].rowwise()
+    return sch.at["body.shared"].sync("backward_pre", "all_reduce"), x()
+
+
+def _wide(own, make):
+    return make(own, (*own.shape[:-1], 2 * HEAD_DIM))
+
+
+def _own_first(own, shared):
+    keys = _wide(own, torch.Tensor.new_empty)
+    keys[..., :HEAD_DIM].copy_(own)
+    keys[..., HEAD_DIM:].copy_(shared.expand(-1, -1, own.shape[-2], -1))
+    return keys
+
+
+def _shared_first(own, shared):
+    keys = _wide(own, torch.Tensor.new_zeros)
+    keys[..., HEAD_DIM:] = shared
+    keys[..., :HEAD_DIM] = own
+    return keys
+
+
+def _shared_in_the_first_head(own, shared):
+    keys = _wide(own, torch.Tensor.new_zeros)
+    keys[..., :1, HEAD_DIM:] = shared
+    keys[..., :HEAD_DIM] = own
+    return keys
+
+
+@right("features of heads, then features that they share, written into new memory")
+def own_features_first():
+    return _keys(_own_first)
+
+
+@right("features that heads share, then their own, written into zeros")
+def shared_features_first():
+    return _keys(_shared_first)
+
+
+@wrong("features that heads share, written into the first head alone", where="body.down")
+def shared_features_in_one_head():
+    return _keys(_shared_in_the_first_head)

@@ -104,14 +104,10 @@ def _activation(decl: DeclaredPlan, path: str) -> Iterator[VerbCall]:
                     yield VerbCall(f"{path}.{name}.{inner}".rstrip("."), "sum_gradient")
 
 
-def _inside_embedding(decl: DeclaredPlan, path: str) -> Iterator[VerbCall | Problem]:
-    """Sum the gradients of a norm inside an embedding; a bias would be added to the zeros of other ranks' rows."""
+def _inside_embedding(decl: DeclaredPlan, path: str) -> Iterator[VerbCall]:
+    """Sum the gradients of a norm inside an embedding, which works on the rows that each rank has."""
     for name, child in decl.module(path).named_modules():
-        own = dict(child.named_parameters(recurse=False)) if name else {}
-        if "bias" in own:
-            cause = "its bias is added to the zeros that stand for other ranks' rows, and counted once a rank"
-            yield Problem(f"{path}.{name}", cause, "Keep the embedding whole: style 'replicate'")
-        elif own:
+        if name and dict(child.named_parameters(recurse=False)):
             yield VerbCall(f"{path}.{name}", "sum_gradient")
 
 
