@@ -8,6 +8,8 @@ import transformers
 from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
+from shardplan.functional.types import gradients
+from shardplan.functional.types.gradient import UNKNOWN_GRADIENT
 from shardplan.specs import Mesh, PlanError
 from tests.helpers.models import llama, split_llama
 
@@ -50,6 +52,16 @@ def test_a_frozen_one_has_no_gradient_to_lose():
     model.scale.requires_grad_(requires_grad=False)
     sch = create_schedule(model, Mesh(tensor=2)).at["up"].colwise().at["down"].rowwise().at["scale"].init(1.0)
     assert plan_build(sch, example_inputs={"x": torch.empty(2, 4)})
+
+
+def test_no_gradient_is_lost_in_silence(monkeypatch):
+    monkeypatch.setattr(gradients._Walk, "_contribution", lambda *_: UNKNOWN_GRADIENT)
+    model = nn.Sequential(nn.Linear(4, 8, device="meta"), nn.Linear(8, 4, device="meta"))
+    sch = create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["1"].rowwise()
+    plan = plan_build(sch, example_inputs={"input": torch.empty(2, 4)})
+    assert [str(lost) for lost in plan.equality.unfollowed] == [
+        f"{path}: nobody could follow its gradient" for path in ("0.weight", "0.bias", "1.weight", "1.bias")
+    ]
 
 
 def test_norms_of_split_heads_are_found_in_qwen_3():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardplan.functional import create_schedule
 from shardplan.functional.layout.local_model import LocalModel
+from shardplan.functional.model.rng_state import FORKS
 from shardplan.functional.types.record import Stopped, record_local, record_whole
 from shardplan.functional.types.tape import ValueRef
 from shardplan.specs import Mesh
@@ -234,6 +235,21 @@ def test_forked_random_numbers_are_told_apart():
         tape = record_local(LocalModel(model, sch.mesh, sch.tree, layout, example_inputs=inputs))
         assert not isinstance(tape, Stopped)
         assert [call.is_forked for call in tape.calls] == [False, True, False, True, False, False, False]
+
+
+class Stops(nn.Module):
+    def forward(self, x):
+        return x @ x
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_run_that_stops_leaves_no_random_numbers_of_its_own_behind(inner):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), Stops()))
+    sch = create_schedule(model, Mesh(tensor=2))
+    layout = (ForkRng("1"), *([ForkRng("1.1")] if inner else []))
+    subject = LocalModel(model, sch.mesh, sch.tree, layout, example_inputs={"input": torch.empty(2, 4, device="meta")})
+    assert isinstance(record_local(subject), Stopped)
+    assert (FORKS.outside, FORKS.differ) == ([], False)
 
 
 def test_repeated_layers_are_skipped_in_both_runs():
