@@ -22,11 +22,6 @@ def wrong_ends(alignment: Alignment, tree: SpecTree, mesh: Mesh) -> Iterator[Fau
         mesh: The mesh, with ranks along ``tensor`` alone.
     """
     local, model = alignment.local, alignment.model
-    if not alignment.types.faults:
-        for value in (*local.outputs, *local.changed.values()):
-            held = alignment.types.held[value]
-            if held.kind == "unknown" and not held.origin:
-                yield Fault(-1, _maker(alignment, value), "nobody could follow what it gives", kind="unfollowed")
     if len(local.outputs) != len(model.outputs):
         cause = f"it returns {len(local.outputs)} tensors, and {len(model.outputs)} in the whole model"
         yield Fault(-1, "", cause)

@@ -184,9 +184,11 @@ class _Follower:
 
     def _copy(self, call: RecordedCall) -> None:
         operand = references(call)[0].value
+        if operand not in self.types.held:
+            self._enter(operand, -1)
         for result in call.results:
-            self.types.held[result] = self.types.held.get(operand, UNKNOWN)
-            self.types.counterparts[result] = self.types.counterparts.get(operand, -1)
+            self.types.held[result] = self.types.held[operand]
+            self.types.counterparts[result] = self.types.counterparts[operand]
 
     def _operands(self, pair: Pair) -> tuple[Held, ...]:
         """Return what ranks hold of the operands; note those that nobody could follow, once they are used."""

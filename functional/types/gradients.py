@@ -81,7 +81,8 @@ class _Walk:
         return self.types.held.get(value, UNKNOWN)
 
     def _add(self, value: int, gradient: Gradient) -> None:
-        self.gradients.setdefault(value, []).append(gradient)
+        if 0 not in self.local.values[value].shape:  # no entries, no gradient
+            self.gradients.setdefault(value, []).append(gradient)
 
     def _total(self, value: int) -> Gradient | None:
         if value not in self.totals:
@@ -105,6 +106,14 @@ class _Walk:
         return self._sum(value, flat)
 
     def _sum(self, value: int, flat: list[Gradient]) -> Gradient:
+        if any(gradient.kind == "summand" for gradient in flat):  # each rank's share of a whole one is a summand too
+            share = Fraction(1, self.num)
+            flat = [
+                evolve(gradient, kind="summand", scale=Fraction(1))
+                if (gradient.kind, gradient.scale) == ("whole", share)
+                else gradient
+                for gradient in flat
+            ]
         kinds, scales = {gradient.kind for gradient in flat}, {gradient.scale for gradient in flat}
         if "unknown" in kinds:
             return UNKNOWN_GRADIENT
