@@ -29,7 +29,6 @@ from shardplan.functional.frontends.transformers_models import declared_model, m
 from shardplan.functional.model.config_fields import changed, read_fields
 from shardplan.functional.plan import plan_build
 from shardplan.functional.verify import verify
-from shardplan.specs.equality import in_words
 from shardplan.specs.errors import PlanError
 from shardplan.specs.mesh import Mesh
 
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shardplan.functional.schedule import Schedule
-    from shardplan.specs.plan import Plan
 
 Frontend = Literal["tp_plan", "infer"]
 Verdict = Literal["right", "differs", "refused", "not judged"]
@@ -93,7 +91,6 @@ class Judged:
         cause: Where the difference begins, why the schedule is refused, or why it was not judged.
         given: Names of the inputs.
         refused: Why ``plan_build`` does not follow it with these inputs; without inputs it plans it.
-        law: What ``plan_build`` says by default of the law ``equal``: ``holds``, or what it could not follow.
     """
 
     model_type: str
@@ -104,7 +101,6 @@ class Judged:
     cause: str = ""
     given: tuple[str, ...] = ()
     refused: str = ""
-    law: str = ""
 
 
 def judge(asked: Judged) -> Judged | None:
@@ -133,7 +129,7 @@ def _judged(asked: Judged, model: nn.Module, inputs: Mapping[str, Any], mesh: Me
             if asked.frontend == "tp_plan"
             else infer_schedule(model, mesh, example_inputs=inputs)
         )
-        asked = evolve(asked, law=_law(plan_build(sch, init_weights=False)))
+        plan_build(sch, init_weights=False)
     except PlanError as error:
         return evolve(asked, verdict="refused", cause=_short(str(error.problems[0])))
     try:
@@ -145,13 +141,6 @@ def _judged(asked: Judged, model: nn.Module, inputs: Mapping[str, Any], mesh: Me
         return evolve(asked, verdict="differs", cause=_short(f"{found.first.kind}: {found.first}"), refused=_short(refused))
     whole = "" if any(spec.shards for spec in sch.tree.values()) or mesh.tensor == 1 else "all of it stays whole"
     return evolve(asked, verdict="right", cause=whole, refused=_short(refused))
-
-
-def _law(plan: Plan) -> str:
-    if plan.equality is None:
-        return "not followed: no inputs"
-    lost = in_words(plan.equality.unfollowed)
-    return _short(f"not followed: {lost[0]}{f', and {len(lost) - 1} more' if len(lost) > 1 else ''}") if lost else "holds"
 
 
 def small_model(model_type: str, mesh: Mesh) -> nn.Module:
@@ -203,7 +192,6 @@ def _lost(asked: Judged, cause: str) -> Judged:
 
 def table(outcomes: Sequence[Judged]) -> str:
     """Return the outcomes as Markdown: counts, then a line for each type."""
-    holding = sum(outcome.law == "holds" for outcome in outcomes)
     columns = list(dict.fromkeys((outcome.frontend, outcome.tensor) for outcome in outcomes))
     lines = [
         HEADING,
@@ -213,9 +201,7 @@ def table(outcomes: Sequence[Judged]) -> str:
         "Each type is built from its default configuration made small (`shrink_config`), with dropout of 0.1, and split",
         "by a frontend; all ranks run beside the whole model in double precision (`verify`). *right*: outputs, every",
         "gradient, weights after a step and masks of dropout are those of the whole model. *refused*: `plan_build` does",
-        "not plan it, even without inputs. Of the law `equal` the plan by default, without given inputs, says that it",
-        f"*holds* for {holding} of {sum(bool(outcome.law) for outcome in outcomes)} plans; the last column says",
-        "what is not followed in the others.",
+        "not plan it, even without inputs.",
         "",
         "| frontend, ranks along `tensor` | " + " | ".join(verdict for verdict in VERDICTS) + " |",
         "|---|" + "---|" * len(VERDICTS),
@@ -245,15 +231,9 @@ def _rows(outcomes: Sequence[Judged]) -> Iterator[str]:
         found = {outcome.tensor: outcome for outcome in outcomes if outcome.model_type == model_type}
         first = next(iter(found.values()))
         cells = " | ".join(found[num].verdict if num in found else "" for num in ranks)
-        told = (
-            text for outcome in found.values() for text in (outcome.cause, outcome.refused, _unfollowed(outcome)) if text
-        )
+        told = (text for outcome in found.values() for text in (outcome.cause, outcome.refused) if text)
         causes = "; ".join(dict.fromkeys(told))
         yield f"| {model_type} | {first.cls} | {', '.join(first.given)} | {cells} | {causes} |"
-
-
-def _unfollowed(outcome: Judged) -> str:
-    return "" if outcome.law == "holds" else outcome.law
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -277,8 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes: list[Judged] = []
     for outcome in judge_all(asked, jobs=options.jobs, timeout=options.timeout):
         outcomes.append(outcome)
-        asked_of = f"{outcome.frontend} {outcome.model_type} {outcome.tensor}"
-        told = f"{asked_of}: {outcome.verdict}  {outcome.cause} {outcome.refused} law {outcome.law}"
+        told = (
+            f"{outcome.frontend} {outcome.model_type} {outcome.tensor}: {outcome.verdict}  {outcome.cause} {outcome.refused}"
+        )
         print(told, file=sys.stderr, flush=True)
     text = table(outcomes)
     if options.write:

@@ -1,7 +1,7 @@
 """Which models of transformers can be split as they declare: ``python -m benchmarks.transformers_coverage``.
 
 Each type is built on the meta device from its default configuration, cut to a few layers; its schedule is planned for
-several numbers of ranks, with a forward pass at local shapes where the whole model runs on fake tensors.
+several numbers of ranks, and followed with inputs that are made from the configuration.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import multiprocessing.connection
 import multiprocessing.context
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from attrs import field, frozen
 
 from shardplan.functional.frontends.tp_plan.schedule import schedule_from_tp_plan
-from shardplan.functional.frontends.transformers_models import NUM_LAYERS, declared_model, example_inputs, model_types
+from shardplan.functional.frontends.transformers_models import NUM_LAYERS, declared_model, model_types
 from shardplan.functional.plan import plan_build
+from shardplan.specs.equality import in_words
 from shardplan.specs.errors import PlanError
 from shardplan.specs.mesh import Mesh
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -39,8 +40,6 @@ TENSOR = (2, 4, 8)
 """Numbers of ranks along ``tensor`` that are tried."""
 
 HEADING = "# Models of transformers that can be split as they declare"
-
-_NOT_REACHED = "it is not called in this forward pass"
 
 _PRELOAD = [
     *("torch", "torch._inductor", "torch._export", "transformers.modeling_utils"),
@@ -59,16 +58,16 @@ class Covered:
         model_type: The type.
         cls: The model's class.
         num_rules: Rules of its plan.
-        forward: Whether a forward pass at local shapes was tried; in part where the inputs do not reach some split modules.
         errors: By number of ranks, what the plan was refused with; empty where it was planned.
+        unfollowed: By number of ranks, what the law ``equal`` could not follow; empty where it holds.
         lost: Why there is no outcome: it took too long, or its process ended.
     """
 
     model_type: str
     cls: str = ""
     num_rules: int = 0
-    forward: Literal["yes", "in part", "no"] = "no"
     errors: tuple[str, ...] = field(default=(), converter=tuple)
+    unfollowed: tuple[tuple[str, ...], ...] = field(default=(), converter=tuple)
     lost: str = ""
 
 
@@ -79,23 +78,20 @@ def cover(model_type: str, tensor: Sequence[int] = TENSOR) -> Covered | None:
         model = declared_model(model_type)
         if model is None:
             return None
-        inputs = example_inputs(model)
-        outcomes = [_plan(model, num, inputs) for num in tensor]
-    forward = "no" if inputs is None else "in part" if any(is_part for _, is_part in outcomes) else "yes"
-    errors = [error for error, _ in outcomes]
-    return Covered(model_type, type(model).__name__, len(vars(model)["_tp_plan"]), forward, errors)
+        outcomes = [_plan(model, num) for num in tensor]
+    errors, unfollowed = zip(*outcomes, strict=True)
+    return Covered(model_type, type(model).__name__, len(vars(model)["_tp_plan"]), errors, unfollowed)
 
 
-def _plan(model: nn.Module, num: int, inputs: Mapping[str, Tensor] | None) -> tuple[str, bool]:
-    """Return what planning is refused with, and whether the inputs are too few to reach all modules that are split."""
+def _plan(model: nn.Module, num: int) -> tuple[str, tuple[str, ...]]:
+    """Return what planning is refused with, and what the law of equality could not follow."""
     sch = schedule_from_tp_plan(model, Mesh(tensor=num))
     try:
-        plan_build(sch, init_weights=False, example_inputs=inputs)
+        plan = plan_build(sch, init_weights=False)
     except PlanError as error:
-        if inputs is None or not all(problem.cause.startswith(_NOT_REACHED) for problem in error.problems):
-            return str(error), False
-        return _plan(model, num, None)[0], True
-    return "", False
+        return str(error), ()
+    assert plan.equality is not None, "models of transformers have a configuration"
+    return "", tuple(in_words(plan.equality.unfollowed))
 
 
 def cover_all(types: Iterable[str], *, jobs: int = 1, timeout: float = 300) -> Iterator[Covered]:
@@ -167,6 +163,9 @@ def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
     """Return the outcomes as Markdown: counts, one line a type, and the errors of those that were refused."""
     found = [outcome for outcome in outcomes if not outcome.lost]
     planned = [sum(not outcome.errors[place] for outcome in found) for place in range(len(tensor))]
+    holding = [
+        sum(not outcome.errors[place] and not outcome.unfollowed[place] for outcome in found) for place in range(len(tensor))
+    ]
     lines = [
         HEADING,
         "",
@@ -175,18 +174,23 @@ def table(outcomes: Sequence[Covered], tensor: Sequence[int] = TENSOR) -> str:
         f"Counted are the {len(outcomes)} model types of transformers {_version()} that declare a tensor-parallel plan and",
         "build on the meta device from their default configuration, as the first of these that builds: causal language",
         f"model, image-text model, sequence-to-sequence model, bare model. Each is cut to {NUM_LAYERS} layers where that is",
-        "possible, and planned with `schedule_from_tp_plan` and `plan_build(init_weights=False)`; *forward* says whether",
-        f"a forward pass at local shapes was tried ({sum(o.forward == 'yes' for o in found)} types), in part where the",
-        f"inputs do not reach all that is split ({sum(o.forward == 'in part' for o in found)}).",
+        "possible, and planned with `schedule_from_tp_plan` and `plan_build(init_weights=False)`, with inputs that are made",
+        "from its configuration. *holds*: planned, and the law `equal` holds, forward and backward; *not followed*:",
+        "planned, and the law says what nobody could follow.",
         "",
         "| ranks along `tensor` | " + " | ".join(map(str, tensor)) + " |",
         "|---|" + "---|" * len(tensor),
         "| planned | " + " | ".join(map(str, planned)) + " |",
+        "| of these, the law `equal` holds | " + " | ".join(map(str, holding)) + " |",
         "| refused | " + " | ".join(str(len(found) - num) for num in planned) + " |",
         "",
-        "| model type | class | rules | forward | " + " | ".join(map(str, tensor)) + " |",
-        "|---|---|---|---|" + "---|" * len(tensor),
+        "| model type | class | rules | " + " | ".join(map(str, tensor)) + " |",
+        "|---|---|---|" + "---|" * len(tensor),
         *(_row(outcome, tensor) for outcome in outcomes),
+        "",
+        "## Not followed",
+        "",
+        *(line for outcome in outcomes for line in _not_followed(outcome, tensor)),
         "",
         "## Refused",
         "",
@@ -204,8 +208,24 @@ def replace_part(page: str, heading: str, part: str) -> str:
 
 
 def _row(outcome: Covered, tensor: Sequence[int]) -> str:
-    cells = [f"`{outcome.lost}`"] * len(tensor) if outcome.lost else ["refused" if e else "planned" for e in outcome.errors]
-    return f"| {outcome.model_type} | {outcome.cls} | {outcome.num_rules} | {outcome.forward} | {' | '.join(cells)} |"
+    cells = [f"`{outcome.lost}`"] * len(tensor) if outcome.lost else _answers(outcome)
+    return f"| {outcome.model_type} | {outcome.cls} | {outcome.num_rules} | {' | '.join(cells)} |"
+
+
+def _answers(outcome: Covered) -> list[str]:
+    pairs = zip(outcome.errors, outcome.unfollowed, strict=True)
+    return ["refused" if error else "not followed" if unfollowed else "holds" for error, unfollowed in pairs]
+
+
+def _not_followed(outcome: Covered, tensor: Sequence[int]) -> Iterator[str]:
+    """Iterate over what nobody could follow, the first of it, once for all numbers of ranks with the same."""
+    ranks: dict[tuple[str, ...], list[int]] = {}
+    for num, unfollowed in zip(tensor, outcome.unfollowed, strict=False):
+        if unfollowed:
+            ranks.setdefault(unfollowed, []).append(num)
+    for (first, *others), nums in ranks.items():
+        more = f", and {len(others)} more" if others else ""
+        yield f"- {outcome.model_type}, {', '.join(map(str, nums))} ranks: {first}{more}"
 
 
 def _refusals(outcome: Covered, tensor: Sequence[int]) -> Iterator[str]:
@@ -231,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes: list[Covered] = []
     for outcome in cover_all(options.types or model_types(), jobs=options.jobs, timeout=options.timeout):
         outcomes.append(outcome)
-        states = outcome.lost or " ".join("refused" if error else "planned" for error in outcome.errors)
+        states = outcome.lost or " ".join(_answers(outcome))
         print(f"{outcome.model_type}: {states}", file=sys.stderr, flush=True)
     text = table(outcomes)
     if options.write:

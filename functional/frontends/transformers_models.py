@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from ...specs.mesh import Mesh
-from ..layout.local_model import LocalModel
-from ..schedule import create_schedule
-from ..types.record import Stopped, record_whole
+from torch import nn
 
 NUM_LAYERS = 6
 """Number of layers that are kept: enough for dense and sparse layers, and a full period of most attention patterns."""
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
-_BATCH, _LENGTH, _SIDE = 2, 16, 32
 
 
 def model_types() -> list[str]:
@@ -43,15 +36,6 @@ def declared_model(model_type: str) -> nn.Module | None:
                 except Exception:  # noqa: BLE001, S112  a constructor may raise anything; the next class is tried
                     continue
                 return model if getattr(model, "_tp_plan", None) else None
-    return None
-
-
-def example_inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """Return inputs with which the whole model runs on fake tensors, None if no candidate does."""
-    sch = create_schedule(model, Mesh())
-    for inputs in _candidates(model):
-        if not isinstance(record_whole(LocalModel(model, sch.mesh, sch.tree, example_inputs=inputs)), Stopped):
-            return inputs
     return None
 
 
@@ -98,23 +82,3 @@ def _cut(config: Any, num_layers: int) -> Any:
     for name, part in parts.items():
         setattr(config, name, _cut(part, num_layers))
     return config
-
-
-def _candidates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    takes = set(inspect.signature(model.forward).parameters)
-    config: Any = model.config
-    tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
-    if "input_ids" in takes:
-        yield {"input_ids": tokens}
-        if "decoder_input_ids" in takes:
-            yield {"input_ids": tokens, "decoder_input_ids": tokens}
-        codebooks = getattr(config, "num_codebooks", None)
-        if isinstance(codebooks, int):
-            yield {"input_ids": torch.zeros(_BATCH, _LENGTH, codebooks, dtype=torch.long)}
-    if "pixel_values" in takes:
-        side = getattr(config, "image_size", None)
-        side = side if isinstance(side, int) else _SIDE
-        yield {"pixel_values": torch.zeros(_BATCH, 3, side, side)}
-    if "inputs_embeds" in takes:
-        width = getattr(config.get_text_config(), "hidden_size", _SIDE)
-        yield {"inputs_embeds": torch.zeros(_BATCH, _LENGTH, width)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class TrialRun:
 
     def __call__(self, inputs: Mapping[str, Any], method: str = "forward") -> Any:
         """Return what the model, or a method of it, returns."""
-        call = self._model if method == "forward" else getattr(self._model, method)
+        call = self._model if method == "forward" else attrgetter(method)(self._model)
         if self._mode is None:
             with torch.no_grad(), own_generators(0), quiet():
                 return call(**inputs)

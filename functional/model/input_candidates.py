@@ -182,16 +182,18 @@ class Candidates:
             tokens, places = self._tokens(self.length), torch.full((self.batch, num), ids[0])
             made = {"input_ids": torch.cat([tokens[:, :1], places, tokens[:, 1:]], 1), **given}
             yield made
-            if "mm_token_type_ids" in self.takes:
-                yield {**made, "mm_token_type_ids": (made["input_ids"] == ids[0]).long()}
+            kinds = [name for name in self.takes if name.endswith("mm_token_type_ids")]
+            if kinds:
+                yield {**made, **dict.fromkeys(kinds, (made["input_ids"] == ids[0]).long())}
 
     def _num_features(self, trial: Trial, kind: str, given: Mapping[str, Any]) -> int:
         """Return how many tokens the features of an image are as long as; 0 if that cannot be told."""
         width = getattr(self.config.get_text_config(), "hidden_size", 0) if self.config is not None else 0
-        if not hasattr(self.model, f"get_{kind}_features"):
-            return 0
+        method = f"get_{kind}_features"  # of the model, or of the one within it
+        if not hasattr(self.model, method):
+            method = f"{getattr(self.model, 'base_model_prefix', '')}.{method}"
         try:
-            features = trial(given, f"get_{kind}_features")
+            features = trial(given, method)
         except Exception:  # noqa: BLE001  as above
             return 0
         features = getattr(features, "pooler_output", features)

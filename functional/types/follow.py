@@ -239,10 +239,11 @@ class _Follower:
         if call.name == TRUSTED:
             self._trusted(pair)
             return
-        if call.is_guessed or other.is_guessed:
+        operands = self._operands(pair)
+        is_own_size = call.name in _PICKING and all(held.is_plain for held in operands)
+        if (call.is_guessed or other.is_guessed) and not is_own_size:
             cause = f"{call.name} depends on the values of tensors, which are not known while planning"
             self._fault(pair, cause, kind="unfollowed")
-        operands = self._operands(pair)
         if any(held.kind == "unknown" for held in operands):
             self._is(pair, UNKNOWN)
         elif any(held.kind == "rows" for held in operands):
@@ -390,6 +391,10 @@ class _Follower:
         else:
             shape = self.model.values[pair.other.results[0]].shape
             self._is(pair, Held("summand", tuple(map(whole, shape)), unmasked=len(shape) - 1, origin=call.module))
+
+
+_PICKING = frozenset({"index", "masked_select"})
+"""Operators that give the entries that a mask says: as many on all ranks, where all have the same."""
 
 
 def _shapes(tape: Tape, call: RecordedCall) -> tuple[tuple[int, ...], ...]:

@@ -331,4 +331,6 @@ def test_all_models_that_declare_a_plan():
     assert [outcome.model_type for outcome in outcomes if outcome.errors[0]] == ["neomme"]
     refused = [error for outcome in outcomes for error in outcome.errors if error and outcome.model_type != "neomme"]
     assert all("heads cannot be given to" in error for error in refused)
-    assert table(outcomes).count("planned") > 3 * 180
+    lost = [outcome.model_type for outcome in outcomes if outcome.unfollowed[0]]
+    assert len(lost) <= 5, lost
+    assert table(outcomes).count("| holds") > 3 * 180
