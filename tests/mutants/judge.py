@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import takewhile
 from typing import Literal
 
@@ -29,7 +30,7 @@ class Outcome:
         before: Whether planning without inputs refuses it; None where stages need the inputs.
         refused_by: ``planning`` with inputs, ``audit``, ``crash`` for an error that is no refusal, or ``unfollowed`` where
             the law of equality is not followed; empty if it holds.
-        paths: Paths of the problems, error findings, and of what was not followed.
+        paths: Paths of the problems, error findings, and of what was not followed, and those that mends are for.
         is_named: Whether one of them is near the change, as ``is_near`` says.
     """
 
@@ -117,18 +118,19 @@ def measure(sch, inputs):
 
 
 def is_near(path, place, tree):
-    """Tell whether a problem or finding names a change: by its place, or by a module around both that is small.
+    """Tell whether a problem, its mend, or a finding names a change: by its place, or by a module around both that is small.
 
     The smallest module around the two holds at most half of the model's tensors (a layer, a block; not the model, nor a list
     of layers), and it is the named path itself, or the parent of the changed module, or lies inside that. For a change of
     ``layers.0.attn.qkv`` that is all of ``layers.0.attn``, and ``layers.0``; not ``layers.0.feed``, and no other layer.
 
     Args:
-        path: Path of the problem or finding.
+        path: Path of the problem or finding; or the pattern of a mend, with stars for numbers.
         place: Path of a changed module or tensor.
         tree: The model's tensors.
     """
     parent = module_of(module_of(place) if place in tree else place)
+    path = _with_numbers_of(place, path)
     for alias in tree[path].paths if path in tree else (path,):
         around = _around(alias, place)
         if alias == place or (_is_small(around, tree) and (around == alias or _is_within(around, parent))):
@@ -137,7 +139,15 @@ def is_near(path, place, tree):
 
 
 def _paths(problems):
-    return tuple(problem.path for problem in problems)
+    """Return the paths of problems, and of what their mends change."""
+    mended = (path for problem in problems for path in re.findall(r"\bat(?:\[| )'([^']+)'", problem.fix or ""))
+    return tuple(dict.fromkeys([*(problem.path for problem in problems), *mended]))
+
+
+def _with_numbers_of(place, pattern):
+    """Return a pattern with what a place has where it has stars."""
+    names = dict(enumerate(place.split(".")))
+    return ".".join(names.get(at, name) if name == "*" else name for at, name in enumerate(pattern.split(".")))
 
 
 def _around(first, second):

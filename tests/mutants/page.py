@@ -31,8 +31,8 @@ expert × tensor, pipe × tensor, with split sequences, ties, padding, repeated 
   collectives; or no parts can be laid out at all, as where a split does not divide.
 - **accepted**: planning with inputs says nothing, the audit has no error, and its law of equality holds.
 - **not followed**: the same, but the audit says that nobody could follow some part of the model.
-- **named**: a problem or finding is about the changed module or tensor, about a module around it with at most half of the
-  model's tensors, or about something with the same parent.
+- **named**: a problem, its mend, or a finding is about the changed module or tensor, about a module around it with at most
+  half of the model's tensors, or about something with the same parent.
 - **right, accepted**: the change does not matter: a granule where parts are cut elsewhere anyway, a size that no code reads,
   an axis counted from the other end, features that columns and rows order alike, a sum that was declared twice.
 - **right, refused**: all ranks compute what the whole model computes, and planning or the audit refuses all the same.

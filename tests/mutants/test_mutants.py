@@ -173,6 +173,8 @@ def test_refusals_name_what_is_near():
     assert not is_near("embed.weight", "head", tree)
     assert is_near("embed.weight", "head", create_schedule(modules.Encoder(is_tied=True), Mesh()).tree)
     assert is_near("", "", tree)
+    assert is_near("layers.*.feed", "layers.1.feed.up", tree)
+    assert not is_near("layers.*.feed", "head", tree)
 
 
 def test_processes_that_end_or_hang_give_an_unjudged_mutant(monkeypatch):
