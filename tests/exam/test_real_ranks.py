@@ -60,7 +60,8 @@ def _planned(names):
 
 
 def _plan(sch, inputs):
-    plan = plan_build(sch.at[""].trust("real ranks judge it"))
+    is_trusted = any(not trust.module for trust in sch.trusts)
+    plan = plan_build(sch if is_trusted else sch.at[""].trust("real ranks judge it"))
     if not audit(plan).ok:
         return None
     whole = execute(plan_build(create_schedule(sch.runtime.model, Mesh())), device="cpu", progress=False).module.double()
