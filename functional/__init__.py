@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .execute import Built as Built
     from .execute import execute as execute
     from .goldens import assert_plan_matches as assert_plan_matches
+    from .guards.error import TrainingError as TrainingError
     from .interpreter.dry_run import DryRun as DryRun
     from .interpreter.dry_run import predict as predict
     from .interpreter.resolve import resolve as resolve
@@ -47,6 +48,7 @@ __all__ = [
     "DryRun",
     "ExecutionError",
     "Schedule",
+    "TrainingError",
     "as_dtensors",
     "assert_plan_matches",
     "audit",
@@ -80,6 +82,7 @@ _HOMES = {
     "DryRun": "interpreter.dry_run",
     "ExecutionError": "interpreter.world",
     "Schedule": "schedule",
+    "TrainingError": "guards.error",
     "as_dtensors": "planning.dtensor_steps",
     "assert_plan_matches": "goldens",
     "audit": "audit",

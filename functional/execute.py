@@ -27,6 +27,7 @@ from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import AsDTensors
 from .audit import audit
 from .dialects import find_dialect
+from .guards.watch import watch
 from .interpreter.interpret import interpret
 from .interpreter.torch_effects import TorchEffects
 from .interpreter.world import own_coordinate
@@ -87,6 +88,7 @@ def execute(
     optimizer: Callable[..., Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
     layout: TensorLayout = "local",
+    check_inputs: int = 10,
 ) -> Built:
     """Carry out a plan on this rank; every rank of the mesh calls it. The given module stays as it is.
 
@@ -101,6 +103,9 @@ def execute(
         layout: ``dtensor`` makes parameters and buffers DTensors of torch, over a device mesh with dimensions ``data`` and
             ``tensor`` (``built.device_mesh``), for torch's distributed checkpoints, ``fully_shard`` over ``data``, and other
             tools that need the global tensor. Modules compute with local tensors all the same, and gradients are DTensors.
+        check_inputs: Number of calls of the module whose inputs are compared along ``tensor``, and of steps of optimizers
+            before which gradients and values of whole parameters are: a small ``all_reduce`` each. A difference raises
+            :class:`TrainingError`.
 
     Raises:
         PlanError: In a single process: if the audit refuses the plan, or the model is not the planned one.
@@ -134,6 +139,9 @@ def execute(
         )
         with _progress_bar(plan, shown=progress and coordinate.rank == 0) as on_step:
             interpret(ready.plan, coordinate, real, error=error or ready.error, on_step=on_step)
+        if plan.pipeline is None:
+            along = real.groups.get(("tensor",))
+            watch(real.modules[0], plan, coordinate, along, ready.device, check_inputs)
         return _built(real, time.monotonic() - start)
 
 
