@@ -27,6 +27,7 @@ from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import AsDTensors
 from .audit import audit
 from .dialects import find_dialect
+from .guards.error import TrainingError
 from .guards.watch import watch
 from .interpreter.interpret import interpret
 from .interpreter.torch_effects import TorchEffects
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ..specs.finding import Finding
     from ..specs.receipt import Receipt
     from ..specs.steps import Step
+    from .dialects.handover import Norm
     from .interpreter.effects import Effects
     from .pipeline.partition import Partition
 
@@ -64,6 +66,7 @@ class Built:
         extras: Whatever else the target returned, by name.
         device_mesh: The device mesh of ``layout="dtensor"``, with dimensions ``data`` and ``tensor``; else None.
         receipt: What this rank really allocated, sent and placed.
+        norm: The norm of the whole model's gradient; None if the target knows none.
     """
 
     model: Any
@@ -73,9 +76,35 @@ class Built:
     extras: Any = field(repr=False)
     device_mesh: DeviceMesh | None = field(repr=False)
     receipt: Receipt
+    norm: Norm | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.optimizer))
+
+    def clip_grad_norm_(self, max_norm: float) -> Any:
+        """Scale all gradients so that their norm, over the whole model, is at most ``max_norm``; return the norm before.
+
+        As ``torch.nn.utils.clip_grad_norm_`` of the unsplit model; torch's own would take this rank's parts for the model.
+        Every rank calls it, after the backward pass.
+
+        Raises:
+            TrainingError: If the target clips by itself, or nothing joins the ranks that hold parts.
+        """
+        return self._known_norm().clip(max_norm)
+
+    def grad_norm(self) -> Any:
+        """Return the norm of the whole model's gradient; every rank calls it, after the backward pass.
+
+        Raises:
+            TrainingError: If nothing joins the ranks that hold parts.
+        """
+        return self._known_norm().norm()
+
+    def _known_norm(self) -> Norm:
+        if self.norm is None:
+            msg = "nothing joins the ranks that hold parts of the gradient: plan with target='torch' or 'deepspeed'"
+            raise TrainingError(msg)
+        return self.norm
 
 
 def execute(
@@ -193,7 +222,8 @@ def _built(effects: TorchEffects, seconds: float) -> Built:
     wrapped, modules = effects.wrapped, effects.modules
     assert wrapped is not None, "every plan ends with a Wrap step"
     receipt = effects.ledger.receipt(effects.rank, seconds)
-    return Built(wrapped.model, wrapped.optimizer, modules[0], modules, wrapped.extras, effects.device_mesh, receipt)
+    mesh = effects.device_mesh
+    return Built(wrapped.model, wrapped.optimizer, modules[0], modules, wrapped.extras, mesh, receipt, wrapped.norm)
 
 
 def _choose_device(device: torch.device | str | None) -> torch.device:

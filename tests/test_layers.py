@@ -213,9 +213,13 @@ def test_a_contract_can_fail(copy, name):
 
 EFFECTFUL = {
     "functional/dialects/deepspeed/wrap.py",
-    "functional/dialects/torch/gradient_norm.py",
+    "functional/dialects/gradient_norm.py",
     "functional/dialects/torch/wrap.py",
     "functional/execute.py",
+    "functional/guards/batches.py",
+    "functional/guards/steps.py",
+    "functional/guards/watch.py",
+    "functional/guards/wrappers.py",
     "functional/interpreter/torch_effects.py",
     "functional/interpreter/torch_loading.py",
     "functional/interpreter/world.py",
@@ -228,8 +232,8 @@ EFFECTFUL = {
     "functional/saving/messages.py",
     "functional/saving/transfer.py",
 }
-"""The layers that carry a plan out, wrap a module, save, or run ranks as threads; ``layout`` makes operators, hooks and
-DTensors, for later."""
+"""The layers that carry a plan out, wrap a module, watch it, save, or run ranks as threads; ``layout`` makes operators, hooks
+and DTensors, for later."""
 
 
 def imports_distributed(path):

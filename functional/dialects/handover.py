@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import field, frozen
 from frozendict import frozendict
@@ -101,8 +101,22 @@ class Wrapped:
         model: The model to train: the module, or the runtime's engine around it.
         optimizer: The runtime's optimizer, or the user's, if any.
         extras: Other results of the runtime, by name.
+        norm: The norm of the whole model's gradient; None if it is not known.
     """
 
     model: Any
     optimizer: Any
     extras: frozendict[str, Any] = field(factory=frozendict, converter=frozendict)
+    norm: Norm | None = None
+
+
+class Norm(Protocol):
+    """The norm of the whole model's gradient, which is spread over ranks; every rank asks."""
+
+    def norm(self) -> Any:
+        """Return the norm."""
+        ...
+
+    def clip(self, max_norm: float) -> Any:
+        """Scale all gradients so that their norm is at most ``max_norm``; return the norm before."""
+        ...

@@ -78,7 +78,13 @@ class PlainDialect:
         ]
 
     def wrap(self, handover: Handover) -> Wrapped:
-        return Wrapped(handover.modules[0], handover.optimizer)
+        from .gradient_norm import GradientNorm  # torch, which the audit does without
+
+        try:
+            norm = GradientNorm.of(handover)
+        except KeyError:  # no step needs the group
+            norm = None
+        return Wrapped(handover.modules[0], handover.optimizer, norm=norm)
 
     def holding(self) -> Holding:
         return Holding()

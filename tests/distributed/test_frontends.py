@@ -36,7 +36,7 @@ def _train(rank, name, plan):
     assert built.receipt == predict(plan, rank), name
     share = BATCH // plan.mesh.data
     start = plan.mesh.coordinate(rank).data * share
-    return _steps(*built, name, slice(start, start + share), built.extras["clip_grad_norm_"])
+    return _steps(*built, name, slice(start, start + share), built.clip_grad_norm_)
 
 
 def _steps(model, optimizer, name, mine, clip):

@@ -182,7 +182,7 @@ def _train(rank, plan, vocab):
             norms.append(float(model.get_global_grad_norm()))
         else:
             loss.backward()
-            norms.append(built.extras["clip_grad_norm_"](CLIP).item())
+            norms.append(built.clip_grad_norm_(CLIP).item())
             optimizer.step()
             optimizer.zero_grad()
     return losses, norms

@@ -130,13 +130,14 @@ CASES = [
 ]
 
 
-def train_step(model, optimizer, inputs, target, is_deepspeed):
+def train_step(built, inputs, target, is_deepspeed):
     """Train one step; return the loss, and the gradient's norm before it is clipped."""
+    model, optimizer = built
     if is_deepspeed:
         found = model.train_batch(parts(inputs, target, ROWS))
-        return found.item(), float(model.get_global_grad_norm())
+        return found.item(), float(built.grad_norm())
     found = model.train_batch(*inputs, target=target)
-    norm = model.clip_grad_norm_(CLIP)
+    norm = built.clip_grad_norm_(CLIP)
     optimizer.step()
     optimizer.zero_grad()
     return found.item(), norm.item()
@@ -155,7 +156,6 @@ def train_stages(rank, plan, case):
     if (case.name, case.target) == ("t5", "torch"):  # every rank plans for itself, as the script of a user does
         plan = case.plan()
     built = execute(plan, device="cpu", optimizer=adamw, loss_fn=loss, progress=False)
-    model, optimizer = built
     state = local_state(built.modules)
     first = {path: tensor.detach().clone() for path, tensor in state.items()}
     place, rows = case.mesh.coordinate(rank).data, MICRO * ROWS
@@ -163,7 +163,7 @@ def train_stages(rank, plan, case):
     for step in range(NUM_STEPS):
         inputs, target = data(case.name, step, rows * case.mesh.data)
         mine = slice(place * rows, (place + 1) * rows)
-        steps.append(train_step(model, optimizer, [t[mine] for t in inputs], target[mine], case.target == "deepspeed"))
+        steps.append(train_step(built, [t[mine] for t in inputs], target[mine], case.target == "deepspeed"))
     return {
         "steps": steps,
         "first": first,
@@ -409,7 +409,7 @@ def train_frozen(rank, target):
     assert crossing == [(("batch", "sequence", 16), True), (("batch", "sequence", 16), False)]
     built = execute(plan, device="cpu", optimizer=adamw, loss_fn=token_loss, progress=False)
     before = {path: tensor.detach().clone() for path, tensor in local_state(built.modules).items()}
-    steps = [train_step(*built, *skips_batch(step), target == "deepspeed") for step in range(NUM_STEPS)]
+    steps = [train_step(built, *skips_batch(step), target == "deepspeed") for step in range(NUM_STEPS)]
     after = local_state(built.modules)
     return steps, {path: torch.equal(after[path], tensor) for path, tensor in before.items()}
 
@@ -445,7 +445,7 @@ def train_half(rank, plan):
     built = execute(plan, device="cpu", optimizer=BF16_ADAMW, loss_fn=loss, progress=False)
     first = local_state(built.modules)["lm_head.weight" if rank else "model.embed_tokens.weight"].detach()
     before = first.clone()
-    steps = [train_step(*built, *data("llama", step, MICRO * ROWS), True) for step in range(NUM_STEPS)]
+    steps = [train_step(built, *data("llama", step, MICRO * ROWS), True) for step in range(NUM_STEPS)]
     return steps, before, first, built.receipt == predict(plan, rank)
 
 
@@ -508,7 +508,7 @@ def test_without_a_target_a_loaded_plan_gives_the_stage_itself():
 
 def train_loaded(rank, _, text):
     built = execute(loads(text), tied_llama(), device="cpu", optimizer=adamw, loss_fn=loss, progress=False)
-    return [train_step(*built, *data("llama", step, MICRO * ROWS), False) for step in range(2)]
+    return [train_step(built, *data("llama", step, MICRO * ROWS), False) for step in range(2)]
 
 
 def test_a_loaded_plan_trains_like_the_planned_one():
@@ -586,7 +586,7 @@ def train_replicated(rank, mesh):
     for step in range(NUM_STEPS):
         found = loss_of(model, batch(step, 128)[2 * ids : 2 * ids + 2])
         found.backward()
-        norm = built.extras["clip_grad_norm_"](CLIP)
+        norm = built.clip_grad_norm_(CLIP)
         steps.append((found.item(), norm.item()))
         optimizer.step()
         optimizer.zero_grad()

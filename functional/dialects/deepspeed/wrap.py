@@ -51,7 +51,27 @@ def wrap(handover: Handover) -> Wrapped:
     )
     if plan.pipeline:
         _mend_buffers(engine)
-    return Wrapped(engine, made, frozendict(dataloader=dataloader, lr_scheduler=scheduler))
+    return Wrapped(engine, made, frozendict(dataloader=dataloader, lr_scheduler=scheduler), norm=_EngineNorm(engine))
+
+
+@frozen
+class _EngineNorm:
+    """The gradient's norm as an engine knows it.
+
+    Args:
+        engine: The engine.
+    """
+
+    engine: Any
+
+    def norm(self) -> Any:
+        """Return the norm of the gradient of its last step; None before the first."""
+        return self.engine.get_global_grad_norm()
+
+    def clip(self, max_norm: float) -> Any:
+        """Refuse: the engine clips in its step."""
+        msg = f"DeepSpeed clips in its own step: plan with config={{'gradient_clipping': {max_norm}, ...}}"
+        raise NotImplementedError(msg)
 
 
 def _to_pipeline_module(handover: Handover, topology: Any) -> Any:

@@ -40,8 +40,7 @@ class TorchDialect:
 
     Without stages: ``DistributedDataParallel`` over ``data``, the module itself where ``data`` is 1. With stages: a
     ``TorchPipeline``; the config names the ``schedule`` and ``num_microbatches``. In both cases it may name the
-    ``optimizer``, which is then made over the trained parameters. ``extras["clip_grad_norm_"]`` clips by the norm of the
-    whole model's gradient.
+    ``optimizer``, which is then made over the trained parameters.
     """
 
     pipeline_options: Sequence[str] = ("schedule", "num_microbatches")

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from frozendict import frozendict
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.parallel import DistributedDataParallel
@@ -14,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ....specs.mesh import MESH_AXES
 from ...pipeline.stage_module import check_inputs, facts_of
+from ..gradient_norm import GradientNorm
 from ..handover import Wrapped, split_experts
-from .gradient_norm import GradientNorm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,13 +35,12 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def wrap(handover: Handover) -> Wrapped:
-    """Return DDP around the module, or a pipeline around this rank's stages, with the optimizer and ``clip_grad_norm_``."""
+    """Return DDP around the module, or a pipeline around this rank's stages, with the optimizer and the gradient's norm."""
     norm, optimizer = GradientNorm.of(handover), _make_optimizer(handover)
-    extras = frozendict(clip_grad_norm_=norm.clip)
     if handover.plan.pipeline:
-        return Wrapped(TorchPipeline(handover, norm), optimizer, extras)
+        return Wrapped(TorchPipeline(handover), optimizer, norm=norm)
     _ignore(handover.modules[0], split_experts(handover.plan))
-    return Wrapped(_replicated(handover.modules[0], handover), optimizer, extras)
+    return Wrapped(_replicated(handover.modules[0], handover), optimizer, norm=norm)
 
 
 def _make_optimizer(handover: Handover) -> Any:
@@ -76,21 +74,19 @@ class TorchPipeline:
 
         for inputs, target in batches:  # this data rank's own
             loss = model.train_batch(inputs, target=target)
-            model.clip_grad_norm_(1.0)
+            built.clip_grad_norm_(1.0)
             optimizer.step()
             optimizer.zero_grad()
 
     Args:
         handover: This rank's stages, and the plan, groups and loss that they train with.
-        norm: The norm of the whole model's gradient.
     """
 
-    def __init__(self, handover: Handover, norm: GradientNorm) -> None:
+    def __init__(self, handover: Handover) -> None:
         plan = handover.plan
         assert plan.pipeline is not None, "only a plan with stages comes here"
         assert plan.config is not None, "the plan was checked"
         self.modules = handover.modules
-        self.clip_grad_norm_ = norm.clip
         self._pipeline: Pipeline = plan.pipeline
         self._handover = handover
         self._num_microbatches: int = plan.config["num_microbatches"]

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from attrs import frozen
 
-from ....specs.mesh import BATCH_AXES, MESH_AXES
-from ..handover import norm_shares
+from ...specs.mesh import BATCH_AXES, MESH_AXES
+from .handover import norm_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..handover import Handover, NormShare
+    from .handover import Handover, NormShare
 
 
 @frozen
@@ -40,7 +40,11 @@ class GradientNorm:
 
     @classmethod
     def of(cls, handover: Handover) -> GradientNorm:
-        """Return the norm for the modules that a dialect is handed."""
+        """Return the norm for the modules that a dialect is handed.
+
+        Raises:
+            KeyError: If there is no group along a mesh axis over which squares are summed.
+        """
         mesh, rank = handover.plan.mesh, dist.get_rank() if dist.is_initialized() else 0
         copies = {id(parameter) for parameter, is_owner, _ in handover.tied if not is_owner}
         found = {
@@ -63,6 +67,15 @@ class GradientNorm:
         As ``torch.nn.utils.clip_grad_norm_`` does in one process: by ``max_norm / (norm + 1e-6)`` where that is below 1.
         Every rank calls it.
         """
+        norm = self.norm()
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(scale.to(parameter.grad.dtype))
+        return norm
+
+    def norm(self) -> Tensor:
+        """Return the norm of the whole model's gradient; every rank calls it."""
         total = self._squares(of_experts=False)
         if self.experts is not None:
             of_experts = self._squares(of_experts=True)
@@ -70,12 +83,7 @@ class GradientNorm:
             total += of_experts
         for group in self.groups:
             dist.all_reduce(total, group=group)
-        norm = total.sqrt()
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for parameter in self.trained:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
-        return norm
+        return total.sqrt()
 
     def _squares(self, *, of_experts: bool) -> Tensor:
         """Return the sum of the squares that count on this rank: of split experts, or of all other parameters."""
@@ -83,9 +91,14 @@ class GradientNorm:
             torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
             for parameter, share in self.shares
             if share.is_expert == of_experts and parameter.grad is not None
-            for gradient in _parts(parameter.grad, share)
+            for gradient in _parts(_local(parameter.grad), share)
         ]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
+
+
+def _local(gradient: Any) -> Tensor:
+    """Return what this rank has of a gradient, which a DTensor may hold."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
 def _parts(gradient: Tensor, share: NormShare) -> list[Tensor]:
