@@ -232,8 +232,8 @@ EFFECTFUL = {
     "functional/saving/messages.py",
     "functional/saving/transfer.py",
 }
-"""The layers that carry a plan out, wrap a module, watch it, save, or run ranks as threads; ``layout`` makes operators, hooks
-and DTensors, for later."""
+"""The layers that carry a plan out, wrap a module, watch it, save, or run ranks as threads; ``layout`` makes operators,
+hooks and DTensors, for later."""
 
 
 def imports_distributed(path):
