@@ -15,8 +15,8 @@ from ...specs.pattern import closest, compile_pattern
 from ...specs.source import Loaded, Unknown
 from .assembly import Assembly, miscovered
 from .detect import read_contents
-from .formats.untrusted import read_object
 from .key_mapping import MappedCheckpoint, family, map_checkpoint, may_be_missing
+from .quantised import quantised
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ def checkpoint_sources(
     try:
         contents = read_contents(checkpoint.folder)
         mapped = map_checkpoint(model, tree, contents)
-        wrong = [*_wrong_patterns(checkpoint), *_quantised(checkpoint.folder, mapped)]
+        wrong = [*_wrong_patterns(checkpoint), *quantised(tree, mapped, contents)]
     except PlanError as error:
         return tree, None, list(error.problems)
     if wrong:
@@ -163,19 +163,6 @@ class _Match:
                     )
                     fix = f"The closest are {', '.join(near)}" if near else "Leave it out"
                     yield Problem(pattern, f"it matches {kind}", fix)
-
-
-def _quantised(folder: str, mapped: MappedCheckpoint) -> Iterator[Problem]:
-    """Report a quantised checkpoint whose extra keys (scales) a model in plain floats would silently leave out."""
-    if not mapped.extra or not (Path(folder) / "config.json").is_file():
-        return
-    match read_object(folder, "config.json").get("quantization_config"):
-        case {"quant_method": method}:
-            some = f"{len(mapped.extra)} of its keys, such as {next(iter(mapped.extra))}"
-            cause = f"its weights are quantised ({method}), and the model has no tensor for {some}"
-            yield Problem("config.json", cause, "Let transformers dequantise it, and write it with save_pretrained")
-        case _:
-            pass
 
 
 def _untied(apart: Iterable[tuple[ParamSpec, Assembly, Assembly]]) -> Iterator[Problem]:

@@ -233,7 +233,7 @@ def test_quantised_weights_whose_scales_would_be_left_out_are_refused(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(1)
     save_file(tensors, tmp_path / "model.safetensors")
     _, _, problems = sources(family("llama"), folder, ignore=("**.weight_scale_inv",))
-    assert "config.json: its weights are quantised (fp8), and the model has no tensor for 1 of its keys" in text(problems)
+    assert "up_proj.weight  f32[48, 32]: it is stored quantised (fp8) beside" in text(problems)
 
 
 def test_numbers_are_counted_and_not_spelled(tmp_path):
