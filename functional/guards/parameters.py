@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from attrs import define, field
 
 from .error import TrainingError
@@ -35,7 +37,7 @@ class PlacedParameters:
 
     def _look(self) -> None:
         """Note the tree of modules, so that a later look at it is quick."""
-        modules = list(self.module.modules())
+        modules = list(without_scripted(self.module.modules()))
         self.owners = [(module, len(module._modules) + len(module._parameters)) for module in modules]  # noqa: SLF001
         self.children = [(m, name, child) for m in modules for name, child in m._modules.items() if child is not None]  # noqa: SLF001
         self.held = [(module, name, p) for module in modules for name, p in module._parameters.items()]  # noqa: SLF001
@@ -73,6 +75,11 @@ class PlacedParameters:
             "before planning: change the model, make a schedule of it, plan_build and execute that"
         )
         raise TrainingError(msg)
+
+
+def without_scripted(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Leave out scripted modules, which nothing can be put on."""
+    return (module for module in modules if not isinstance(module, torch.jit.ScriptModule))
 
 
 def is_fsdp(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from ...specs.mesh import Coordinate
 from ...specs.plan import Plan
 from .batches import check_alike
 from .error import TrainingError
-from .parameters import PlacedParameters
+from .parameters import PlacedParameters, without_scripted
 from .steps import StepCheck, check_steps
 from .wrappers import check_fsdp, refuse_foreign_ddp
 
@@ -33,7 +33,7 @@ def watch(
         device: Where the module's tensors are.
         num_checked: Calls, and steps of optimizers, of which the ranks along ``tensor`` compare what must be alike.
     """
-    if plan.mesh.num_ranks == 1:
+    if plan.mesh.num_ranks == 1 or isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
         return
     steps = None
     if group is not None and num_checked:
@@ -85,7 +85,7 @@ class _Watch:
         """Look at each call of a module, and at those of its children by code that calls its ``forward`` alone."""
         module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
         module.register_forward_hook(self.after, always_call=True)
-        for child in module.children():
+        for child in without_scripted(module.children()):
             child.register_forward_pre_hook(self.before_child, prepend=True)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
