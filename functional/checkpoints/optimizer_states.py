@@ -75,6 +75,10 @@ def stored_states(folder: str) -> StoredStates:
     return StoredStates(Folder(folder, files), tensors, frozendict(), groups)
 
 
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""Settings that torch's schedulers of learning rates put into groups, whenever they are made."""
+
+
 def settings_for(
     saved: Sequence[ParamGroup] | None, own: Sequence[ParamGroup]
 ) -> tuple[tuple[Mapping[str, Any], ...], list[Problem]]:
@@ -96,7 +100,7 @@ def settings_for(
             cause = f"group {number} trains tensors that were in several groups: {', '.join(before.values())}"
         elif (first := next(iter(before))) >= len(saved):
             cause = f"it has {len(own)} groups of parameters, and {len(saved)} were saved"
-        elif names := sorted(saved[first].settings.keys() ^ group.settings.keys()):
+        elif names := sorted((saved[first].settings.keys() ^ group.settings.keys()) - _OF_SCHEDULERS):
             cause = f"group {number} has not the settings that were saved: one of the two lacks {', '.join(names)}"
             fix = "Make the same optimizer as the one that was saved"
         else:
