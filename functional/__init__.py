@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .build import build as build
     from .build import consolidate_model as consolidate_model
     from .build import init_target_engine as init_target_engine
+    from .built import Built as Built
     from .diff import diff as diff
-    from .execute import Built as Built
     from .execute import execute as execute
     from .goldens import assert_plan_matches as assert_plan_matches
     from .guards.error import TrainingError as TrainingError
@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Built": "execute",
+    "Built": "built",
     "DryRun": "interpreter.dry_run",
     "ExecutionError": "interpreter.world",
     "Schedule": "schedule",

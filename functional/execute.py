@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from attrs import Factory, define, field, frozen
+from attrs import Factory, define
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -26,8 +26,8 @@ from ..specs.plan import Plan
 from ..specs.program import RANDOM_SCHEME
 from ..specs.steps import AsDTensors
 from .audit import audit
+from .built import Built
 from .dialects import find_dialect
-from .guards.error import TrainingError
 from .guards.watch import watch
 from .interpreter.interpret import interpret
 from .interpreter.torch_effects import TorchEffects
@@ -39,12 +39,8 @@ from .pipeline.build_stages import planned_partition
 from .planning.dtensor_steps import as_dtensors
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from ..specs.finding import Finding
-    from ..specs.receipt import Receipt
     from ..specs.steps import Step
-    from .dialects.handover import Norm
     from .interpreter.effects import Effects
     from .pipeline.partition import Partition
 
@@ -52,59 +48,6 @@ _log = logging.getLogger("shardplan")
 
 TensorLayout = Literal["local", "dtensor"]
 """Whether the module's tensors are this rank's shards, or DTensors that know the global tensor."""
-
-
-@frozen
-class Built:
-    """The result of executing a plan on one rank; unpacks as ``model, optimizer``.
-
-    Args:
-        model: The model to train: the module, or the target's engine around it. None with effects of the caller's.
-        optimizer: The target's optimizer, or the given one; None if there is none.
-        module: This rank's own torch module: the whole model's, or that of its (first) pipeline stage.
-        modules: All of this rank's stages, several under an interleaved pipeline; else the one module.
-        extras: Whatever else the target returned, by name.
-        device_mesh: The device mesh of ``layout="dtensor"``, with dimensions ``data`` and ``tensor``; else None.
-        receipt: What this rank really allocated, sent and placed.
-        norm: The norm of the whole model's gradient; None if the target knows none.
-    """
-
-    model: Any
-    optimizer: Any
-    module: nn.Module | None = field(repr=False)
-    modules: tuple[nn.Module, ...] = field(repr=False)
-    extras: Any = field(repr=False)
-    device_mesh: DeviceMesh | None = field(repr=False)
-    receipt: Receipt
-    norm: Norm | None = field(default=None, repr=False)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.model, self.optimizer))
-
-    def clip_grad_norm_(self, max_norm: float) -> Any:
-        """Scale all gradients so that their norm, over the whole model, is at most ``max_norm``; return the norm before.
-
-        As ``torch.nn.utils.clip_grad_norm_`` of the unsplit model; torch's own would take this rank's parts for the model.
-        Every rank calls it, after the backward pass.
-
-        Raises:
-            TrainingError: If the target clips by itself, or nothing joins the ranks that hold parts.
-        """
-        return self._known_norm().clip(max_norm)
-
-    def grad_norm(self) -> Any:
-        """Return the norm of the whole model's gradient; every rank calls it, after the backward pass.
-
-        Raises:
-            TrainingError: If nothing joins the ranks that hold parts.
-        """
-        return self._known_norm().norm()
-
-    def _known_norm(self) -> Norm:
-        if self.norm is None:
-            msg = "nothing joins the ranks that hold parts of the gradient: plan with target='torch' or 'deepspeed'"
-            raise TrainingError(msg)
-        return self.norm
 
 
 def execute(
@@ -159,7 +102,8 @@ def execute(
         if effects is not None:
             plan = _with_layout(plan, layout)
             interpret(plan, plan.mesh.coordinate(effects.rank), effects)
-            return Built(None, None, None, (), {}, None, effects.ledger.receipt(effects.rank, time.monotonic() - start))
+            receipt = effects.ledger.receipt(effects.rank, time.monotonic() - start)
+            return Built(plan, None, None, None, (), {}, None, receipt)
         coordinate, error = own_coordinate(plan)
         given: Any = plan.runtime.model if model is None else model
         ready = _prepare(plan, given, device, layout=layout, optimizer=optimizer, loss_fn=loss_fn, rank=coordinate.rank)
@@ -169,9 +113,8 @@ def execute(
         with _progress_bar(plan, shown=progress and coordinate.rank == 0) as on_step:
             interpret(ready.plan, coordinate, real, error=error or ready.error, on_step=on_step)
         if plan.pipeline is None:
-            along = real.groups.get(("tensor",))
-            watch(real.modules[0], plan, coordinate, along, ready.device, check_inputs)
-        return _built(real, time.monotonic() - start)
+            watch(real.modules[0], plan, coordinate, real.groups.get(("tensor",)), ready.device, check_inputs)
+        return _built(ready.plan, real, time.monotonic() - start)
 
 
 @define
@@ -218,12 +161,22 @@ def _prepare(
     return ready
 
 
-def _built(effects: TorchEffects, seconds: float) -> Built:
+def _built(plan: Plan, effects: TorchEffects, seconds: float) -> Built:
     wrapped, modules = effects.wrapped, effects.modules
     assert wrapped is not None, "every plan ends with a Wrap step"
     receipt = effects.ledger.receipt(effects.rank, seconds)
-    mesh = effects.device_mesh
-    return Built(wrapped.model, wrapped.optimizer, modules[0], modules, wrapped.extras, mesh, receipt, wrapped.norm)
+    return Built(
+        plan,
+        wrapped.model,
+        wrapped.optimizer,
+        modules[0],
+        modules,
+        wrapped.extras,
+        effects.device_mesh,
+        receipt,
+        wrapped.norm,
+        effects.groups.get(("tensor",)),
+    )
 
 
 def _choose_device(device: torch.device | str | None) -> torch.device:

@@ -212,6 +212,7 @@ def test_a_contract_can_fail(copy, name):
 
 
 EFFECTFUL = {
+    "functional/built.py",
     "functional/dialects/deepspeed/wrap.py",
     "functional/dialects/gradient_norm.py",
     "functional/dialects/torch/wrap.py",

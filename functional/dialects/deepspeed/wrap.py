@@ -65,7 +65,7 @@ class _EngineNorm:
     engine: Any
 
     def norm(self) -> Any:
-        """Return the norm of the gradient of its last step; None before the first."""
+        """Return the norm of the gradient of its last step; None before the first, and where the engine takes none."""
         return self.engine.get_global_grad_norm()
 
     def clip(self, max_norm: float) -> Any:
