@@ -74,8 +74,16 @@ class _Walk:
         for value, info in enumerate(self.local.values):
             if info.path and (total := self._total(value)) is not None:
                 self._at_tensor(value, info.path, total)
+        self.lost_tensors += sorted(self._unmet())
         for (module, scale), values in self.scaled.items():
             self.faults.append(Fault(-1, module, self._counts(scale, values), value=values[0], kind="gradient"))
+
+    def _unmet(self) -> set[str]:
+        """Return the paths of trained tensors that have a gradient by torch's own backward pass, and met none here."""
+        values = self.local.values
+        taken = {values[ref.value].path for call in self.local.calls for ref in references(call) if values[ref.value].path}
+        met = {values[value].path for value, total in self.totals.items() if total is not None}
+        return (self.local.reached & taken) - met - {info.path for info in values if 0 in info.shape}
 
     def _held(self, value: int) -> Held:
         return self.types.held.get(value, UNKNOWN)
@@ -142,8 +150,9 @@ class _Walk:
         if call.function:
             self._function(number, call)
             return
+        is_opaque = call.name != "detach" and not any(ref.requires_grad for ref in refs)  # it has a derivative of its own
         for place, ref in enumerate(refs):
-            if ref.requires_grad:
+            if ref.requires_grad or (is_opaque and self.local.values[ref.value].is_real):
                 for at, total in enumerate(totals):
                     if total is not None:
                         self._add(ref.value, self._contribution(number, call, place, at, total))

@@ -132,6 +132,7 @@ def _tried(
                 tape.inputs |= {name: writer.value(value) for name, value in inputs.items() if isinstance(value, Tensor)}
                 outputs = _called(local, chain, inputs) if chain else local(**inputs)
                 tape.outputs += writer.values(outputs)
+                tape.reached |= {tape.values[writer.value(tensor)].path for tensor in _behind(outputs)}
                 tape.numbers += (leaf for leaf in tree_leaves(outputs) if isinstance(leaf, (int, float)))
                 writer.name_changed(local, subject.tree)
         except Exception as error:  # noqa: BLE001  the model's code may raise any error, which is reported
@@ -146,6 +147,19 @@ def _called(model: nn.Module, chain: Sequence[Sequence[str]], inputs: Mapping[st
     for path in (path for stage in chain for path in stage):
         given = tuple(leaf for leaf in tree_leaves(model.get_submodule(path)(*given)) if isinstance(leaf, Tensor))
     return given
+
+
+def _behind(outputs: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors to which torch's backward pass comes from some outputs."""
+    todo: list[Any] = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    seen: set[Any] = {None}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += (further for further, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 def _write_modules(model: nn.Module, writer: TapeWriter) -> None:

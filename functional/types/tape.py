@@ -167,6 +167,7 @@ class Tape:
         changed: The value that each tensor of the model has at the end, by canonical path, if it is another one.
         num_calls: How often each module was called, by path.
         backward: Code of the user's own that runs in the backward pass, in the order in which the forward pass met it.
+        reached: Paths of the trained tensors to which torch's own backward pass comes from the outputs.
     """
 
     values: list[Value] = Factory(list)
@@ -179,6 +180,7 @@ class Tape:
     changed: dict[str, int] = Factory(dict)
     num_calls: dict[str, int] = Factory(dict)
     backward: list[BackwardCode] = Factory(list)
+    reached: set[str] = Factory(set)
 
 
 def references(call: RecordedCall) -> list[ValueRef]:

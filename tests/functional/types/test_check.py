@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from attrs import evolve
 from torch import nn
 
 from shardplan.functional import create_schedule, plan_build
+from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.functional.types import gradients
 from shardplan.functional.types.gradient import UNKNOWN_GRADIENT
 from shardplan.specs import Mesh, PlanError
 from tests.helpers.models import llama, split_llama
 
 TOKENS = {"input_ids": torch.empty(2, 8, dtype=torch.long, device="meta")}
+INPUT = {"input": torch.empty(2, 4)}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 128}
 
 
@@ -58,10 +61,31 @@ def test_no_gradient_is_lost_in_silence(monkeypatch):
     monkeypatch.setattr(gradients._Walk, "_contribution", lambda *_: UNKNOWN_GRADIENT)
     model = nn.Sequential(nn.Linear(4, 8, device="meta"), nn.Linear(8, 4, device="meta"))
     sch = create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["1"].rowwise()
-    plan = plan_build(sch, example_inputs={"input": torch.empty(2, 4)})
+    plan = plan_build(sch, example_inputs=INPUT)
     assert [str(lost) for lost in plan.equality.unfollowed] == [
         f"{path}: nobody could follow its gradient" for path in ("0.weight", "0.bias", "1.weight", "1.bias")
     ]
+
+
+@pytest.mark.parametrize("way", ["grouped_mm", "batched_mm"])
+def test_gradients_pass_operators_with_a_derivative_of_their_own(way):
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, experts_implementation=way))
+    sch = schedule_from_tp_plan(model, Mesh(tensor=2))
+    plan = plan_build(sch, example_inputs=TOKENS, init_weights=False)
+    assert plan.equality.answer == "holds"
+    step = next(step for step in sch.layout if step.module.endswith("layers.1.mlp.experts") and step.when == "backward_post")
+    for layout in ([other for other in sch.layout if other is not step], [*sch.layout, step]):
+        with pytest.raises(PlanError, match=r"model.layers.1.mlp.experts: "):
+            plan_build(evolve(sch, layout=layout), example_inputs=TOKENS, init_weights=False)
+
+
+def test_a_tensor_that_torch_gives_a_gradient_and_nobody_followed_is_told(monkeypatch):
+    monkeypatch.setattr(gradients._Walk, "_backward", lambda *_: None)
+    model = nn.Sequential(nn.Linear(4, 8, device="meta"), nn.Linear(8, 4, device="meta"))
+    plan = plan_build(create_schedule(model, Mesh(tensor=2)).at["0"].colwise().at["1"].rowwise(), example_inputs=INPUT)
+    assert {lost.path for lost in plan.equality.unfollowed} == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def test_norms_of_split_heads_are_found_in_qwen_3():
