@@ -103,22 +103,22 @@ def _is_pair(value: object) -> TypeGuard[tuple[int, int]]:
 
 
 def sum_gradient(sch: D, name: str | None, mesh_axis: MeshAxis) -> D:
-    """Sum the gradients of trained tensors that are whole and work on parts of activations."""
+    """Sum the gradients of trained tensors that are whole and work on parts of activations; frozen ones have none."""
     modules, chosen = selected_modules(sch), {path for spec in selected_tensors(sch) for path in spec.paths}
     sch = or_unmatched(sch, modules=name is not None)
     if mesh_axis not in STAGE_AXES:
         cause = f"activations are not split over mesh axis {mesh_axis!r}"
         return wrong(sch, Problem(sch.selected, cause, f"They are over {' or '.join(STAGE_AXES)}"))
     for module in modules:
-        owned = {path for spec in own_specs(sch, module) if spec.requires_grad for path in spec.paths}
+        owned = {path for spec in own_specs(sch, module) if spec.kind == "parameter" for path in spec.paths}
         mine = {path for path in owned if module_of(path) == module.path}
         found = mine if name is None else mine & {join(module.path, name)}
         if not found:
             held = ", ".join(sorted(mine)) or "none"
-            cause = f"it has no trained tensor{f' {name!r}' if name else ''} of its own"
-            sch = wrong(sch, Problem(module.path, cause, f"Its trained tensors are {held}"))
+            cause = f"it has no parameter{f' {name!r}' if name else ''} of its own"
+            sch = wrong(sch, Problem(module.path, cause, f"Its parameters are {held}"))
         chosen |= found
-    paths = [path for path in sch.tree.all_paths if path in chosen]
+    paths = [path for path in sch.tree.all_paths if path in chosen and sch.tree[path].requires_grad]
     return with_layout(sch, (SumGradient(module_of(path), name_of(path), mesh_axis) for path in paths))
 
 

@@ -20,6 +20,7 @@ from ....specs.paths import module_of
 from ....specs.verb_call import VerbCall, wildcard
 from ...schedule import Schedule, create_schedule
 from ..verb_calls import apply_all
+from .adapters import is_adapted, with_adapters, without_adapters
 from .attention import norm_of_all_heads, split_attention
 from .declared import COLWISE, ROWWISE, SILENT, STYLES, DeclaredPlan, DeclaredRule, names_no_layer, read_plan
 from .heads import attention_above, forward_source
@@ -39,19 +40,31 @@ def schedule_from_tp_plan(model: nn.Module, mesh: Mesh) -> Schedule:
     whole; ``plan_build(sch, example_inputs=...)`` finds tensors that would see a part of their gradient only.
 
     Args:
-        model: A model with ``_tp_plan``, best built under ``torch.device("meta")``.
+        model: A model with ``_tp_plan``, best built under ``torch.device("meta")``; adapters of peft may be on it.
         mesh: The ranks; with ``expert`` above 1 fused experts are also split by expert.
     """
     sch = create_schedule(model, mesh)
+    if is_adapted(model):
+        inner, bare = without_adapters(model)
+        said = [call for said in _calls(create_schedule(bare, mesh)) for call in with_adapters(said, model, inner)]
+    else:
+        said = list(_calls(sch))
+    calls = (call for call in said if isinstance(call, VerbCall))
+    return _wrong(apply_all(sch, calls), [problem for problem in said if isinstance(problem, Problem)])
+
+
+def _calls(sch: Schedule) -> Iterator[VerbCall | Problem]:
+    """Iterate over the calls of verbs for a schedule without declarations."""
+    model = sch.runtime.model
     plan = getattr(model, "_tp_plan", None)
     if not isinstance(plan, Mapping) or not plan:
         cause = f"this {type(model).__name__} declares no tensor-parallel plan"
-        return _wrong(sch, [Problem("", cause, "Split it with the verbs, or set model._tp_plan")])
-    if problem := names_no_layer(sch, plan):
-        return _wrong(sch, [problem])
-    said = [*_split_experts(sch, model), *(_translate(read_plan(sch, plan)) if mesh.tensor > 1 else ())]
-    calls = (call for call in said if isinstance(call, VerbCall))
-    return _wrong(apply_all(sch, calls), [problem for problem in said if isinstance(problem, Problem)])
+        yield Problem("", cause, "Split it with the verbs, or set model._tp_plan")
+    elif problem := names_no_layer(sch, plan):
+        yield problem
+    else:
+        yield from _split_experts(sch, model)
+        yield from _translate(read_plan(sch, plan)) if sch.mesh.tensor > 1 else ()
 
 
 def _wrong(sch: Schedule, problems: list[Problem]) -> Schedule:

@@ -176,11 +176,11 @@ OPTIONS = "\n      Options are blocks=(n, ...), interleaved=n, granule=n, replic
         ),
         (
             lambda s: s.at["a"].sum_gradient("gain"),
-            "a: it has no trained tensor 'gain' of its own\n      Its trained tensors are a.bias, a.weight",
+            "a: it has no parameter 'gain' of its own\n      Its parameters are a.bias, a.weight",
         ),
         (
             lambda s: s.at[""].sum_gradient(),
-            "(model): it has no trained tensor of its own\n      Its trained tensors are none",
+            "(model): it has no parameter of its own\n      Its parameters are none",
         ),
         (lambda s: s.at["norm"].sum_gradient(mesh_axis="pipe"), "norm: activations are not split over mesh axis 'pipe'"),
         (lambda s: s.at["norm.weight"].fork_rng(), "norm.weight: it selects tensors, and this verb is for modules"),
