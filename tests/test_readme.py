@@ -85,11 +85,12 @@ def test_what_the_page_on_pipelines_prints(capsys, tmp_path):
     assert run_script(tmp_path / "train.py", 2, tmp_path) == result
 
 
-def test_what_the_page_on_training_prints(tmp_path):
-    page = (ROOT / "docs" / "training.md").read_text()
+@pytest.mark.parametrize(("name", "num_ranks"), [("training", 4), ("peft", 2)])
+def test_what_a_page_on_training_prints(tmp_path, name, num_ranks):
+    page = (ROOT / "docs" / f"{name}.md").read_text()
     script, result = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "train.py").write_text(script)
-    assert run_script(tmp_path / "train.py", 4, tmp_path) == result
+    assert run_script(tmp_path / "train.py", num_ranks, tmp_path) == result
 
 
 def test_the_errors_read_as_they_are_shown():
