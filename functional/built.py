@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..specs.plan import Plan
 from .guards.error import TrainingError
+from .guards.parameters import is_fsdp
 from .model.rng_state import own_generators
 from .saving.gather import gather
 
@@ -61,15 +62,18 @@ class Built:
         Every rank calls it, after the backward pass.
 
         Raises:
-            TrainingError: If the target clips by itself, or nothing joins the ranks that hold parts.
+            NotImplementedError: If the target clips by itself, as DeepSpeed does.
+            TrainingError: If nothing joins the ranks that hold parts, or FSDP2 holds the parameters.
         """
         return self._known_norm().clip(max_norm)
 
     def grad_norm(self) -> Any:
         """Return the norm of the whole model's gradient; every rank calls it, after the backward pass.
 
+        DeepSpeed's engine knows that of its last step.
+
         Raises:
-            TrainingError: If nothing joins the ranks that hold parts.
+            TrainingError: If nothing joins the ranks that hold parts, or FSDP2 holds the parameters.
         """
         return self._known_norm().norm()
 
@@ -110,5 +114,10 @@ class Built:
     def _known_norm(self) -> Norm:
         if self.norm is None:
             msg = "nothing joins the ranks that hold parts of the gradient: plan with target='torch' or 'deepspeed'"
+            raise TrainingError(msg)
+        if any(is_fsdp(inner) for module in self.modules for inner in module.modules()):
+            msg = (
+                "FSDP2 holds the parameters, as DTensors: torch.nn.utils.clip_grad_norm_(module.parameters(), ...) is right"
+            )
             raise TrainingError(msg)
         return self.norm

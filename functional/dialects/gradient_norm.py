@@ -88,12 +88,19 @@ class GradientNorm:
     def _squares(self, *, of_experts: bool) -> Tensor:
         """Return the sum of the squares that count on this rank: of split experts, or of all other parameters."""
         squares = [
-            torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+            norm_of(gradient).float().square()
             for parameter, share in self.shares
             if share.is_expert == of_experts and parameter.grad is not None
             for gradient in _parts(_local(parameter.grad), share)
         ]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """Return the norm of a tensor's entries, in float32 or wider."""
+    dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+    real = torch.view_as_real(dense) if dense.is_complex() else dense
+    return torch.linalg.vector_norm(real, dtype=torch.promote_types(real.dtype, torch.float32))
 
 
 def _local(gradient: Any) -> Tensor:

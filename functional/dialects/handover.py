@@ -38,10 +38,10 @@ class Handover:
 
 
 def norm_shares(module: Any, plan: Plan, coordinate: Coordinate) -> Iterator[tuple[Any, NormShare]]:
-    """Iterate over the trained parameters of a module, each with the rank's share of its gradient's norm."""
+    """Iterate over the parameters of a module, each with the rank's share of its gradient's norm."""
     by_path = {path: norm_share(spec, coordinate) for spec in plan.tree.values() for path in spec.paths}
     for path, parameter in module.named_parameters():
-        if parameter.requires_grad and path in by_path:
+        if path in by_path:
             yield parameter, by_path[path]
 
 

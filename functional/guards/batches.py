@@ -45,20 +45,28 @@ def check_alike(arguments: Mapping[str, Any], group: dist.ProcessGroup, device: 
     msg = (
         f"ranks {ranks} along tensor hold parts of one model, and are called with different batches: {which} differ. "
         "Share batches out over data alone: DistributedSampler(dataset, num_replicas=plan.mesh.data, "
-        "rank=plan.mesh.coordinate(dist.get_rank()).data), and seed all generators alike"
+        "rank=plan.mesh.coordinate(dist.get_rank()).data), and seed all generators alike; execute(check_inputs=0) compares "
+        "nothing"
     )
     raise TrainingError(msg)
 
 
 def _digest(value: Any, device: torch.device) -> Tensor:
-    """Return 63 bits of a value: equal for equal shapes, types and entries, to the last bit."""
+    """Return a digest of a value: equal for equal shapes, types and entries, to the last bit."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for place, leaf in enumerate(tree_leaves(value)):
         total = total * 31 + _of_text(_described(leaf), place)
         for entries in _entries(leaf):
-            weights = torch.arange(1, 2 * entries.numel(), 2, device=entries.device) * 0x9E3779B97F4A7C1
-            total = total * 31 + ((entries + 1) * weights).sum().to(device)
+            total = total * 31 + _mixed(entries).sum().to(device)
     return total
+
+
+def _mixed(entries: Tensor) -> Tensor:
+    """Return numbers of 64 bits that depend on each entry and its place (SplitMix64, Steele et al. 2014)."""
+    mixed = entries + torch.arange(1, entries.numel() + 1, device=entries.device) * 0x1E3779B97F4A7C15
+    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        mixed = (mixed ^ (mixed >> 30)) * factor
+    return mixed ^ (mixed >> 31)
 
 
 def _entries(leaf: Any) -> Iterator[Tensor]:

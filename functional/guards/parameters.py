@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -21,26 +22,31 @@ _TOLD = 3
 class PlacedParameters:
     """The parameters of a module when it was executed.
 
+    Neither the module nor its parameters are kept alive by it.
+
     Args:
-        module: The module.
+        of: The module.
     """
 
-    module: nn.Module
-    placed: dict[int, tuple[str, nn.Parameter]] = field(init=False)
-    owners: list[tuple[nn.Module, int]] = field(init=False)
-    children: list[tuple[nn.Module, str, nn.Module]] = field(init=False)
-    held: list[tuple[nn.Module, str, nn.Parameter | None]] = field(init=False)
+    of: weakref.ref[nn.Module]
+    placed: dict[int, tuple[str, weakref.ref[nn.Parameter]]] = field(init=False)
+    seen: list[tuple[weakref.ref[nn.Module], dict[str, int]]] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.placed = {id(parameter): (name, parameter) for name, parameter in self.module.named_parameters()}
+        self.placed = {id(p): (name, weakref.ref(p)) for name, p in self.module.named_parameters()}
         self._look()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        module = self.of()
+        assert module is not None, "it is being called"
+        return module
 
     def _look(self) -> None:
         """Note the tree of modules, so that a later look at it is quick."""
-        modules = list(without_scripted(self.module.modules()))
-        self.owners = [(module, len(module._modules) + len(module._parameters)) for module in modules]  # noqa: SLF001
-        self.children = [(m, name, child) for m in modules for name, child in m._modules.items() if child is not None]  # noqa: SLF001
-        self.held = [(module, name, p) for module in modules for name, p in module._parameters.items()]  # noqa: SLF001
+        modules = without_scripted(self.module.modules())
+        self.seen = [(weakref.ref(module), _parts(module)) for module in modules]
 
     def check(self) -> bool:
         """Look at the module before a call; return whether something has changed that may be right.
@@ -56,25 +62,31 @@ class PlacedParameters:
         return True
 
     def _is_as_seen(self) -> bool:
-        return (
-            all(len(module._modules) + len(module._parameters) == num for module, num in self.owners)  # noqa: SLF001
-            and all(module._modules.get(name) is child for module, name, child in self.children)  # noqa: SLF001
-            and all(module._parameters.get(name) is parameter for module, name, parameter in self.held)  # noqa: SLF001
-        )
+        return all((module := known()) is not None and _parts(module) == parts for known, parts in self.seen)
 
     def _compare(self) -> None:
         now = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        added = [name for key, name in now.items() if key not in self.placed]
-        gone = [name for key, (name, _) in self.placed.items() if key not in now]
+        alive = {key: name for key, (name, known) in self.placed.items() if known() is not None}
+        added = [name for key, name in now.items() if key not in alive]
+        gone = [name for key, (name, _) in self.placed.items() if key not in now or key not in alive]
         if not added and not gone:
             return
-        told = [f"{len(names)} {what} ({_some(names)})" for names, what in ((added, "new"), (gone, "gone")) if names]
+        if sorted(added) == sorted(gone):
+            added, gone, told = [], [], [f"{len(added)} are other tensors ({_some(added)})"]
+        else:
+            told = []
+        told += [f"{len(names)} {what} ({_some(names)})" for names, what in ((added, "new"), (gone, "gone")) if names]
         msg = (
             f"the module's parameters are not those that execute placed: {', '.join(told)}. Ranks would train parameters "
             "that nobody shares out or keeps alike. Adapters, resized embeddings, quantisation and replaced modules come "
             "before planning: change the model, make a schedule of it, plan_build and execute that"
         )
         raise TrainingError(msg)
+
+
+def _parts(module: nn.Module) -> dict[str, int]:
+    """Return which objects a module has for parameters and children."""
+    return {name: id(part) for parts in (module._parameters, module._modules) for name, part in parts.items()}  # noqa: SLF001
 
 
 def without_scripted(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from attrs import define
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ..dialects.gradient_norm import norm_of
 from .error import TrainingError
 
 _TOLERANCE = 1e-3
@@ -25,25 +26,26 @@ class StepCheck:
     """Compares norms before the first steps of any optimizer over a module's parameters.
 
     Args:
-        whole: The trained parameters that ranks along ``tensor`` hold whole, by path.
+        whole: The parameters that ranks along ``tensor`` hold whole, by path; they are not kept alive.
         group: The group along ``tensor``.
         device: Where its messages are.
         num_left: Steps that are still to be checked.
     """
 
-    whole: Mapping[str, nn.Parameter]
+    whole: Mapping[str, weakref.ref[nn.Parameter]]
     group: dist.ProcessGroup
     device: torch.device
     num_left: int
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Compare the gradients and values of the parameters that an optimizer trains: one ``all_reduce``.
+        """Compare the gradients and values of the parameters that an optimizer trains: an ``all_reduce`` for each.
 
         Raises:
             TrainingError: On each rank along ``tensor``, if they differ.
         """
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        found = {path: parameter for path, parameter in self.whole.items() if id(parameter) in trained}
+        known = ((path, parameter()) for path, parameter in self.whole.items())
+        found = {path: p for path, p in known if p is not None and id(p) in trained}
         if not found or self.num_left <= 0:
             return
         self.num_left -= 1
@@ -77,8 +79,7 @@ def _norm(tensor: Tensor | None, device: torch.device) -> Tensor:
     """Return the norm of what this rank has of a tensor; -1 where there is none."""
     if tensor is None:
         return torch.tensor(-1.0, device=device)
-    local = getattr(tensor, "_local_tensor", tensor)
-    return torch.linalg.vector_norm(local.detach(), dtype=torch.float32).to(device)
+    return norm_of(getattr(tensor, "_local_tensor", tensor).detach()).float().to(device)
 
 
 def _told(what: str, paths: list[str], ranks: list[int]) -> str:

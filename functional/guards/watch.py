@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -38,11 +39,11 @@ def watch(
     steps = None
     if group is not None and num_checked:
         split = {path for spec in plan.tree.values() if "tensor" in spec.mesh_axes(rank) for path in spec.paths}
-        whole = {path: p for path, p in module.named_parameters() if p.requires_grad and path not in split}
+        whole = {path: weakref.ref(p) for path, p in module.named_parameters() if path not in split}
         steps = StepCheck(whole, group, device, num_checked)
         check_steps(steps)
-    _Watch(PlacedParameters(module), plan, group, device, num_checked, steps).begin(module)
-    refuse_foreign_ddp(module, plan.mesh)
+    _Watch(PlacedParameters(weakref.ref(module)), plan, group, device, num_checked, steps).begin(module)
+    refuse_foreign_ddp(module, plan)
     if hasattr(module, "save_pretrained") and any(spec.mesh_axes(rank) for spec in plan.tree.values()):
         setattr(module, "save_pretrained", MethodType(_refuse_to_save, module))  # noqa: B010
 
@@ -111,7 +112,7 @@ class _Watch:
         assert self.placed is not None, "the caller asks"
         assert self.plan is not None, "it was given with them"
         if self.placed.check():
-            check_fsdp(self.placed.module, self.plan.mesh)
+            check_fsdp(self.placed.module, self.plan)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

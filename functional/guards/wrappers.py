@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...specs.mesh import Mesh
+from ...specs.mesh import MESH_AXES
+from ...specs.plan import Plan
 from .error import TrainingError
 from .parameters import is_fsdp
 
@@ -21,23 +22,23 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 class _IgnoredPaths(list[str]):
     """The paths that DDP ignores; the DDP that reads them is checked."""
 
-    def __init__(self, paths: Iterable[str], mesh: Mesh) -> None:
+    def __init__(self, paths: Iterable[str], plan: Plan) -> None:
         super().__init__(paths)
-        self.mesh = mesh
+        self.plan = plan
 
     def __iter__(self) -> Iterator[str]:
         reader = sys._getframe(1).f_locals.get("self")  # noqa: SLF001  DDP, in its __init__
         if isinstance(reader, DistributedDataParallel):
-            check_group(reader.process_group, self.mesh, "DistributedDataParallel")
+            check_group(reader.process_group, self.plan, "DistributedDataParallel")
         return super().__iter__()
 
 
-def refuse_foreign_ddp(module: nn.Module, mesh: Mesh) -> None:
+def refuse_foreign_ddp(module: nn.Module, plan: Plan) -> None:
     """Let DDP over a group that joins ranks with parts raise when it is made."""
-    setattr(module, _IGNORED, _IgnoredPaths(getattr(module, _IGNORED, ()), mesh))
+    setattr(module, _IGNORED, _IgnoredPaths(getattr(module, _IGNORED, ()), plan))
 
 
-def check_fsdp(module: nn.Module, mesh: Mesh) -> None:
+def check_fsdp(module: nn.Module, plan: Plan) -> None:
     """Check the groups over which FSDP2 shares out a module's parameters.
 
     Raises:
@@ -46,18 +47,23 @@ def check_fsdp(module: nn.Module, mesh: Mesh) -> None:
     for inner in module.modules():
         if is_fsdp(inner):
             group: Any = getattr(inner, "_get_fsdp_state")()._fsdp_param_group  # noqa: B009, SLF001  torch has no other way
-            if group is not None:
-                check_group(group.mesh_info.shard_process_group, mesh, "fully_shard")
+            info = None if group is None else group.mesh_info
+            for name in ("shard_process_group", "replicate_process_group"):
+                if (joined := getattr(info, name, None)) is not None:
+                    check_group(joined, plan, "fully_shard")
 
 
-def check_group(group: Any, mesh: Mesh, wrapper: str) -> None:
+def check_group(group: Any, plan: Plan, wrapper: str) -> None:
     """Check a group over which a wrapper keeps parameters alike, or shares them out.
 
     Raises:
         TrainingError: If it joins ranks that hold other parts of the model.
     """
     ranks = dist.get_process_group_ranks(group)
-    joined = [axis for axis in ("tensor", "pipe") if len({getattr(mesh.coordinate(rank), axis) for rank in ranks}) > 1]
+    mesh = plan.mesh
+    split = {axis for spec in plan.tree.values() for axis in spec.mesh_axes(mesh.coordinate(ranks[0]))}
+    apart = [axis for axis in MESH_AXES if axis in {*split, "pipe"}]
+    joined = [axis for axis in apart if len({getattr(mesh.coordinate(rank), axis) for rank in ranks}) > 1]
     if not joined:
         return
     msg = (

@@ -10,7 +10,7 @@ from frozendict import frozendict
 
 from ...specs.equality import Trust, Unfollowed
 from ...specs.errors import Problem
-from ...specs.layout_steps import SetAttributes, SetToLocalSize, SumProducts
+from ...specs.layout_steps import ForkRng, SetAttributes, SetToLocalSize, ShareRng, SumProducts
 from ...specs.paths import join
 from ..layout.local_model import LocalModel
 from ..model.read import named_tensors
@@ -203,7 +203,7 @@ def wrong_inputs(subject: LocalModel) -> Iterator[Problem]:
 
 
 def _never_called(subject: LocalModel, local: Tape) -> Iterator[Problem]:
-    changing = {step.module for step in subject.layout if not isinstance(step, (SetAttributes, SetToLocalSize, SumProducts))}
+    changing = {step.module for step in subject.layout if not isinstance(step, _FOUND_OTHERWISE)}
     uncalled, reach = sorted(changing - local.num_calls.keys()), Reach.of(local)
     for path in (path for path in uncalled if not is_unreached(path, subject, reach)):
         cause = "it is not called in this forward pass, so that nothing is synchronised there"
@@ -215,6 +215,10 @@ def _never_called(subject: LocalModel, local: Tape) -> Iterator[Problem]:
         if isinstance(step, SumProducts) and place not in ran and not is_skipped:
             cause = "no product with it is computed in this forward pass, so that nothing is summed there"
             yield Problem(join(step.module, step.name), cause, "Products are those of @, *, linear, einsum and their kind")
+
+
+_FOUND_OTHERWISE = (SetAttributes, SetToLocalSize, SumProducts, ForkRng, ShareRng)
+"""Steps at a module that is not called, which change nothing, or of which what lacks is found where it is needed."""
 
 
 def _operator(local: Tape, fault: Fault) -> str:

@@ -43,8 +43,15 @@ def wrong_gradients(
     walk = _Walk(local, types, tree, layout, num, backward)
     walk.run()
     if not (types.faults or walk.faults or backward.faults):  # else it was said where that began
-        walk.faults += (Fault(-1, path, "nobody could follow its gradient", kind="unfollowed") for path in walk.lost_tensors)
+        walk.faults += _lost(list(dict.fromkeys(walk.lost_tensors)))
     return list(dict.fromkeys([*walk.faults, *backward.faults]))
+
+
+def _lost(paths: list[str]) -> Iterator[Fault]:
+    """Yield that gradients of trained tensors are not known, if some are not."""
+    if paths:
+        more = f", nor those of {len(paths) - 1} more tensors" if len(paths) > 1 else ""
+        yield Fault(-1, paths[0], f"nobody could follow its gradient{more}", kind="unfollowed")
 
 
 @define(eq=False)
@@ -83,14 +90,13 @@ class _Walk:
         values = self.local.values
         taken = {values[ref.value].path for call in self.local.calls for ref in references(call) if values[ref.value].path}
         met = {values[value].path for value, total in self.totals.items() if total is not None}
-        return (self.local.reached & taken) - met - {info.path for info in values if 0 in info.shape}
+        return (self.local.reached & taken) - met
 
     def _held(self, value: int) -> Held:
         return self.types.held.get(value, UNKNOWN)
 
     def _add(self, value: int, gradient: Gradient) -> None:
-        if 0 not in self.local.values[value].shape:  # no entries, no gradient
-            self.gradients.setdefault(value, []).append(gradient)
+        self.gradients.setdefault(value, []).append(gradient)
 
     def _total(self, value: int) -> Gradient | None:
         if value not in self.totals:
@@ -154,8 +160,14 @@ class _Walk:
         for place, ref in enumerate(refs):
             if ref.requires_grad or (is_opaque and self.local.values[ref.value].is_real):
                 for at, total in enumerate(totals):
-                    if total is not None:
+                    if total is not None and not self._is_nothing(call, at):
                         self._add(ref.value, self._contribution(number, call, place, at, total))
+
+    def _is_nothing(self, call: RecordedCall, at: int) -> bool:
+        """Tell whether a result is a piece of no features, which are as many in every example."""
+        shape = self.local.values[call.results[at]].shape
+        is_of_features = call.name == "split_with_sizes" and call.arguments.get("dim") in {-1, len(shape) - 1}
+        return is_of_features and shape[-1] == 0
 
     def _function(self, number: int, call: RecordedCall) -> None:
         """Follow the backward pass of a user's function, at the last call of its forward pass."""
@@ -198,6 +210,8 @@ class _Walk:
             return total
         total = evolve(total, scale=total.scale * result.scale / operand.scale)
         if operand.kind == "whole" and result.kind in {"parts", "summand"}:
+            if 0 in self.local.values[value].shape:  # right as it is, and perhaps empty in this example alone
+                return UNKNOWN_GRADIENT
             return Gradient("summand", total.scale, frozenset({Met(number, value)}), total.scaled_by)
         if operand.kind == "parts":
             is_fewer = result.kind == "parts" and _num_holders(operand) > _num_holders(result)

@@ -22,7 +22,8 @@ def written(old: Held, changed: Held, rank: int) -> Held:
         return evolve(old, fill=None)
     if old.is_plain and changed.kind == "parts":
         return lost("each rank has written its own entries to the same places of it", is_wrong=True)
-    made = None if old.is_due or changed.is_due else _taking_layout(old, changed, rank)
+    is_open = old.is_due or changed.is_due or old.is_drawn or changed.is_drawn
+    made = None if is_open else _taking_layout(old, changed, rank)
     return made or lost("its memory was changed through a view, with what is shared out in another way")
 
 

@@ -46,6 +46,8 @@ def after_step(  # noqa: PLR0911  a return for each step
             return Misuse(f"{each}, and {step} brings together what they compute of them")
         case Sync(op=op) if op not in get_args(SyncOp):
             return _given(step, operands, num)
+        case Sync(op="divide") if operands[0].unmasked:
+            return Misuse("it divides rows of which those of other ranks are not zero yet")
         case Sync(op="divide"):
             return evolve(operands[0], scale=operands[0].scale / num, origin=step.module)
         case Sync() | SumGradient() | SumProducts():
@@ -71,6 +73,8 @@ def _given(step: Sync, operands: tuple[Held, ...], num: int) -> Held | Misuse:
         return UNKNOWN
     if step.gives is None:
         return lost(unsaid(step))
+    if operands[0].unmasked:
+        return Misuse("it takes rows of which those of other ranks are not zero yet")
     if step.when in {"backward_pre", "backward_post"}:  # said of the gradient
         return operands[0]
     return given(step.gives, step.axis, operands[0].shape, num)
@@ -97,8 +101,9 @@ def _collective(call: RecordedCall, operands: tuple[Held, ...], num: int, module
     held, name = operands[0], call.name.removeprefix("shardplan::")
     if held.kind == "unknown":
         return held
-    if held.is_drawn:
-        return Misuse(f"{name} takes random numbers that each rank has drawn for itself")
+    if held.unmasked or held.is_drawn:
+        drawn = "random numbers that each rank has drawn for itself"
+        return Misuse(f"{name} takes {drawn if held.is_drawn else 'rows of which those of other ranks are not zero yet'}")
     match name:
         case "sum_gradient" | "sum_gradient_of" | "average_gradient":
             return held

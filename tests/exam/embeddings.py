@@ -64,3 +64,20 @@ def rows_of_the_token_before():
 @wrong("an embedding whose tokens change places with its batch", where="embed")
 def rows_in_another_order():
     return _split(lambda: _Rows(lambda rows: rows.transpose(0, 1).reshape(rows.shape).contiguous())), ids(batch=5)
+
+
+class _Stepped(nn.Embedding):
+    """An embedding with two places at which ranks may communicate, before its rows are set to zero."""
+
+    def __init__(self):
+        super().__init__(VOCAB, WIDTH)
+        self.first, self.second = nn.Identity(), nn.Identity()
+
+    def forward(self, ids):
+        return self.second(self.first(super().forward(ids)))
+
+
+@wrong("an embedding whose rows are averaged over ranks before those of others are zero", where="embed")
+def rows_averaged():
+    sch = _split(_Stepped).at["embed.first"].sync("forward_post", "all_reduce").sync("backward_pre", "all_reduce")
+    return sch.at["embed.second"].sync("forward_post", "divide"), ids()
