@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...specs.mesh import MESH_AXES
+from ...specs.mesh import MESH_AXES, Mesh, MeshAxis
 from ...specs.plan import Plan
 from .error import TrainingError
 from .parameters import is_fsdp
@@ -22,20 +22,26 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 class _IgnoredPaths(list[str]):
     """The paths that DDP ignores; the DDP that reads them is checked."""
 
-    def __init__(self, paths: Iterable[str], plan: Plan) -> None:
+    def __init__(self, paths: Iterable[str], mesh: Mesh, apart: tuple[MeshAxis, ...]) -> None:
         super().__init__(paths)
-        self.plan = plan
+        self.mesh, self.apart = mesh, apart
 
     def __iter__(self) -> Iterator[str]:
         reader = sys._getframe(1).f_locals.get("self")  # noqa: SLF001  DDP, in its __init__
         if isinstance(reader, DistributedDataParallel):
-            check_group(reader.process_group, self.plan, "DistributedDataParallel")
+            check_group(reader.process_group, self.mesh, self.apart, "DistributedDataParallel")
         return super().__iter__()
+
+
+def axes_apart(plan: Plan) -> tuple[MeshAxis, ...]:
+    """Return the mesh axes along which ranks hold other parts of the model."""
+    split = {axis for spec in plan.tree.values() for axis in spec.mesh_axes(plan.mesh.coordinate(0))}
+    return tuple(axis for axis in MESH_AXES if axis in {*split, "pipe"})
 
 
 def refuse_foreign_ddp(module: nn.Module, plan: Plan) -> None:
     """Let DDP over a group that joins ranks with parts raise when it is made."""
-    setattr(module, _IGNORED, _IgnoredPaths(getattr(module, _IGNORED, ()), plan))
+    setattr(module, _IGNORED, _IgnoredPaths(getattr(module, _IGNORED, ()), plan.mesh, axes_apart(plan)))
 
 
 def check_fsdp(module: nn.Module, plan: Plan) -> None:
@@ -50,19 +56,16 @@ def check_fsdp(module: nn.Module, plan: Plan) -> None:
             info = None if group is None else group.mesh_info
             for name in ("shard_process_group", "replicate_process_group"):
                 if (joined := getattr(info, name, None)) is not None:
-                    check_group(joined, plan, "fully_shard")
+                    check_group(joined, plan.mesh, axes_apart(plan), "fully_shard")
 
 
-def check_group(group: Any, plan: Plan, wrapper: str) -> None:
+def check_group(group: Any, mesh: Mesh, apart: tuple[MeshAxis, ...], wrapper: str) -> None:
     """Check a group over which a wrapper keeps parameters alike, or shares them out.
 
     Raises:
         TrainingError: If it joins ranks that hold other parts of the model.
     """
     ranks = dist.get_process_group_ranks(group)
-    mesh = plan.mesh
-    split = {axis for spec in plan.tree.values() for axis in spec.mesh_axes(mesh.coordinate(ranks[0]))}
-    apart = [axis for axis in MESH_AXES if axis in {*split, "pipe"}]
     joined = [axis for axis in apart if len({getattr(mesh.coordinate(rank), axis) for rank in ranks}) > 1]
     if not joined:
         return
