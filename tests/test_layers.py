@@ -216,7 +216,6 @@ EFFECTFUL = {
     "functional/dialects/deepspeed/wrap.py",
     "functional/dialects/gradient_norm.py",
     "functional/dialects/torch/wrap.py",
-    "functional/execute.py",
     "functional/guards/batches.py",
     "functional/guards/steps.py",
     "functional/guards/watch.py",

@@ -90,7 +90,7 @@ def run(_, texts):
 
 
 def _run(name, plan):
-    module = execute(plan, CASES[name][1](), device="cpu").module
+    module = execute(plan, CASES[name][1](), device="cpu", check_inputs=0).module  # a check sends too
     num_ranks = max(plan.mesh.tensor, plan.mesh.expert)
     for path in {call.module for call in plan.microbatch.calls}:
         inside(module.get_submodule(path), path)
