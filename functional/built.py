@@ -7,17 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from attrs import field, frozen
 from torch import Tensor, nn
 
 from ..specs.plan import Plan
+from .guards.draws import same_draws
 from .guards.error import TrainingError
 from .guards.parameters import is_fsdp
-from .model.rng_state import own_generators
 from .saving.gather import gather
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from ..specs.receipt import Receipt
@@ -50,7 +50,7 @@ class Built:
     device_mesh: DeviceMesh | None = field(repr=False)
     receipt: Receipt
     norm: Norm | None = field(default=None, repr=False)
-    tensor_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    tensor_group: ProcessGroup | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.optimizer))
@@ -104,10 +104,7 @@ class Built:
             msg = "the module has no generate: it is a stage of a pipeline, or no model of transformers that generates"
             raise TrainingError(msg)
         device = next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
-        seed = torch.randint(2**62, (), dtype=torch.int64).to(device)
-        if self.tensor_group is not None:
-            dist.broadcast(seed, dist.get_process_group_ranks(self.tensor_group)[0], group=self.tensor_group)
-        with own_generators(int(seed), device):
+        with same_draws(self.tensor_group, device):
             generate: Any = self.module.generate
             return generate(*args, **kwargs)
 

@@ -75,9 +75,9 @@ def execute(
         layout: ``dtensor`` makes parameters and buffers DTensors of torch, over a device mesh with dimensions ``data`` and
             ``tensor`` (``built.device_mesh``), for torch's distributed checkpoints, ``fully_shard`` over ``data``, and other
             tools that need the global tensor. Modules compute with local tensors all the same, and gradients are DTensors.
-        check_inputs: Number of calls of the module whose inputs are compared along ``tensor``, and of steps of optimizers
-            before which gradients and values of whole parameters are: a small ``all_reduce`` each. A difference raises
-            :class:`TrainingError`.
+        check_inputs: Number of calls of the module whose inputs are compared along ``tensor``, by an ``all_reduce`` of 16
+            bytes, and of steps of optimizers before which norms of whole parameters and of their gradients are, by two.
+            Calls in evaluation and generation count too. A difference raises :class:`TrainingError`; 0 compares nothing.
 
     Raises:
         PlanError: In a single process: if the audit refuses the plan, or the model is not the planned one.

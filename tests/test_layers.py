@@ -217,6 +217,7 @@ EFFECTFUL = {
     "functional/dialects/gradient_norm.py",
     "functional/dialects/torch/wrap.py",
     "functional/guards/batches.py",
+    "functional/guards/draws.py",
     "functional/guards/steps.py",
     "functional/guards/watch.py",
     "functional/guards/wrappers.py",

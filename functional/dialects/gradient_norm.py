@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -26,14 +27,14 @@ class GradientNorm:
         shares: The parameters of this rank, each once, with the parts of their gradients that count here: of split
             parameters the rank's own parts, on the first holder where several ranks hold a part; whole parameters count on
             the first of these ranks; parameters that several stages hold count on the stage that owns them.
-        trained: All trained parameters of this rank.
+        parameters: All parameters of this rank. None is kept alive by it.
         groups: The process groups over which the squares are summed.
         experts: The group along ``expert``, for squares of experts; None if experts are not split.
         device: Where the gradients are.
     """
 
-    shares: Sequence[tuple[Any, NormShare]]
-    trained: Sequence[Any]
+    shares: Sequence[tuple[ref[Any], NormShare]]
+    parameters: Sequence[ref[Any]]
     groups: Sequence[Any]
     experts: Any
     device: Any
@@ -54,8 +55,8 @@ class GradientNorm:
         }
         along = [mesh_axis for mesh_axis in reversed(MESH_AXES) if mesh_axis not in BATCH_AXES and mesh.num(mesh_axis) > 1]
         return cls(
-            [pair for name, pair in found.items() if name not in copies],
-            [parameter for parameter, _ in found.values()],
+            [(ref(parameter), share) for key, (parameter, share) in found.items() if key not in copies],
+            [ref(parameter) for parameter, _ in found.values()],
             [handover.groups[mesh_axis,] for mesh_axis in along],
             handover.groups["expert",] if mesh.expert > 1 else None,
             handover.device,
@@ -69,8 +70,8 @@ class GradientNorm:
         """
         norm = self.norm()
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        for parameter in self.trained:
-            if parameter.grad is not None:
+        for known in self.parameters:
+            if (parameter := known()) is not None and parameter.grad is not None:
                 _local(parameter.grad).mul_(scale.to(parameter.grad.dtype))
         return norm
 
@@ -89,8 +90,8 @@ class GradientNorm:
         """Return the sum of the squares that count on this rank: of split experts, or of all other parameters."""
         squares = [
             norm_of(gradient).float().square()
-            for parameter, share in self.shares
-            if share.is_expert == of_experts and parameter.grad is not None
+            for known, share in self.shares
+            if share.is_expert == of_experts and (parameter := known()) is not None and parameter.grad is not None
             for gradient in _parts(_local(parameter.grad), share)
         ]
         return torch.stack(squares).sum() if squares else torch.zeros((), device=self.device)

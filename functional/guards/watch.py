@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from attrs import define
 from torch import nn
+from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
 
 from ...specs.mesh import Coordinate
 from ...specs.plan import Plan
@@ -91,7 +93,7 @@ class _Watch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at the module's parameters, and at what it is called with."""
-        if torch.compiler.is_compiling() or self.placed is None:
+        if torch.compiler.is_compiling() or self.placed is None or detect_fake_mode(tree_leaves((args, kwargs))) is not None:
             return
         self._look()
         self.is_inside = True

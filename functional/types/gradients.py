@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from itertools import pairwise
 from typing import get_args
 
 from attrs import Factory, define, evolve
@@ -17,7 +16,7 @@ from attrs import Factory, define, evolve
 from ...specs.layout_steps import LayoutStep, Sync, SyncOp
 from ...specs.tree import SpecTree
 from .axes import holders, parts_in
-from .gradient import UNKNOWN_GRADIENT, Gradient, Kind, Met
+from .gradient import UNKNOWN_GRADIENT, Gradient, Kind, Met, collapsed_pieces, flat_pieces, merged_pieces
 from .held import UNKNOWN, Held
 from .macros import TRUSTED
 from .relation import Taken
@@ -111,10 +110,10 @@ class _Walk:
         if any(gradient.kind == "unknown" for gradient in found):
             return UNKNOWN_GRADIENT
         if any(gradient.pieces for gradient in found):
-            merged = _merged(found)
+            merged = merged_pieces(found)
             if merged is not None:
                 return merged
-            flat = [inner for gradient in found for inner in _flat(gradient)]
+            flat = [inner for gradient in found for inner in flat_pieces(gradient)]
         else:
             flat = found
         return self._sum(value, flat)
@@ -179,7 +178,7 @@ class _Walk:
         totals: dict[int, Gradient] = {}
         for place, value in code.outputs.items():
             if (total := self._total(value)) is not None:
-                total = self._sum(value, list(_flat(total))) if total.pieces else total
+                total = self._sum(value, list(flat_pieces(total))) if total.pieces else total
                 totals[place] = self._needing_whole(total) if self._held(value).kind == "summand" else total
         if totals:
             for value, gradient in self.backward.through(code, number, totals).items():
@@ -202,7 +201,7 @@ class _Walk:
             return UNKNOWN_GRADIENT
         if operand.kind == "whole" and result.kind == "whole" and _is_pieced(call):
             return self._piece(call, place, value, at, total)
-        total = self._sum(value, list(_flat(total))) if total.pieces else total
+        total = self._sum(value, list(flat_pieces(total))) if total.pieces else total
         if result.kind == "summand":
             total = self._needing_whole(total)
         is_share = operand.kind == "whole" and result.kind == "summand" and operand.scale == Fraction(1, self.num)
@@ -230,19 +229,19 @@ class _Walk:
             if total.pieces is None:
                 return total
             if total.pieces[0] != axis:
-                return self._sum(value, list(_flat(total)))
+                return self._sum(value, list(flat_pieces(total)))
             inside = tuple(
                 (max(a, start) - start, min(b, stop) - start, gradient)
                 for a, b, gradient in total.pieces[1]
                 if max(a, start) < min(b, stop)
             )
-            return _collapsed(axis, inside)
+            return collapsed_pieces(axis, inside)
         rule = rule_of(operator_call(self.local, call))
         if not isinstance(rule, Taken):  # every second entry: of one kind, as its operand's
-            return self._sum(value, list(_flat(total)))
+            return self._sum(value, list(flat_pieces(total)))
         start, stop = rule.ranges[at]
         if total.pieces is not None and total.pieces[0] != rule.axis:
-            total = self._sum(value, list(_flat(total)))
+            total = self._sum(value, list(flat_pieces(total)))
         if total.pieces is not None:
             moved = tuple((a + start, b + start, gradient) for a, b, gradient in total.pieces[1])
             return Gradient("whole", pieces=(rule.axis, moved))
@@ -259,7 +258,7 @@ class _Walk:
         module = step.module
         name = call.name.removeprefix("shardplan::")
         if total.pieces and name != "sum_gradient_of":
-            total = self._sum(references(call)[0].value, list(_flat(total)))
+            total = self._sum(references(call)[0].value, list(flat_pieces(total)))
             if total.kind == "unknown":
                 return total
         match name:
@@ -335,20 +334,20 @@ class _Walk:
         axis = len(self.local.values[call.results[0]].shape) - 1
         pieces = total.pieces[1] if total.pieces and total.pieces[0] == axis else ((0, size, total),)
         if total.pieces and total.pieces[0] != axis:
-            pieces = ((0, size, self._sum(call.results[0], list(_flat(total)))),)
+            pieces = ((0, size, self._sum(call.results[0], list(flat_pieces(total)))),)
         made: list[tuple[int, int, Gradient]] = []
         for a, b, gradient in pieces:
             for low, high in ((a, min(b, start)), (max(a, start), min(b, stop)), (max(a, stop), b)):
                 if low < high:
                     inside = start <= low and high <= stop
                     made.append((low, high, self._summed(operand, gradient, module) if inside else gradient))
-        return _collapsed(axis, tuple(made))
+        return collapsed_pieces(axis, tuple(made))
 
     def _at_tensor(self, value: int, path: str, total: Gradient) -> None:
         """Check the gradient of a tensor of the model."""
         if not self.tree[path].requires_grad:
             return
-        for gradient in _flat(total):
+        for gradient in flat_pieces(total):
             if gradient.kind == "unknown":
                 self.lost_tensors.append(path)
             elif gradient.kind == "summand":
@@ -390,33 +389,3 @@ def _num_holders(held: Held) -> int:
 
 def _is_pieced(call: RecordedCall) -> bool:
     return call.name in {"slice", "narrow", "split", "split_with_sizes", "chunk", "cat", "unsafe_split", "unsafe_chunk"}
-
-
-def _flat(gradient: Gradient) -> Iterator[Gradient]:
-    if gradient.pieces is None:
-        yield gradient
-    else:
-        for _, _, inner in gradient.pieces[1]:
-            yield from _flat(inner)
-
-
-def _merged(found: list[Gradient]) -> Gradient | None:
-    """Return the pieces of gradients that all are of pieces along one axis, apart from each other; None if they are not."""
-    axes = {gradient.pieces[0] for gradient in found if gradient.pieces}
-    if len(axes) != 1 or any(gradient.pieces is None for gradient in found):
-        return None
-    pieces = sorted((piece for gradient in found if gradient.pieces for piece in gradient.pieces[1]), key=lambda p: p[:2])
-    if any(a[1] > b[0] for a, b in pairwise(pieces)):
-        return None
-    return _collapsed(axes.pop(), tuple(pieces))
-
-
-def _collapsed(axis: int, pieces: tuple[tuple[int, int, Gradient], ...]) -> Gradient:
-    """Return the pieces as one gradient if they are of one kind: where there is no gradient, any kind is right."""
-    kinds = {(gradient.kind, gradient.scale) for _, _, gradient in pieces}
-    if len(kinds) == 1:
-        first = pieces[0][2]
-        met = frozenset().union(*(gradient.met for _, _, gradient in pieces))
-        whole = Gradient(first.kind, first.scale, met, first.scaled_by)
-        return evolve(whole, pieces=(axis, tuple((a, b, evolve(g, pieces=None)) for a, b, g in pieces)))
-    return Gradient("whole", pieces=(axis, pieces))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from shardplan.functional import TrainingError, execute, plan_build
+from shardplan.functional import TrainingError, create_schedule, execute, plan_build
 from shardplan.specs import Mesh
 from tests.helpers.models import llama, split_llama
 from tests.helpers.ranks import results, run_ranks
@@ -150,14 +153,33 @@ def sharded(rank, layout):
     made = built(mesh, layout=layout)
     module = made.module
     over = made.device_mesh["data"] if layout == "dtensor" else init_device_mesh("cpu", (4,))
+    before = weakref.ref(module.lm_head.weight)
     fully_shard(module, mesh=over)
-    return told(lambda: loss_of(module, tokens(mesh.coordinate(rank).data)))
+    said = told(lambda: loss_of(module, tokens(mesh.coordinate(rank).data)))
+    gc.collect()
+    return said, before() is None, told(made.grad_norm)
 
 
 def test_fsdp_over_ranks_with_parts_raises_at_the_first_call():
-    for message in results(run_ranks(sharded, 4, "local")):
+    for message, _, _ in results(run_ranks(sharded, 4, "local")):
         assert message.startswith("fully_shard over ranks 0, 1, 2, 3 takes them for copies of one module")
-    assert results(run_ranks(sharded, 4, "dtensor")) == [""] * 4
+    for message, is_freed, norm in results(run_ranks(sharded, 4, "dtensor")):
+        assert not message
+        assert is_freed  # the whole parameter: nothing here keeps it beside the shards
+        assert norm.startswith("FSDP2 holds the parameters")
+
+
+def with_experts(_, mesh):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+    plan = plan_build(create_schedule(model, mesh).at["**.experts"].expert_parallel())
+    return told(lambda: DistributedDataParallel(execute(plan, device="cpu", progress=False).module))
+
+
+def test_ddp_over_ranks_with_other_experts_raises():
+    for message in results(run_ranks(with_experts, 2, Mesh(data=2, expert=2))):
+        assert "ranks along expert of" in message
 
 
 def copied(_):

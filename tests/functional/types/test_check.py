@@ -12,6 +12,8 @@ from shardplan.functional import create_schedule, plan_build
 from shardplan.functional.frontends import schedule_from_tp_plan
 from shardplan.functional.types import gradients
 from shardplan.functional.types.gradient import UNKNOWN_GRADIENT
+from shardplan.functional.types.memory import written
+from shardplan.functional.types.moves import alike
 from shardplan.specs import Mesh, PlanError
 from tests.helpers.models import llama, split_llama
 
@@ -110,6 +112,12 @@ def test_a_gradient_that_no_entry_of_the_example_has_is_not_taken_for_right(chos
             plan_build(sch, example_inputs=inputs)
     else:
         assert plan_build(sch, example_inputs=inputs).equality.answer == answer
+
+
+def test_memory_does_not_forget_what_ranks_have_drawn_for_themselves():
+    zeros, drawn = evolve(alike((4,), (2,)), fill=0.0), evolve(alike((4,), (2,)), is_drawn=True)
+    assert written(zeros, alike((4,), (2,)), rank=0).kind == "whole"
+    assert written(zeros, drawn, rank=0).kind == "unknown"
 
 
 def test_norms_of_split_heads_are_found_in_qwen_3():
