@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...specs.mesh import MESH_AXES, Mesh, MeshAxis
+from ...specs.mesh import AXIS_NAMES, Mesh, MeshAxis
 from ...specs.plan import Plan
 from .error import TrainingError
 from .parameters import is_fsdp
@@ -36,7 +36,7 @@ class _IgnoredPaths(list[str]):
 def axes_apart(plan: Plan) -> tuple[MeshAxis, ...]:
     """Return the mesh axes along which ranks hold other parts of the model."""
     split = {axis for spec in plan.tree.values() for axis in spec.mesh_axes(plan.mesh.coordinate(0))}
-    return tuple(axis for axis in MESH_AXES if axis in {*split, "pipe"})
+    return tuple(axis for axis in AXIS_NAMES if axis in {*split, "pipe"})
 
 
 def refuse_foreign_ddp(module: nn.Module, plan: Plan) -> None:
@@ -66,7 +66,7 @@ def check_group(group: Any, mesh: Mesh, apart: tuple[MeshAxis, ...], wrapper: st
         TrainingError: If it joins ranks that hold other parts of the model.
     """
     ranks = dist.get_process_group_ranks(group)
-    joined = [axis for axis in apart if len({getattr(mesh.coordinate(rank), axis) for rank in ranks}) > 1]
+    joined = [axis for axis in apart if len({mesh.coordinate(rank).index(axis) for rank in ranks}) > 1]
     if not joined:
         return
     msg = (
