@@ -106,7 +106,16 @@ def execute(
             return Built(plan, None, None, None, (), {}, None, receipt)
         coordinate, error = own_coordinate(plan)
         given: Any = plan.runtime.model if model is None else model
-        ready = _prepare(plan, given, device, layout=layout, optimizer=optimizer, loss_fn=loss_fn, rank=coordinate.rank)
+        ready = _prepare(
+            plan,
+            given,
+            device,
+            layout=layout,
+            optimizer=optimizer,
+            loss_fn=loss_fn,
+            check_inputs=check_inputs,
+            rank=coordinate.rank,
+        )
         real = TorchEffects(
             coordinate, ready.device, given, ready.module, plan.runtime.callables, optimizer, loss_fn, ready.partition
         )
@@ -144,6 +153,7 @@ def _prepare(
     layout: TensorLayout,
     optimizer: Callable[..., Any] | None,
     loss_fn: Callable[..., Any] | None,
+    check_inputs: int,
     rank: int,
 ) -> _Ready:
     """Choose the device, check everything, cut the stages and copy the module; keep the first error."""
@@ -152,6 +162,9 @@ def _prepare(
         ready.device = _choose_device(device)
         ready.plan = _with_layout(plan, layout)
         findings = _check(ready.plan, model, optimizer, loss_fn)
+        if not isinstance(check_inputs, int) or check_inputs < 0:
+            cause = f"it is a number of calls, 0 or more, not {check_inputs!r}"
+            raise PlanError([Problem("check_inputs", cause, "Leave it out, or check_inputs=0 to compare nothing")])  # noqa: TRY301
         ready.partition = planned_partition(plan, model) if plan.pipeline else None
         ready.module = copy_module(model, on_meta, for_planning=False)
         for finding in findings if rank == 0 else ():

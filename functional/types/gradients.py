@@ -14,6 +14,7 @@ from typing import get_args
 from attrs import Factory, define, evolve
 
 from ...specs.layout_steps import LayoutStep, Sync, SyncOp
+from ...specs.paths import module_of
 from ...specs.tree import SpecTree
 from .axes import holders, parts_in
 from .gradient import UNKNOWN_GRADIENT, Gradient, Kind, Met, collapsed_pieces, flat_pieces, merged_pieces
@@ -82,7 +83,7 @@ class _Walk:
                 self._at_tensor(value, info.path, total)
         self.lost_tensors += sorted(self._unmet())
         for (module, scale), values in self.scaled.items():
-            self.faults.append(Fault(-1, module, self._counts(scale, values), value=values[0], kind="gradient"))
+            self.faults.append(Fault(-1, module, self._counts(module, scale, values), value=values[0], kind="gradient"))
 
     def _unmet(self) -> set[str]:
         """Return the paths of trained tensors that have a gradient by torch's own backward pass, and met none here."""
@@ -365,10 +366,11 @@ class _Walk:
     def _report_scale(self, value: int, gradient: Gradient) -> None:
         self.scaled.setdefault((gradient.scaled_by, gradient.scale), []).append(value)
 
-    def _counts(self, scale: Fraction, values: list[int]) -> str:
+    def _counts(self, module: str, scale: Fraction, values: list[int]) -> str:
         paths = dict.fromkeys(path for value in values if (path := self.local.values[value].path))
-        what = f"the gradient of {next(iter(paths), 'an activation')}"
-        further = f" and of {len(paths) - 1} more tensor{'s' if len(paths) > 2 else ''}" if len(paths) > 1 else ""  # noqa: PLR2004
+        first = next(iter(paths), "")
+        what = "its gradient" if first and module_of(first) == module else f"the gradient of {first or 'an activation'}"
+        further = f" and that of {len(paths) - 1} more tensor{'s' if len(paths) > 2 else ''}" if len(paths) > 1 else ""  # noqa: PLR2004
         return f"{what}{further} counts {scale} times"
 
     def _report_shared(self, value: int) -> None:

@@ -32,8 +32,7 @@ def problem_of(fault: Fault, local: Tape, tree: SpecTree) -> Problem:
     if path:
         if fault.path and module_of(path) != fault.path:
             return Problem(fault.path, f"{fault.cause}, by what is summed or divided here")
-        cause = f"{fault.cause}, by what {fault.path} sums or divides" if fault.path else fault.cause
-        return Problem(tree[path].path, cause, type=tree[path].type)
+        return Problem(tree[path].path, f"{fault.cause}, by what its module sums or divides", type=tree[path].type)
     return Problem(fault.path, fault.cause)
 
 

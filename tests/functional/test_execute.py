@@ -169,6 +169,12 @@ def test_wrong_arguments_are_named():
         execute(plan_build(schedule("plain"), target="torch"), loss_fn=nn.MSELoss())
 
 
+@pytest.mark.parametrize("number", [-1, "ten", None, 0.5])
+def test_a_wrong_number_of_checks_is_named(number):
+    with pytest.raises(PlanError, match="check_inputs: it is a number of calls, 0 or more, not"):
+        execute(plan_build(schedule("plain")), device="cpu", check_inputs=number)
+
+
 def test_deepspeed_needs_a_process_group_even_for_one_rank():
     config = {"train_batch_size": 1, "gradient_clipping": 1.0}
     with pytest.raises(PlanError, match="the plan is for 1 rank of deepspeed, and there is no process group"):

@@ -120,6 +120,15 @@ def test_memory_does_not_forget_what_ranks_have_drawn_for_themselves():
     assert written(zeros, drawn, rank=0).kind == "unknown"
 
 
+def test_sums_that_count_twice_are_told_once_for_all_layers():
+    sch = split_llama(llama(), Mesh(tensor=2)).at["model.layers.*.input_layernorm"].sum_gradient()
+    message = refusal(sch, **TOKENS)
+    assert "model.layers.{0..1}.input_layernorm.weight" in message
+    assert "its gradient counts 2 times, by what its module sums or divides" in message
+    doubled = split_llama(llama(), Mesh(tensor=2)).at["model.norm"].sync("backward_pre", "all_reduce")
+    assert "model.norm: the gradient of model.embed_tokens.weight and that of" in refusal(doubled, **TOKENS)
+
+
 def test_norms_of_split_heads_are_found_in_qwen_3():
     message = refusal(split_llama(causal("Qwen3"), Mesh(tensor=2)), **TOKENS)
     assert "model.layers.{0..1}.self_attn.q_norm.weight  f32[128]: it is whole, and meets parts" in message
